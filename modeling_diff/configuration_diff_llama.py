@@ -1,0 +1,216 @@
+"""Configuration of the Differential Transformer on LLaMA: V1 (arXiv:2410.05258) and V2 (Microsoft, January 2026)."""
+
+import math
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+# Every saved config names every head, whichever was saved: `register_for_auto_class` alone would record that one.
+AUTO_MAP = {
+    "AutoConfig": "configuration_diff_llama.DiffLlamaConfig",
+    "AutoModel": "modeling_diff_llama.DiffLlamaModel",
+    "AutoModelForCausalLM": "modeling_diff_llama.DiffLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_diff_llama.DiffLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_diff_llama.DiffLlamaForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_diff_llama.DiffLlamaForQuestionAnswering",
+}
+
+
+def paper_lambda_init(layer_idx: int) -> float:
+    """lambda_init = 0.8 - 0.6 exp(-0.3 l) of layer l, counted from 0 (arXiv:2410.05258, section 2.1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
+
+
+@strict
+class DiffLlamaConfig(LlamaConfig):
+    r"""
+    LLaMA's configuration with LLaMA's names and defaults; every count is of *differential heads*, each of two maps.
+
+    variant (`"v1"` or `"v2"`, defaults to `"v1"`):
+        `"v1"`: lambda is one learned scalar a layer, a head's value is twice as wide as its maps and is normalised.
+        `"v2"`: lambda is a sigmoid of the token, one a head; no norm, and both maps of a head read the same key.
+    lambda_init (`list[float]`, *optional*, V1):
+        The constant part of lambda, one a layer. Defaults to the paper's `0.8 - 0.6 exp(-0.3 l)`, l from 0.
+    lambda_init_std (`float`, defaults to 0.1, V1):
+        Standard deviation from which the four lambda vectors of a layer are drawn.
+    sub_norm_eps (`float` or `list[float]`, defaults to 1e-5, V1):
+        Epsilon of the norm over a head's output, one for all layers or one a layer.
+    lambda_bias (`bool`, defaults to `False`, V2):
+        Whether `lambda_proj` has a bias.
+    differential_layers (`list[int]`, *optional*):
+        The layers with differential attention, all by default. The others keep LLaMA's attention, in the same weight
+        and cache shapes; with V1 their heads are stored in pairs as well.
+
+    `head_dim` is the width of a head's value and output, `map_dim` (derived) that of one map's query and key:
+    `head_dim / 2` in V1, `head_dim` in V2. Rotary frequencies are computed from `map_dim`.
+
+    Raises `ValueError` for a combination that has no meaning, naming the field, its value and the way out.
+
+    ```python
+    >>> from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    >>> config = DiffLlamaConfig(hidden_size=512, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4)
+    >>> config.head_dim, config.map_dim
+    (128, 64)
+    >>> model = DiffLlamaForCausalLM(config)
+    ```"""
+
+    model_type = "diff_llama"
+
+    variant: str = "v1"
+    lambda_init: list[float | int] | None = None
+    lambda_init_std: float | int = 0.1
+    sub_norm_eps: float | list[float] | None = None
+    lambda_bias: bool = False
+    differential_layers: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if "lambda_std_dev" in kwargs:
+            raise ValueError(
+                "lambda_std_dev is a field of transformers' own diffllama, which computes something else in another "
+                "weight order: here it is lambda_init_std, and checkpoints come over with `diff-llama convert`."
+            )
+        super().__post_init__(**kwargs)
+        self._check_variant()
+        self._check_heads()
+        self._check_layers()
+        if self.variant == "v1":
+            self._fill_and_check_v1()
+        else:
+            self._check_v2()
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout}: the paper defines no dropout on differences of maps; "
+                "set attention_dropout=0.0."
+            )
+        self._check_rope_type()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    @property
+    def map_dim(self) -> int:
+        """Width of one map's query and key."""
+        return self.head_dim // 2 if self.variant == "v1" else self.head_dim
+
+    def is_differential(self, layer_idx: int) -> bool:
+        """Whether the layer subtracts its second map, or keeps LLaMA's attention."""
+        return self.differential_layers is None or layer_idx in self.differential_layers
+
+    def layer_sub_norm_eps(self, layer_idx: int) -> float:
+        """Epsilon of one layer's norm over heads (V1)."""
+        return self.sub_norm_eps[layer_idx] if isinstance(self.sub_norm_eps, list) else self.sub_norm_eps
+
+    def rotary_config(self) -> LlamaConfig:
+        """A LLaMA configuration whose heads are this model's maps, from which rotary frequencies are computed."""
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.map_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters=deepcopy(self.rope_parameters),
+        )
+
+    def validate_rope(self) -> None:
+        """Check the rope settings against `map_dim`, not `head_dim`; building the LLaMA configuration checks them."""
+        self.rotary_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+
+    def _check_variant(self) -> None:
+        if self.variant not in ("v1", "v2"):
+            raise ValueError(
+                f'variant={self.variant!r} is unknown: use "v1" (arXiv:2410.05258, lambda a layer, norm over heads) '
+                'or "v2" (lambda a token, no norm).'
+            )
+
+    def _check_heads(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: each key-value head serves equally many heads."
+            )
+        if self.variant == "v1" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd: in V1 a head holds two maps of head_dim / 2 each; use an even one."
+            )
+        if self.map_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} gives maps {self.map_dim} wide, and rotary embedding turns pairs of "
+                f"components: use a head_dim that is a multiple of {4 if self.variant == 'v1' else 2}."
+            )
+
+    def _check_layers(self) -> None:
+        if self.differential_layers is None:
+            return
+        layers = self.differential_layers
+        if sorted(set(layers)) != list(layers) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"differential_layers={layers}: list each layer once, in ascending order, counted from 0 and below "
+                f"num_hidden_layers={self.num_hidden_layers}; leave it out for all layers."
+            )
+
+    def _fill_and_check_v1(self) -> None:
+        if self.lambda_init is None:
+            self.lambda_init = [paper_lambda_init(layer_idx) for layer_idx in range(self.num_hidden_layers)]
+        if self.sub_norm_eps is None:
+            self.sub_norm_eps = 1e-5
+        if len(self.lambda_init) != self.num_hidden_layers:
+            raise ValueError(
+                f"lambda_init has {len(self.lambda_init)} values for num_hidden_layers={self.num_hidden_layers}: give "
+                "one a layer, or leave it out for the paper's schedule."
+            )
+        for layer_idx, value in enumerate(self.lambda_init):
+            if not math.isfinite(value) or value >= 1:
+                raise ValueError(
+                    f"lambda_init[{layer_idx}]={value}: must be finite and below 1, as a head's output is scaled by "
+                    "1 - lambda_init."
+                )
+        if not math.isfinite(self.lambda_init_std) or self.lambda_init_std < 0:
+            raise ValueError(f"lambda_init_std={self.lambda_init_std}: a standard deviation is finite and at least 0.")
+        epsilons = self.sub_norm_eps if isinstance(self.sub_norm_eps, list) else [self.sub_norm_eps]
+        if isinstance(self.sub_norm_eps, list) and len(epsilons) != self.num_hidden_layers:
+            raise ValueError(
+                f"sub_norm_eps has {len(epsilons)} values for num_hidden_layers={self.num_hidden_layers}: give one a "
+                "layer, or a single float."
+            )
+        if any(not math.isfinite(eps) or eps <= 0 for eps in epsilons):
+            raise ValueError(f"sub_norm_eps={self.sub_norm_eps}: must be finite and above 0, as in 1e-5.")
+        if self.lambda_bias:
+            raise ValueError(
+                'lambda_bias=True: V1 has no lambda_proj to carry a bias; use variant="v2" or leave it out.'
+            )
+
+    def _check_v2(self) -> None:
+        for name in ("lambda_init", "sub_norm_eps"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: V2 has neither a schedule nor a norm over heads; use "
+                    'variant="v1" or leave it out.'
+                )
+
+    def _check_rope_type(self) -> None:
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters has rope_type={rope_type!r}: LLaMA knows {', '.join(ROPE_TYPES)}.")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """LLaMA's plan; ranks hold different heads, so what a layer's heads share sums its gradient over ranks."""
+        plan = dict(LlamaConfig.base_model_tp_plan)
+        if self.variant == "v2":
+            return plan | {"layers.*.self_attn.lambda_proj": "colwise"}
+        shared = ("layers.*.self_attn.diff_lambda", "layers.*.self_attn.sub_norm")
+        return plan | dict.fromkeys(shared, "replicated_with_grad_allreduce")
+
+
+DiffLlamaConfig.register_for_auto_class()
+
+
+__all__ = ["DiffLlamaConfig"]

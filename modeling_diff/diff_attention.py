@@ -1,0 +1,132 @@
+"""
+Differential attention on tensors: the reference, the eager path with its maps, and the one standard attention call.
+
+B batch, T queries, S keys, H heads, K key-value heads, G = H / K heads a key-value head, d map_dim, D head_dim.
+Maps 2i and 2i + 1 belong to head i, which reads key-value head i // G. In V1 a key is [k1; k2] and D = 2d; in V2 both
+maps of a head read the same key and D = d.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class AttentionMaps:
+    """A layer's two softmax maps and what is taken of the second: `positive - diff_lambda * negative` weighs V."""
+
+    positive: torch.Tensor  # (B, H, T, S), rows sum to 1
+    negative: torch.Tensor  # (B, H, T, S), rows sum to 1
+    diff_lambda: torch.Tensor  # () in V1, (B, T, H) in V2
+
+
+def lambda_over_maps(diff_lambda: torch.Tensor) -> torch.Tensor:
+    """lambda of shape () or (B, T, H) so that it broadcasts over (B, H, T, S)."""
+    return diff_lambda if diff_lambda.dim() == 0 else diff_lambda.transpose(1, 2).unsqueeze(-1)
+
+
+def attention_maps(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Both softmax maps, each (B, H, T, S), in float32 or the queries' dtype if that is wider.
+
+    `query` (B, 2H, T, d), `key` (B, K, S, D), `attention_mask` additive (B, 1, T, S) or None for full attention.
+    """
+    num_key_value_heads, map_dim = key.shape[1], query.shape[-1]
+    query = query.unflatten(1, (num_key_value_heads, -1, 2))  # (B, K, G, 2, T, d)
+    key = key.unflatten(-1, (-1, map_dim)).movedim(-2, 2).unsqueeze(2)  # (B, K, 1, 2 in V1 or 1 in V2, S, d)
+    scores = torch.matmul(query, key.transpose(-1, -2)).flatten(1, 2) * scaling  # (B, H, 2, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(2)
+    maps = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    return maps[:, :, 0], maps[:, :, 1]
+
+
+def diff_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    diff_lambda: torch.Tensor,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    O = (softmax(s q1 k1^T) - lambda softmax(s q2 k2^T)) v, before any norm, as (B, T, H, D) (arXiv:2410.05258, eq. 1).
+
+    `query` (B, 2H, T, d), `key` and `value` (B, K, S, D), `diff_lambda` () in V1 or (B, T, H) in V2, `attention_mask`
+    additive (B, 1, T, S). Nothing is rounded on the way: in float64 everything else is tested against this.
+    """
+    positive, negative = attention_maps(query, key, attention_mask, scaling)
+    value = value.repeat_interleave(positive.shape[1] // value.shape[1], dim=1)
+    return torch.matmul(positive - lambda_over_maps(diff_lambda) * negative, value.to(positive.dtype)).transpose(1, 2)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    diff_lambda: torch.Tensor,
+    attention_maps_by_layer: dict[int, AttentionMaps] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The definition, with the tensor that multiplies V returned beside the output (B, T, H, D) as (B, H, T, S).
+
+    A dictionary given as `attention_maps_by_layer` receives this layer's `AttentionMaps`.
+    """
+    positive, negative = attention_maps(query, key, attention_mask, scaling)
+    if attention_maps_by_layer is not None:
+        attention_maps_by_layer[module.layer_idx] = AttentionMaps(positive, negative, diff_lambda)
+    attn_weights = (positive - lambda_over_maps(diff_lambda) * negative).to(query.dtype)
+    value = value.repeat_interleave(attn_weights.shape[1] // value.shape[1], dim=1)
+    return torch.matmul(attn_weights, value).transpose(1, 2), attn_weights
+
+
+def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """
+    Queries for one standard attention call: (B, 2H, T, d) -> (B, 2H, T, D).
+
+    In V1 a key is [k1; k2], so the first map of a head asks with [q1; 0] and the second with [0; q2]: the scores are
+    those of the map alone. In V2 keys are as wide as queries, and nothing is to be done.
+    """
+    map_dim = query.shape[-1]
+    if map_dim == head_dim:
+        return query
+    first, second = query.unflatten(1, (-1, 2)).unbind(2)  # (B, H, T, d) each
+    placed = torch.stack((nn.functional.pad(first, (0, map_dim)), nn.functional.pad(second, (map_dim, 0))), dim=2)
+    return placed.flatten(1, 2)
+
+
+def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:
+    """
+    O = A1 V - lambda A2 V from the outputs of both maps, (B, T, 2H, D) -> (B, T, H, D).
+
+    float32 or wider: the difference cancels leading digits, so it is taken, and normalised after, before rounding.
+    """
+    wide = attn_output.to(torch.promote_types(attn_output.dtype, torch.float32))
+    first, second = wide.unflatten(2, (-1, 2)).unbind(3)
+    return first - diff_lambda[..., None] * second
+
+
+def standard_attention_forward(
+    attention_interface: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Both maps' outputs (B, T, 2H, D) by *one* call of any attention that transformers knows, with 2H query heads.
+
+    One call a layer, because paged caches are written by the call itself: a second would overwrite the first.
+    """
+    return attention_interface(module, place_queries(query, value.shape[-1]), key, value, attention_mask, **kwargs)

@@ -1,0 +1,286 @@
+"""
+The Differential Transformer as its difference from transformers' LLaMA, in LLaMA's class order.
+
+B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim, C hidden size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
+
+from .configuration_diff_llama import DiffLlamaConfig
+from .diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
+
+
+class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
+    """LLaMA's rotary embedding for maps: every map turns its own d components."""
+
+    def __init__(self, config: DiffLlamaConfig):
+        super().__init__(config.rotary_config())
+
+
+class DiffLambda(nn.Module):
+    """
+    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, a scalar (arXiv:2410.05258, eq. 2).
+
+    A module of its own, as adapters can train modules but not bare parameters. It is never narrower than float32,
+    whatever the model is cast to: bfloat16 would round lambda, and the steps by which it learns, to 1/256.
+    """
+
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__()
+        self.lambda_init = config.lambda_init[layer_idx]
+        self.lambda_q1 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
+        self.lambda_k1 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
+        self.lambda_q2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
+        self.lambda_k2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        first = (self.lambda_q1 * self.lambda_k1).sum().exp()
+        second = (self.lambda_q2 * self.lambda_k2).sum().exp()
+        return first - second + self.lambda_init
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_wide, recurse)
+
+
+class DiffLlamaAttention(LlamaAttention):
+    """
+    Differential attention in one standard attention call and one cache update.
+
+    V1: y_i = (1 - lambda_init) RMSNorm(O_i) of O_i = (A1 - lambda A2) v with one lambda a layer (arXiv:2410.05258).
+    V2: O_i = A_2i v - sigmoid(w_i . x) A_2i+1 v, without a norm.
+    """
+
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.map_dim = config.map_dim
+        self.scaling = self.map_dim**-0.5
+        self.num_key_value_groups *= 2  # read by every backend: query heads, two a head, to one key-value head
+        if config.variant == "v2":
+            num_queries = 2 * config.num_attention_heads * self.map_dim
+            self.q_proj = nn.Linear(config.hidden_size, num_queries, bias=config.attention_bias)
+            self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=config.lambda_bias)
+        else:
+            self.diff_lambda = DiffLambda(config, layer_idx)
+            self.sub_norm = LlamaRMSNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+
+        # -1, not the config's counts: under tensor parallelism a rank holds only its share of the heads.
+        query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.map_dim)  # (B, T, 2H, d)
+        key_states = self.k_proj(hidden_states).view(*input_shape, -1, self.map_dim)  # (B, T, 2K or K, d)
+        value_states = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)  # (B, T, K, D)
+
+        cos, sin = position_embeddings
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin, unsqueeze_dim=2)
+        key_states = key_states.reshape(*input_shape, -1, self.head_dim)  # (B, T, K, D), in V1 [k1; k2]
+        query_states, key_states, value_states = (
+            states.transpose(1, 2) for states in (query_states, key_states, value_states)
+        )
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = self.attend(
+            attention_interface, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
+        )
+        attn_output = attn_output.to(hidden_states.dtype).reshape(*input_shape, -1)
+        return self.o_proj(attn_output), attn_weights
+
+    def attend(
+        self,
+        attention_interface: Callable,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Heads' outputs (B, T, H, D) and, from `eager`, the weights A1 - lambda A2 (B, H, T, S)."""
+        diff_lambda = self.compute_lambda(hidden_states)
+        states = (self, query_states, key_states, value_states, attention_mask)
+        if attention_interface is eager_attention_forward:
+            attn_output, attn_weights = eager_attention_forward(
+                *states, scaling=self.scaling, diff_lambda=diff_lambda, **kwargs
+            )
+        elif kwargs.get("attention_maps_by_layer") is not None:
+            raise ValueError(
+                f"attention_maps_by_layer: attn_implementation={self.config._attn_implementation!r} never holds whole "
+                'maps; call set_attn_implementation("eager") first.'
+            )
+        else:
+            attn_outputs, _ = standard_attention_forward(attention_interface, *states, scaling=self.scaling, **kwargs)
+            attn_output, attn_weights = subtract_maps(attn_outputs, diff_lambda), None
+        return self.normalize(attn_output), attn_weights
+
+    def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """() in V1, (B, T, H) in V2; float32 or wider."""
+        if self.config.variant == "v1":
+            return self.diff_lambda()
+        lambda_logits = self.lambda_proj(hidden_states)
+        return lambda_logits.to(torch.promote_types(lambda_logits.dtype, torch.float32)).sigmoid()
+
+    def normalize(self, attn_output: torch.Tensor) -> torch.Tensor:
+        """(1 - lambda_init) RMSNorm over each head's D components in V1, nothing in V2."""
+        if self.config.variant == "v2":
+            return attn_output
+        return (1 - self.diff_lambda.lambda_init) * self.sub_norm(attn_output)
+
+
+class PairedLlamaAttention(DiffLlamaAttention):
+    """
+    LLaMA's attention in V1's weights and cache, for layers that are not differential: head i holds LLaMA's heads
+    2i and 2i + 1 side by side, and each of its maps weighs its own half of the value.
+    """
+
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        del self.diff_lambda, self.sub_norm
+
+    def attend(
+        self, attention_interface, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
+    ):
+        if attention_interface is eager_attention_forward:
+            attention_interface = llama_eager_attention_forward
+        states = (query_states, key_states, value_states, attention_mask)
+        attn_outputs, attn_weights = standard_attention_forward(
+            attention_interface, self, *states, scaling=self.scaling, **kwargs
+        )
+        first, second = attn_outputs.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
+        return torch.cat((first[..., : self.map_dim], second[..., self.map_dim :]), dim=-1), attn_weights
+
+
+class DiffLlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.is_differential(layer_idx):
+            self.self_attn = DiffLlamaAttention(config, layer_idx)
+        elif config.variant == "v1":
+            self.self_attn = PairedLlamaAttention(config, layer_idx)
+
+
+class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """
+    Initial values:
+
+    | parameter | distribution |
+    |---|---|
+    | `diff_lambda.lambda_{q1,k1,q2,k2}` (V1) | N(0, `lambda_init_std`) |
+    | `sub_norm.weight` (V1), all other norms | 1 |
+    | `lambda_proj.weight` (V2), all projections, embeddings | N(0, `initializer_range`) |
+    | biases | 0 |
+    """
+
+    config: DiffLlamaConfig
+    _no_split_modules = ["DiffLlamaDecoderLayer"]
+    _keep_in_fp32_modules_strict = {"diff_lambda"}
+    _can_record_outputs = {"hidden_states": DiffLlamaDecoderLayer, "attentions": LlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DiffLambda):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=self.config.lambda_init_std)
+
+
+class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
+    def __init__(self, config: DiffLlamaConfig):
+        super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [DiffLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DiffLlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+# GenerationMixin is named again because transformers looks for it among the direct bases.
+class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    def __init__(self, config: DiffLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = DiffLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel): ...
+
+
+class DiffLlamaForQuestionAnswering(GenericForQuestionAnswering, DiffLlamaPreTrainedModel): ...
+
+
+class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPreTrainedModel): ...
+
+
+# Here and not in __init__.py, which does not travel to the Hub: the three generic heads build their backbone through
+# AutoModel, and without an entry under this very class it would find transformers' own DiffLlama by the class name.
+for auto_class, model_class in (
+    (AutoModel, DiffLlamaModel),
+    (AutoModelForCausalLM, DiffLlamaForCausalLM),
+    (AutoModelForSequenceClassification, DiffLlamaForSequenceClassification),
+    (AutoModelForTokenClassification, DiffLlamaForTokenClassification),
+    (AutoModelForQuestionAnswering, DiffLlamaForQuestionAnswering),
+):
+    auto_class.register(DiffLlamaConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+
+
+__all__ = [
+    "DiffLlamaForCausalLM",
+    "DiffLlamaForQuestionAnswering",
+    "DiffLlamaForSequenceClassification",
+    "DiffLlamaForTokenClassification",
+    "DiffLlamaModel",
+    "DiffLlamaPreTrainedModel",
+]
