@@ -5,6 +5,7 @@ B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim, C
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -18,12 +19,13 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -38,6 +40,19 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from .configuration_diff_llama import DiffLlamaConfig
 from .diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
+from .diff_attention_chunked import chunked_attention_forward
+
+
+# What takes unpadded queries and lambda, and gives heads' outputs. Looked up here before transformers' own registry:
+# another revision of this code, loaded beside this one, registers its functions under the same names.
+DIFFERENTIAL_ATTENTION_FUNCTIONS: dict[str, Callable] = {
+    "eager": eager_attention_forward,
+    "diff_chunked": chunked_attention_forward,
+}
+DEFAULT_ATTENTION = "diff_chunked"
+AttentionInterface.register("diff_chunked", chunked_attention_forward)
+# Without a mask function of its own, a name gets no mask at all, even for a padded batch.
+AttentionMaskInterface.register("diff_chunked", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -122,18 +137,14 @@ class DiffLlamaAttention(LlamaAttention):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         attn_output, attn_weights = self.attend(
-            attention_interface, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
+            query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
         )
         attn_output = attn_output.to(hidden_states.dtype).reshape(*input_shape, -1)
         return self.o_proj(attn_output), attn_weights
 
     def attend(
         self,
-        attention_interface: Callable,
         query_states: torch.Tensor,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
@@ -144,16 +155,20 @@ class DiffLlamaAttention(LlamaAttention):
         """Heads' outputs (B, T, H, D) and, from `eager`, the weights A1 - lambda A2 (B, H, T, S)."""
         diff_lambda = self.compute_lambda(hidden_states)
         states = (self, query_states, key_states, value_states, attention_mask)
-        if attention_interface is eager_attention_forward:
-            attn_output, attn_weights = eager_attention_forward(
+        implementation = self.config._attn_implementation
+        if implementation != "eager" and kwargs.get("attention_maps_by_layer") is not None:
+            raise ValueError(
+                f"attention_maps_by_layer: attn_implementation={implementation!r} never holds whole maps; call "
+                'set_attn_implementation("eager") first.'
+            )
+        if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS:
+            attn_output, attn_weights = DIFFERENTIAL_ATTENTION_FUNCTIONS[implementation](
                 *states, scaling=self.scaling, diff_lambda=diff_lambda, **kwargs
             )
-        elif kwargs.get("attention_maps_by_layer") is not None:
-            raise ValueError(
-                f"attention_maps_by_layer: attn_implementation={self.config._attn_implementation!r} never holds whole "
-                'maps; call set_attn_implementation("eager") first.'
-            )
         else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention_forward
+            )
             attn_outputs, _ = standard_attention_forward(attention_interface, *states, scaling=self.scaling, **kwargs)
             attn_output, attn_weights = subtract_maps(attn_outputs, diff_lambda), None
         return self.normalize(attn_output), attn_weights
@@ -182,14 +197,16 @@ class PairedLlamaAttention(DiffLlamaAttention):
         super().__init__(config, layer_idx)
         del self.diff_lambda, self.sub_norm
 
-    def attend(
-        self, attention_interface, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
-    ):
-        if attention_interface is eager_attention_forward:
-            attention_interface = llama_eager_attention_forward
-        states = (query_states, key_states, value_states, attention_mask)
+    def attend(self, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs):
+        implementation = self.config._attn_implementation
+        if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS and implementation != "eager":
+            implementation = "sdpa"
+        kwargs.pop("attention_maps_by_layer", None)  # for differential layers; these maps are never subtracted
         attn_outputs, attn_weights = standard_attention_forward(
-            attention_interface, self, *states, scaling=self.scaling, **kwargs
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama_eager_attention_forward),
+            *(self, query_states, key_states, value_states, attention_mask),
+            scaling=self.scaling,
+            **kwargs,
         )
         first, second = attn_outputs.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
         return torch.cat((first[..., : self.map_dim], second[..., self.map_dim :]), dim=-1), attn_weights
@@ -220,6 +237,9 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DiffLlamaDecoderLayer"]
     _keep_in_fp32_modules_strict = {"diff_lambda"}
     _can_record_outputs = {"hidden_states": DiffLlamaDecoderLayer, "attentions": LlamaAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -252,6 +272,21 @@ class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Paged caches are written inside transformers' attention calls, so batches run through the standard call."""
+        if self.config._attn_implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS.keys() - {"eager"}:
+            self.set_attn_implementation("sdpa")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    @contextmanager
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        implementation = self.config._attn_implementation
+        try:
+            with super().continuous_batching_context_manager(*args, **kwargs) as manager:
+                yield manager
+        finally:
+            self.set_attn_implementation(implementation)
 
 
 class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel): ...

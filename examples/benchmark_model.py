@@ -1,0 +1,196 @@
+"""
+Whole-model time and memory: ours, LLaMA of the same size, and transformers' own DiffLlama.
+
+    python examples/benchmark_model.py --dtype float32 --output out/model
+
+Prefill, decode of one token after it, and a training step, each in milliseconds and as a ratio to LLaMA through its
+best stock attention (sdpa), rounds interleaved in one process. `v1 sdpa` is our model through one standard attention call,
+what every backend of transformers gives; `v1` takes the default path of the device. Before any time is printed, logits
+and gradients of the default path are compared with the definition (`eager`); if they differ, no speed is printed.
+`--memory` measures the peak of a training step, each model in a process of its own.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from timing import environment, time_interleaved
+from transformers import DiffLlamaConfig as StockDiffLlamaConfig
+from transformers import DiffLlamaForCausalLM as StockDiffLlama
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+
+
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 65536,
+}
+SMOKE_SHAPE = SHAPE | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+MODELS = ("llama", "v1", "v2", "v1 sdpa", "stock diffllama")
+
+
+def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """LLaMA with heads of 64 and two queries a key, and the others at its parameter count (V2 has more queries)."""
+    heads = shape["hidden_size"] // 64
+    torch.manual_seed(0)
+    if name == "llama":
+        config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    elif name == "stock diffllama":
+        config = StockDiffLlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
+        model = StockDiffLlama._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    elif name == "v2":
+        config = DiffLlamaConfig(variant="v2", num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
+        model = DiffLlamaForCausalLM._from_config(config, dtype=dtype)
+    else:
+        config = DiffLlamaConfig(num_attention_heads=heads // 2, num_key_value_heads=max(1, heads // 4), **shape)
+        implementation = {"attn_implementation": "sdpa"} if name == "v1 sdpa" else {}
+        model = DiffLlamaForCausalLM._from_config(config, dtype=dtype, **implementation)
+    return model.to(device)
+
+
+def check(shape: dict[str, int], device: str) -> float:
+    """Largest difference in logits and gradients, relative to the largest value, of the default path from `eager`."""
+    worst = 0.0
+    for name in ("v1", "v2"):
+        model = build(name, shape, torch.float32, device)
+        ids = torch.randint(shape["vocab_size"], (2, 200), device=device)
+        results = []
+        for implementation in (model.config._attn_implementation, "eager"):
+            model.set_attn_implementation(implementation)
+            model.zero_grad()
+            output = model(ids, labels=ids)
+            output.loss.backward()
+            results.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for ours, expected in zip(*results, strict=True):
+            worst = max(worst, ((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item())
+    return worst
+
+
+def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def decode(model: PreTrainedModel, ids: torch.Tensor, cache, tokens: int) -> None:
+    """`tokens` steps of one token each after a filled cache, which is put back as it was."""
+    for _ in range(tokens):
+        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+    cache.crop(-tokens)
+
+
+def measure(models: dict[str, PreTrainedModel], length: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Median seconds of each phase and model: prefill 1 x length, decode after it, training 2 x length / 2."""
+    vocab_size = next(iter(models.values())).config.vocab_size
+    prompt = torch.randint(vocab_size, (1, length), device=device)
+    batch = torch.randint(vocab_size, (2, length // 2), device=device)
+    seconds = {}
+    with torch.no_grad():
+        prefill = {name: (lambda m=model: m(prompt, logits_to_keep=1)) for name, model in models.items()}
+        seconds["prefill"] = time_interleaved(prefill, rounds, device)
+        caches = {name: model(prompt, logits_to_keep=1).past_key_values for name, model in models.items()}
+        steps = {name: (lambda m=model, n=name: decode(m, prompt, caches[n], 4)) for name, model in models.items()}
+        decoding = time_interleaved(steps, 3 * rounds, device)
+        seconds["decode"] = {name: value / 4 for name, value in decoding.items()}
+    training = {name: (lambda m=model: training_step(m, batch)) for name, model in models.items()}
+    seconds["training"] = time_interleaved(training, rounds, device)
+    return seconds
+
+
+def peak_training_bytes(name: str, shape: dict[str, int], dtype: str, length: int, device: str) -> int:
+    """What one training step of 1 x length adds to the memory of the loaded model, at its peak."""
+    model = build(name, shape, getattr(torch, dtype), device)
+    training_step(model, torch.randint(shape["vocab_size"], (1, 16), device=device))
+    ids = torch.randint(shape["vocab_size"], (1, length), device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        training_step(model, ids)
+        return torch.cuda.max_memory_allocated() - before
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training_step(model, ids)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def memory_table(arguments: argparse.Namespace) -> dict[str, int]:
+    """Peak bytes of each model's training step, in a process of its own."""
+    peaks = {}
+    for name in MODELS:
+        command = [
+            sys.executable,
+            __file__,
+            "--peak-of",
+            name,
+            "--dtype",
+            arguments.dtype,
+            "--device",
+            arguments.device,
+        ]
+        command += ["--length", str(arguments.length)] + (["--smoke"] if arguments.smoke else [])
+        peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the prompt; training takes 2 x half of it")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
+    parser.add_argument("--output", type=Path, help="folder for model_<phase>.csv and model.json")
+    parser.add_argument("--smoke", action="store_true", help="a small model, in seconds")
+    parser.add_argument("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = SMOKE_SHAPE if arguments.smoke else SHAPE
+    if arguments.smoke:
+        arguments.length, arguments.rounds = min(arguments.length, 64), 2
+    if arguments.peak_of:
+        print(peak_training_bytes(arguments.peak_of, shape, arguments.dtype, arguments.length, arguments.device))
+        return
+
+    worst = check(SMOKE_SHAPE, arguments.device)
+    if worst > 1e-4:  # float32; sums in another order differ by 1e-6 to 1e-5 of the largest value
+        sys.exit(f"The default path differs from its definition by {worst:.1e}: no speed is reported.")
+    record = {"environment": environment(arguments.device), "dtype": arguments.dtype, "length": arguments.length}
+    record["largest_relative_difference"] = worst
+    if arguments.memory:
+        record["peak_training_bytes"] = memory_table(arguments)
+        rows = {"peak of a training step (MiB)": {k: v / 2**20 for k, v in record["peak_training_bytes"].items()}}
+    else:
+        models = {name: build(name, shape, getattr(torch, arguments.dtype), arguments.device) for name in MODELS}
+        record["seconds"] = measure(models, arguments.length, arguments.rounds, arguments.device)
+        rows = {f"{phase} (ms)": {k: 1000 * v for k, v in times.items()} for phase, times in record["seconds"].items()}
+    report(rows, record, arguments.output)
+
+
+def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None) -> None:
+    """Prints the table with ratios to LLaMA and, given a folder, writes it as CSV and the record as JSON."""
+    print(json.dumps({key: value for key, value in record.items() if key != "seconds"}))
+    header = ["", *(column for name in MODELS for column in (name, "ratio"))]
+    lines = [
+        [phase, *(text for name in MODELS for text in (f"{row[name]:.2f}", f"{row[name] / row['llama']:.3f}"))]
+        for phase, row in rows.items()
+    ]
+    for line in (header, *lines):
+        print("  ".join(f"{cell:>16}" if i == 0 else f"{cell:>15}" for i, cell in enumerate(line)))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        kind = "memory" if "peak_training_bytes" in record else "time"
+        stem = f"model_{kind}_{record['dtype']}_{record['length']}"
+        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        with open(output / f"{stem}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([header, *lines])
+
+
+if __name__ == "__main__":
+    main()
