@@ -99,9 +99,10 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     map_dim = query.shape[-1]
     if map_dim == head_dim:
         return query
-    first, second = query.unflatten(1, (-1, 2)).unbind(2)  # (B, H, T, d) each
-    placed = torch.stack((nn.functional.pad(first, (0, map_dim)), nn.functional.pad(second, (map_dim, 0))), dim=2)
-    return placed.flatten(1, 2)
+    batch_size, num_maps, num_queries, _ = query.shape
+    places = torch.eye(2, dtype=query.dtype, device=query.device).view(2, 1, 2, 1)
+    placed = query.view(batch_size, num_maps // 2, 2, num_queries, 1, map_dim) * places  # (B, H, 2, T, 2, d)
+    return placed.view(batch_size, num_maps, num_queries, head_dim)
 
 
 def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,34 @@ def chunked_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal and attention_mask is None and query.shape[2] > 1)
+    if query.shape[2] <= FEW_QUERIES:
+        return attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None
     return ChunkedDiffAttention.apply(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None
+
+
+def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal) -> torch.Tensor:
+    """
+    The same for a step of decoding, in one block: both maps read the cached keys together, and nothing is copied.
+
+    Written for few operations rather than few multiplications, as a step of decoding is as long as its list of them.
+    """
+    batch_size, num_key_value_heads, num_keys, head_dim = key.shape
+    num_queries, num_heads = query.shape[2], query.shape[1] // 2
+    size = batch_size * num_key_value_heads
+    rows = place_queries(query, head_dim).reshape(size, -1, head_dim)  # (N, 2 G T, D)
+    keys = key.reshape(size, num_keys, head_dim).mT
+    scores = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scaling)
+    if is_causal:
+        attention_mask = query.new_ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
+    if attention_mask is not None:
+        scores = _mask(scores.view(batch_size, -1, num_queries, num_keys), attention_mask)
+    maps = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    first, second = maps.view(batch_size, num_heads, 2, num_queries, num_keys).unbind(2)
+    if diff_lambda.dim():
+        diff_lambda = diff_lambda.transpose(1, 2).unsqueeze(-1)
+    weights = torch.addcmul(first, diff_lambda.to(first.dtype), second, value=-1).to(value.dtype)
+    output = torch.bmm(weights.view(size, -1, num_keys), value.reshape(size, num_keys, -1))
+    return output.view(batch_size, num_heads, num_queries, -1).transpose(1, 2)
 
 
 class ChunkedDiffAttention(torch.autograd.Function):
@@ -62,8 +89,7 @@ class ChunkedDiffAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, diff_lambda, attention_mask, scaling, is_causal):
         ctx.save_for_backward(query, key, value, diff_lambda, attention_mask)
         ctx.scaling, ctx.is_causal = scaling, is_causal
-        split_keys = query.shape[2] > FEW_QUERIES
-        blocks = QueryBlocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal, split_keys)
+        blocks = QueryBlocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
         output = value.new_empty(query.shape[0], query.shape[2], query.shape[1] // 2, value.shape[-1])
         output_by_head = blocks.by_head(output)
         for queries, num_keys in blocks:
@@ -75,9 +101,7 @@ class ChunkedDiffAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, diff_lambda, attention_mask = ctx.saved_tensors
-        blocks = QueryBlocks(
-            query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal, split_keys=True
-        )
+        blocks = QueryBlocks(query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal)
         grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
         # Sums over blocks, so not narrower than float32.
         grad_keys = torch.zeros_like(blocks.keys, dtype=blocks.wide)
@@ -104,25 +128,15 @@ class ChunkedDiffAttention(torch.autograd.Function):
 
 
 class QueryBlocks:
-    """
-    The inputs laid out for the products of one block, and these products.
+    """The inputs laid out for the products of one block, and these products. The keys of V1 are split into maps'."""
 
-    With `split_keys`, or where both maps share a key (V2), a product has one map's width; otherwise queries are padded
-    to the whole key, which is read as it lies in the cache.
-    """
-
-    def __init__(self, query, key, value, diff_lambda, attention_mask, scaling, is_causal, split_keys):
+    def __init__(self, query, key, value, diff_lambda, attention_mask, scaling, is_causal):
         self.num_queries, self.num_keys, self.num_key_value_heads = query.shape[2], key.shape[2], key.shape[1]
         self.diff_lambda, self.attention_mask = diff_lambda, attention_mask
         self.scaling, self.is_causal = scaling, is_causal
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.value = value.flatten(0, 1)  # (N, S, D)
-        map_dim = query.shape[-1]
-        if split_keys and key.shape[-1] != map_dim:
-            self.keys = key.unflatten(-1, (2, map_dim)).transpose(2, 3).flatten(0, 2)  # (2N, S, d)
-        else:
-            self.keys = key.flatten(0, 1)  # (N, S, D)
-            query = place_queries(query, key.shape[-1])
+        self.keys = key.unflatten(-1, (-1, query.shape[-1])).transpose(2, 3).flatten(0, 2)  # (2N in V1 or N, S, d)
         self.query = self.by_map(query)
 
     def __iter__(self) -> Iterator[tuple[slice, int]]:
@@ -158,7 +172,7 @@ class QueryBlocks:
         return keys.transpose(2, 3).flatten(3)
 
     def query_rows(self, queries: slice) -> torch.Tensor:
-        """(2N, R, d) for split keys, (N, 2R, d or D) otherwise."""
+        """(2N, R, d) in V1, (N, 2R, d) in V2."""
         return self.query[..., queries, :].reshape(len(self.keys), -1, self.keys.shape[-1])
 
     def lambda_rows(self, queries: slice) -> torch.Tensor:
@@ -182,19 +196,23 @@ class QueryBlocks:
         scores = torch.baddbmm(rows.new_empty(()), rows, keys, beta=0, alpha=self.scaling)
         num_rows = queries.stop - queries.start
         by_query = scores.view(-1, *self.query.shape[1:4], num_rows, num_keys)  # (B, K, 2, G, queries, S)
-        lowest = torch.finfo(scores.dtype).min
         if self.is_causal:
-            later = torch.ones(num_rows, num_rows, dtype=torch.bool, device=scores.device).triu_(1)
-            by_query[..., queries].masked_fill_(later, lowest)
+            _mask(by_query[..., queries], scores.new_ones(num_rows, num_rows, dtype=torch.bool).tril_())
         elif self.attention_mask is not None:
-            mask = self.attention_mask[:, :, None, None, queries, :num_keys]
-            by_query.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else by_query.add_(mask)
+            _mask(by_query, self.attention_mask[:, :, None, None, queries, :num_keys])
         return scores.view(len(self.value), 2, -1, num_keys).softmax(-1, dtype=self.wide)
 
     def weights(self, maps: torch.Tensor, queries: slice) -> torch.Tensor:
         """A1 - lambda A2 of a block, (N, R, S) in the values' dtype; overwrites the first map."""
         first, second = maps.unbind(1)
         return first.addcmul_(self.lambda_rows(queries), second, value=-1).to(self.value.dtype)
+
+
+def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hides keys from `scores` in place; the lowest number, not -inf, keeps rows that see nothing finite."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return scores.add_(mask)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0) -> None:

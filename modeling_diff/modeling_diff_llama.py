@@ -79,9 +79,8 @@ class DiffLambda(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
-        first = (self.lambda_q1 * self.lambda_k1).sum().exp()
-        second = (self.lambda_q2 * self.lambda_k2).sum().exp()
-        return first - second + self.lambda_init
+        first, second = self.lambda_q1.dot(self.lambda_k1), self.lambda_q2.dot(self.lambda_k2)
+        return first.exp() - second.exp() + self.lambda_init
 
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,6 +88,13 @@ class DiffLambda(nn.Module):
             return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
         return super()._apply(keep_wide, recurse)
+
+
+class SubRMSNorm(nn.RMSNorm):
+    """RMSNorm over a head's output in the dtype that it comes in, float32 or wider, whatever the weight's dtype."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_states, self.normalized_shape, eps=self.eps) * self.weight
 
 
 class DiffLlamaAttention(LlamaAttention):
@@ -110,7 +116,7 @@ class DiffLlamaAttention(LlamaAttention):
             self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=config.lambda_bias)
         else:
             self.diff_lambda = DiffLambda(config, layer_idx)
-            self.sub_norm = LlamaRMSNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
+            self.sub_norm = SubRMSNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
 
     def forward(
         self,
