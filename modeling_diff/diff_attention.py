@@ -36,14 +36,15 @@ def attention_maps(
 
     `query` (B, 2H, T, d), `key` (B, K, S, D), `attention_mask` additive (B, 1, T, S) or None for full attention.
     """
-    num_key_value_heads, map_dim = key.shape[1], query.shape[-1]
-    query = query.unflatten(1, (num_key_value_heads, -1, 2))  # (B, K, G, 2, T, d)
-    key = key.unflatten(-1, (-1, map_dim)).movedim(-2, 2).unsqueeze(2)  # (B, K, 1, 2 in V1 or 1 in V2, S, d)
-    scores = torch.matmul(query, key.transpose(-1, -2)).flatten(1, 2) * scaling  # (B, H, 2, T, S)
+    num_maps, map_dim = query.shape[1], query.shape[-1]
+    key = key.unflatten(-1, (-1, map_dim)).transpose(2, 3).unsqueeze(2)  # (B, K, 1, 2 in V1 or 1 in V2, S, d)
+    key = key.expand(-1, -1, num_maps // key.shape[1] // 2, 2, -1, -1).flatten(1, 3)  # (B, 2H, S, d)
+    # Laid out and multiplied as in LLaMA's eager attention, so that equal maps come out equal to the last bit.
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, 2H, T, S)
     if attention_mask is not None:
-        scores = scores + attention_mask.unsqueeze(2)
+        scores = scores + attention_mask
     maps = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
-    return maps[:, :, 0], maps[:, :, 1]
+    return maps[:, 0::2], maps[:, 1::2]
 
 
 def diff_attention_reference(
