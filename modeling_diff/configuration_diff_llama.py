@@ -70,6 +70,11 @@ class DiffLlamaConfig(LlamaConfig):
     differential_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"model_type={model_type!r} is another architecture, whose weights mean something else here: a LLaMA "
+                "checkpoint comes over with `diff-llama convert`."
+            )
         if "lambda_std_dev" in kwargs:
             raise ValueError(
                 "lambda_std_dev is a field of transformers' own diffllama, which computes something else in another "
@@ -207,7 +212,7 @@ class DiffLlamaConfig(LlamaConfig):
         if self.variant == "v2":
             return plan | {"layers.*.self_attn.lambda_proj": "colwise"}
         shared = ("layers.*.self_attn.diff_lambda", "layers.*.self_attn.sub_norm")
-        return plan | dict.fromkeys(shared, "replicated_with_grad_allreduce")
+        return plan | dict.fromkeys(shared, "shared_by_heads")  # of diff_parallel.py
 
 
 DiffLlamaConfig.register_for_auto_class()

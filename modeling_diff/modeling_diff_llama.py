@@ -41,6 +41,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from .configuration_diff_llama import DiffLlamaConfig
 from .diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
 from .diff_attention_chunked import chunked_attention_forward
+from .diff_parallel import check_tensor_parallel_size
 
 
 # What takes unpadded queries and lambda, and gives heads' outputs. Looked up here before transformers' own registry:
@@ -247,6 +248,12 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        if distributed_config is not None and mesh is not None:
+            check_tensor_parallel_size(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -295,17 +302,37 @@ class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             self.set_attn_implementation(implementation)
 
 
-class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel): ...
+# The three generic heads name their backbone, as their parents' constructors ask AutoModel for it: that looks up the
+# config's class, and code loaded from a folder holds two, one imported as the config and one beside the model.
+class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel):
+    def __init__(self, config: DiffLlamaConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DiffLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
-class DiffLlamaForQuestionAnswering(GenericForQuestionAnswering, DiffLlamaPreTrainedModel): ...
+class DiffLlamaForQuestionAnswering(GenericForQuestionAnswering, DiffLlamaPreTrainedModel):
+    def __init__(self, config: DiffLlamaConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = DiffLlamaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
-class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPreTrainedModel): ...
+class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPreTrainedModel):
+    def __init__(self, config: DiffLlamaConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DiffLlamaModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
-# Here and not in __init__.py, which does not travel to the Hub: the three generic heads build their backbone through
-# AutoModel, and without an entry under this very class it would find transformers' own DiffLlama by the class name.
+# Here and not in __init__.py, which does not travel to the Hub: without an entry under this very class, AutoModel would
+# find transformers' own DiffLlama by the config's class name.
 for auto_class, model_class in (
     (AutoModel, DiffLlamaModel),
     (AutoModelForCausalLM, DiffLlamaForCausalLM),

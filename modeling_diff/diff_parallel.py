@@ -1,0 +1,53 @@
+"""Tensor parallelism: what the heads of every rank share."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+
+SHARED_BY_HEADS = "shared_by_heads"  # the name used in the configuration's plan
+
+
+class SharedByHeadsParallel(TensorParallelLayer):
+    """
+    Whole on every rank, used by that rank's heads only: each backward pass sums its gradient over the ranks.
+
+    transformers' "replicated_with_grad_allreduce" sums the *accumulated* gradient, so that with gradient accumulation
+    earlier passes count once more each time, and in 5.17 leaves modules without inputs, as `DiffLambda`, unsummed.
+    """
+
+    def install_forward(self, module: nn.Module, mesh):
+        forward = module.forward
+        hooked: dict[str, nn.Parameter] = {}
+
+        def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
+            total = gradient.clone()
+            dist.all_reduce(total, group=mesh.get_group())
+            return total
+
+        def forward_with_hooks(*args, **kwargs):
+            # At the first call, not here: loading the checkpoint replaces the parameters after this.
+            if torch.is_grad_enabled():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.requires_grad and hooked.get(name) is not parameter:
+                        parameter.register_hook(sum_over_ranks)
+                        hooked[name] = parameter
+            return forward(*args, **kwargs)
+
+        module.forward = forward_with_hooks
+        return module
+
+
+def check_tensor_parallel_size(config, tp_size: int) -> None:
+    """Raises `ValueError` where ranks cannot hold whole key-value heads."""
+    if config.num_key_value_heads % tp_size:
+        raise ValueError(
+            f"tp_size={tp_size} does not divide num_key_value_heads={config.num_key_value_heads}: a rank holds whole "
+            "heads with their keys and values; use a tp_size that divides it."
+        )
+
+
+# What is there stays: another revision of this code may be loaded beside this one, and the name says what is done.
+if SHARED_BY_HEADS not in ALL_PARALLEL_STYLES:
+    ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeadsParallel())

@@ -1,0 +1,122 @@
+"""Tiny checkpoints of all heads with their code, and fresh processes that load them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hub_models import HEADS, VARIANTS, greedy_tokens, head_output
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import modeling_diff
+
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 240
+
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+    "lambda_init_std": 0.3,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """`tiny_config(variant, **changes)`"""
+
+    def build(variant: str, **changes) -> modeling_diff.DiffLlamaConfig:
+        return modeling_diff.DiffLlamaConfig(**(TINY | {"variant": variant} | changes))
+
+    return build
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, TINY["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def saved(tiny_config, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """One saved checkpoint for each variant and head, with its code beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    paths = {}
+    for variant in VARIANTS:
+        for auto_class, class_name in HEADS.items():
+            torch.manual_seed(0)
+            path = paths[variant, auto_class] = folder / f"{variant}-{class_name}"
+            getattr(modeling_diff, class_name)(tiny_config(variant)).save_pretrained(path)
+            if auto_class == "AutoModelForCausalLM":
+                save_tokenizer(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def expected(saved) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """What each checkpoint gives when our package loads it by its own class."""
+    results = {}
+    for (variant, auto_class), path in saved.items():
+        model = getattr(modeling_diff, HEADS[auto_class]).from_pretrained(path)
+        results[variant, auto_class] = {"output": head_output(model)}
+        if auto_class == "AutoModelForCausalLM":
+            results[variant, auto_class]["generated"] = greedy_tokens(model)
+    return results
+
+
+@pytest.fixture(scope="session")
+def fresh_process(tmp_path_factory):
+    """`fresh_process(checkpoints, **environment)` gives a report for each checkpoint, in order."""
+
+    def run(checkpoints: list[dict], with_package: bool = False, **environment: str) -> list[dict]:
+        folder = tmp_path_factory.mktemp("process")
+        job, reports = folder / "job.json", folder / "reports.pt"
+        job.write_text(json.dumps({"checkpoints": checkpoints, "reports": str(reports), "with_package": with_package}))
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if with_package:
+            inherited["PYTHONPATH"] = str(Path(modeling_diff.__file__).parent.parent)
+        home = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        process = subprocess.run(
+            [sys.executable, HERE / "fresh_process.py", job],
+            cwd=folder,
+            env=inherited | home | environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert process.returncode == 0, process.stderr[-6000:]
+        return torch.load(reports)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def put_in_hub_cache():
+    """`put_in_hub_cache(home, repo, revision, checkpoint)` imitates a download; the last one becomes `main`."""
+
+    def put(home: Path, repo: str, revision: str, checkpoint: Path) -> None:
+        cache = home / "hub" / f"models--{repo.replace('/', '--')}"
+        snapshot = cache / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text(revision)
+        for file in checkpoint.iterdir():
+            (snapshot / file.name).write_bytes(file.read_bytes())
+
+    return put
