@@ -4,7 +4,7 @@ Whole-model time and memory: ours, LLaMA of the same size, and transformers' own
     python examples/benchmark_model.py --dtype float32 --output out/model
 
 Prefill, decode of one token after it, and a training step, each in milliseconds and as a ratio to LLaMA through its
-best stock attention (sdpa), rounds interleaved in one process. `v1 sdpa` is our model through one standard attention call,
+best stock attention (sdpa), rounds interleaved in one process. `v1 sdpa` is our model through one standard call,
 what every backend of transformers gives; `v1` takes the default path of the device. Before any time is printed, logits
 and gradients of the default path are compared with the definition (`eager`); if they differ, no speed is printed.
 `--memory` measures the peak of a training step, each model in a process of its own.

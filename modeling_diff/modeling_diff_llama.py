@@ -41,6 +41,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from .configuration_diff_llama import DiffLlamaConfig
 from .diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
 from .diff_attention_chunked import chunked_attention_forward
+from .diff_attention_fused import fused_attention_forward, fused_attention_mask
+from .diff_attention_triton import triton_can_run
 from .diff_parallel import check_tensor_parallel_size
 
 
@@ -49,11 +51,24 @@ from .diff_parallel import check_tensor_parallel_size
 DIFFERENTIAL_ATTENTION_FUNCTIONS: dict[str, Callable] = {
     "eager": eager_attention_forward,
     "diff_chunked": chunked_attention_forward,
+    "diff_triton": fused_attention_forward,
 }
-DEFAULT_ATTENTION = "diff_chunked"
-AttentionInterface.register("diff_chunked", chunked_attention_forward)
 # Without a mask function of its own, a name gets no mask at all, even for a padded batch.
-AttentionMaskInterface.register("diff_chunked", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+for name, mask_function in (
+    ("diff_chunked", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]),
+    ("diff_triton", fused_attention_mask),
+):
+    AttentionInterface.register(name, DIFFERENTIAL_ATTENTION_FUNCTIONS[name])
+    AttentionMaskInterface.register(name, mask_function)
+
+
+def default_attention() -> str:
+    """
+    The fastest path measured on the device at hand: query-chunked on a CPU, the one standard call on an accelerator.
+
+    `diff_triton` is to become CUDA's once it has been measured there; until then it is there to be asked for.
+    """
+    return "sdpa" if torch.accelerator.is_available() else "diff_chunked"
 
 
 class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -168,9 +183,10 @@ class DiffLlamaAttention(LlamaAttention):
                 f"attention_maps_by_layer: attn_implementation={implementation!r} never holds whole maps; call "
                 'set_attn_implementation("eager") first.'
             )
+        norm = self.fusable_norm() if implementation == "diff_triton" else {}
         if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS:
             attn_output, attn_weights = DIFFERENTIAL_ATTENTION_FUNCTIONS[implementation](
-                *states, scaling=self.scaling, diff_lambda=diff_lambda, **kwargs
+                *states, scaling=self.scaling, diff_lambda=diff_lambda, **norm, **kwargs
             )
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -178,7 +194,7 @@ class DiffLlamaAttention(LlamaAttention):
             )
             attn_outputs, _ = standard_attention_forward(attention_interface, *states, scaling=self.scaling, **kwargs)
             attn_output, attn_weights = subtract_maps(attn_outputs, diff_lambda), None
-        return self.normalize(attn_output), attn_weights
+        return attn_output if norm else self.normalize(attn_output), attn_weights
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """() in V1, (B, T, H) in V2; float32 or wider."""
@@ -193,6 +209,13 @@ class DiffLlamaAttention(LlamaAttention):
             return attn_output
         return (1 - self.diff_lambda.lambda_init) * self.sub_norm(attn_output)
 
+    def fusable_norm(self) -> dict[str, torch.Tensor | float]:
+        """What a kernel needs to normalise by itself; nothing without a norm, or with an adapter in its place."""
+        if self.config.variant == "v2" or type(self.sub_norm) is not SubRMSNorm:
+            return {}
+        scale = 1 - self.diff_lambda.lambda_init
+        return {"norm_weight": self.sub_norm.weight, "norm_eps": self.sub_norm.eps, "norm_scale": scale}
+
 
 class PairedLlamaAttention(DiffLlamaAttention):
     """
@@ -205,12 +228,10 @@ class PairedLlamaAttention(DiffLlamaAttention):
         del self.diff_lambda, self.sub_norm
 
     def attend(self, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs):
-        implementation = self.config._attn_implementation
-        if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS and implementation != "eager":
-            implementation = "sdpa"
         kwargs.pop("attention_maps_by_layer", None)  # for differential layers; these maps are never subtracted
         attn_outputs, attn_weights = standard_attention_forward(
-            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama_eager_attention_forward),
+            # Our own names as registered: without lambda, they are plain attention.
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, llama_eager_attention_forward),
             *(self, query_states, key_states, value_states, attention_mask),
             scaling=self.scaling,
             **kwargs,
@@ -246,7 +267,9 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": DiffLlamaDecoderLayer, "attentions": LlamaAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
+        if requested_attention == "diff_triton" and (reason := triton_can_run("cuda")) is not None:
+            raise ImportError(f'attn_implementation="diff_triton" cannot run here: {reason}.')
+        return super().get_correct_attn_implementation(requested_attention or default_attention(), is_init_check)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):
@@ -331,7 +354,7 @@ class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPr
         self.post_init()
 
 
-# Here and not in __init__.py, which does not travel to the Hub: without an entry under this very class, AutoModel would
+# Here and not in __init__.py, which stays behind: without an entry under this very class, AutoModel would
 # find transformers' own DiffLlama by the config's class name.
 for auto_class, model_class in (
     (AutoModel, DiffLlamaModel),

@@ -1,0 +1,124 @@
+"""The whole model on the fused kernels against `eager`, in triton's interpreter: masks, caches, packing, gradients.
+
+As in test_triton_interpreter.py, collected without TRITON_INTERPRET this file holds the one test that sets it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_fused_models_in_an_interpreter_process():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        process = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
+        )
+        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+
+    def test_diff_triton_without_a_gpu_raises_by_name():
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU, where diff_triton runs")
+        model = DiffLlamaForCausalLM(DiffLlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+        with pytest.raises(ImportError, match=r'attn_implementation="diff_triton" cannot run here: .*CUDA'):
+            model.set_attn_implementation("diff_triton")
+
+else:
+    # float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
+    TOLERANCE = 5e-5
+    VARIANTS = {
+        "v1": {"variant": "v1"},
+        "v2": {"variant": "v2"},
+        "v1 with a LLaMA layer": {"variant": "v1", "differential_layers": [1]},
+        "v2 with a LLaMA layer": {"variant": "v2", "differential_layers": [0]},
+    }
+
+    @pytest.fixture(params=VARIANTS)
+    def model(request):
+        torch.manual_seed(0)
+        config = DiffLlamaConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.2,
+            pad_token_id=0,
+            **VARIANTS[request.param],
+        )
+        return DiffLlamaForCausalLM(config).eval()
+
+    @pytest.fixture
+    def inputs():
+        """Two rows of 17 tokens, the second padded by 4 on the left."""
+        ids = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids)
+        mask[1, :4] = 0
+        return {"input_ids": ids * mask, "attention_mask": mask}
+
+    def on_both_paths(model, function):
+        results = []
+        for implementation in ("eager", "diff_triton"):
+            model.set_attn_implementation(implementation)
+            results.append(function())
+        return results
+
+    def assert_close(ours, expected, name=""):
+        assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+
+    def test_fused_logits_and_gradients_equal_eager_with_left_padding(model, inputs):
+        labels = inputs["input_ids"].clone()
+        labels[1, :5] = -100  # the first token after the padding is predicted by a row of padding
+
+        def run():
+            model.zero_grad()
+            output = model(**inputs, labels=labels)
+            output.loss.backward()
+            logits = torch.cat((output.logits[0], output.logits[1, 4:])).detach()
+            return {"logits": logits} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        expected, ours = on_both_paths(model, run)
+        for name, value in expected.items():
+            assert_close(ours[name], value, name)
+
+    def test_fused_packed_sequences_do_not_see_each_other(model, inputs):
+        positions = torch.cat((torch.arange(9), torch.arange(8)))[None]
+        row = inputs["input_ids"][:1]
+
+        def run():
+            with torch.no_grad():
+                packed = model(row, position_ids=positions, use_cache=False).logits
+                return packed, model(row[:, 9:], use_cache=False).logits
+
+        (expected, alone), (ours, ours_alone) = on_both_paths(model, run)
+        assert_close(ours, expected)
+        assert_close(ours[:, 9:], alone)
+        assert_close(ours_alone, alone)
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_fused_generation_equals_eager(model, inputs, cache):
+        settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        expected, ours = on_both_paths(model, lambda: model.generate(**inputs, **settings))
+        assert torch.equal(ours, expected)
+
+    def test_fused_refuses_what_it_cannot_read(model, inputs):
+        model.set_attn_implementation("diff_triton")
+        holes = inputs["attention_mask"].clone()
+        holes[0, 6] = 0
+        with pytest.raises(ValueError, match="padding between tokens"):
+            model(inputs["input_ids"], attention_mask=holes)
+        by_hand = torch.ones(2, 1, 17, 17, dtype=torch.bool).tril()
+        with pytest.raises(ValueError, match="no masks made by hand"):
+            model(inputs["input_ids"], attention_mask=by_hand)
+        positions = torch.cat((torch.arange(9), torch.arange(8))).expand(2, -1)
+        with pytest.raises(ValueError, match="packed sequences in 2 rows"):
+            model(inputs["input_ids"], position_ids=positions, use_cache=False)

@@ -1,0 +1,164 @@
+"""The kernels compiled for sm_90, on a machine without a GPU: registers, shared memory, spills, tensor cores.
+
+A spill outside the innermost loops is paid once a program; inside, once a tile of keys. So the second must be none.
+"""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from modeling_diff import diff_attention_triton as kernels
+
+
+triton = pytest.importorskip("triton", reason="triton is not installed, so there is nothing to compile")
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+pytestmark = [
+    pytest.mark.skipif(not os.path.exists(CUOBJDUMP), reason="this triton brings no cuobjdump"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"),
+]
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MAX_REGISTERS = 255
+MAX_SHARED_BYTES = 227 * 1024  # what one program may ask for on sm_90
+# Spilled stores outside the innermost loops. With one accumulator the epilogue of fwd holds both maps' outputs once.
+MAX_SPILLS, MAX_SPILLS_ONE_ACCUMULATOR = 160, 600
+IN_MODEL_DTYPE = {"q", "k", "v", "out", "o", "o2", "do", "dk", "dv", "dq", "grad", "weight"}
+
+
+MASKS = {"start_ptr", "length_ptr", "seq_start_ptr", "seq_end_ptr", "window"}
+SIZES = {"B", "H", "K", "G", "T", "S", "SPLITS"}
+
+
+def compile_kernel(name, variant, map_dim, dtype, masks=(), dk=True, dv=True, maps=2, ones=(), causal=True):
+    """One shipped configuration, with pointers and strides that are multiples of 16, as torch's tensors have them.
+
+    masks: those in use. ones: sizes that are 1, which triton makes constants of.
+    """
+    kernel = getattr(kernels, {"dkdv": "bwd_dkdv", "dq": "bwd_dq"}.get(name, name) + "_kernel")
+    share_k, norm = variant == "v2", variant == "v1"
+    head_dim = map_dim if share_k else 2 * map_dim
+    block_d, block_D = kernels._widths(map_dim, head_dim)
+    tiles, one_accumulator = kernels._tiles(share_k, block_d, dtype)
+    constants = {
+        "MAPS": maps, "SHARE_K": share_k, "LAM_ROW": share_k and maps == 2, "CAUSAL": causal,
+        "LOWER": bool(MASKS - {"length_ptr"} & set(masks)), "d": map_dim,
+        "D": head_dim, "BLOCK_d": block_d, "BLOCK_D": block_D,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "TWO_PASS": one_accumulator and maps == 2,
+        "DK": dk, "DV": dv, "BLOCK_S": 16, "TILES": 8, "BLOCK_M": 16,
+    }  # fmt: skip
+    warps, stages = 4, 3
+    if name in tiles:
+        *blocks, warps, stages = tiles[name]
+        constants |= dict(zip(("BLOCK_N", "BLOCK_M"), reversed(blocks), strict=False))
+    constants |= dict.fromkeys(ones, 1)
+    absent = MASKS - set(masks)
+    absent |= set() if maps == 2 else {"lam_ptr", "o2_ptr"}
+    absent |= set() if norm else {"weight_ptr", "rstd_ptr", "dweight_ptr"} | ({"o_ptr"} if name == "fwd" else set())
+    absent |= set() if one_accumulator else {"scratch_ptr"}
+    signature, values, attributes = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants or argument in absent:
+            signature[argument], values[argument] = "constexpr", constants.get(argument)
+        elif argument.endswith("_ptr"):
+            stem = argument.removesuffix("_ptr")
+            element = DTYPES[dtype] if stem in IN_MODEL_DTYPE else "i32" if argument in MASKS else "fp32"
+            signature[argument] = "*" + element
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif argument in ("scale", "scaling", "eps", "norm_scale"):
+            signature[argument] = "fp32"
+        else:
+            signature[argument] = "i32"
+            if argument.startswith("stride_"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        triton.compiler.ASTSource(kernel, signature, values, attributes),
+        target=triton.backends.compiler.GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+
+
+def resources(compiled, tmp_path):
+    """Registers, shared bytes, spilled stores by place and tensor-core instructions, from the cubin."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+
+    def dump(option):
+        return subprocess.run([CUOBJDUMP, option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", dump("-sass"))]
+    branches = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
+    inner = [(begin, end) for begin, end in loops if not any(begin <= at < end and at != begin for at, _ in loops)]
+    spills = [at for at, text in code if re.search(r"\bSTL\b", text)]
+    inside = sum(any(begin <= at <= end for begin, end in inner) for at in spills)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", dump("-res-usage"))[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "spills_outside": len(spills) - inside,
+        "spills_inside": inside,
+        "hgmma": sum("HGMMA" in text for _, text in code),
+        "hmma": sum(" HMMA" in f" {text}" for _, text in code),
+        "inner_loops": len(inner),
+    }
+
+
+SHAPES = [("v1", 64), ("v1", 128), ("v2", 64), ("v2", 128)]
+KERNELS = ["fwd", "dkdv", "dq", "decode", "bwd_pre", "combine"]
+SLOW_SHAPES = [("v1", 32), ("v1", 96), ("v2", 96), ("v2", 256)]
+
+
+def check(name, variant, map_dim, dtype, masks, tmp_path):
+    one_accumulator = kernels._tiles(variant == "v2", kernels._widths(map_dim, 1)[0], dtype)[1]
+    halves = [(True, False), (False, True)] if name == "dkdv" and one_accumulator else [(True, True)]
+    for dk, dv in halves:
+        found = resources(compile_kernel(name, variant, map_dim, dtype, masks, dk, dv), tmp_path)
+        print(f"{name} {variant} d={map_dim} {DTYPES[dtype]} masks={masks} dk={dk} dv={dv}: {found}")
+        assert found["registers"] <= MAX_REGISTERS
+        assert found["shared_bytes"] <= MAX_SHARED_BYTES
+        if dtype == torch.float32:
+            assert found["registers"] > 32  # what ptxas falls back to when it gives up: thousands of spills
+            continue  # three products for one: it spills, and is there to be exact
+        if name in ("fwd", "dkdv", "dq"):
+            assert found["hgmma"] > 0 and found["hmma"] == 0 and found["inner_loops"] > 0
+        elif name == "decode":  # 16 rows are too few for a warp group
+            assert found["hmma"] > 0
+        assert found["spills_outside"] <= (MAX_SPILLS_ONE_ACCUMULATOR if one_accumulator else MAX_SPILLS)
+        if (variant, map_dim, name) != ("v2", 256, "dq"):  # 64 rows of two accumulators 256 wide do not quite fit
+            assert found["spills_inside"] == 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("variant", "map_dim"), SHAPES)
+def test_kernel_fits_sm_90(name, variant, map_dim, tmp_path):
+    check(name, variant, map_dim, torch.bfloat16, (), tmp_path)
+
+
+OPTIONS = {
+    "packed": {"masks": ("seq_start_ptr", "seq_end_ptr", "window")},
+    "static cache": {"masks": ("start_ptr", "length_ptr"), "causal": False},
+    "one map": {"maps": 1},
+    "sizes of one": {"masks": ("length_ptr", "window"), "ones": SIZES},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_compiles(name, option, tmp_path):
+    variant = "v2" if option == "one map" else "v1"
+    found = resources(compile_kernel(name, variant, 64, torch.bfloat16, **OPTIONS[option]), tmp_path)
+    assert found["shared_bytes"] <= MAX_SHARED_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fwd", "dkdv", "dq", "decode"])
+@pytest.mark.parametrize(("variant", "map_dim"), [*SLOW_SHAPES, *SHAPES])
+def test_kernel_with_left_padding_or_another_width_fits_sm_90(name, variant, map_dim, tmp_path):
+    check(name, variant, map_dim, torch.float16, ("start_ptr",), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fwd", "dkdv", "dq", "decode"])
+def test_float32_kernel_fits_sm_90(name, tmp_path):
+    check(name, "v1", 128, torch.float32, (), tmp_path)
