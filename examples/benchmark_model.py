@@ -25,6 +25,7 @@ from transformers import DiffLlamaForCausalLM as StockDiffLlama
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.diff_attention_triton import triton_can_run
 
 
 SHAPE = {
@@ -35,7 +36,9 @@ SHAPE = {
     "max_position_embeddings": 65536,
 }
 SMOKE_SHAPE = SHAPE | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
-MODELS = ("llama", "v1", "v2", "v1 sdpa", "stock diffllama")
+MODELS = ["llama", "v1", "v2", "v1 sdpa", "stock diffllama"]
+if triton_can_run("cuda") is None:
+    MODELS += ["v1 diff_triton", "v2 diff_triton"]
 
 
 def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -48,13 +51,13 @@ def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str) -> 
     elif name == "stock diffllama":
         config = StockDiffLlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
         model = StockDiffLlama._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    elif name == "v2":
-        config = DiffLlamaConfig(variant="v2", num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
-        model = DiffLlamaForCausalLM._from_config(config, dtype=dtype)
     else:
-        config = DiffLlamaConfig(num_attention_heads=heads // 2, num_key_value_heads=max(1, heads // 4), **shape)
-        implementation = {"attn_implementation": "sdpa"} if name == "v1 sdpa" else {}
-        model = DiffLlamaForCausalLM._from_config(config, dtype=dtype, **implementation)
+        variant, _, implementation = name.partition(" ")
+        if variant == "v1":
+            heads //= 2
+        config = DiffLlamaConfig(variant=variant, num_attention_heads=heads, num_key_value_heads=heads // 2, **shape)
+        chosen = {"attn_implementation": implementation} if implementation else {}
+        model = DiffLlamaForCausalLM._from_config(config, dtype=dtype, **chosen)
     return model.to(device)
 
 
@@ -178,7 +181,14 @@ def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None)
     print(json.dumps({key: value for key, value in record.items() if key != "seconds"}))
     header = ["", *(column for name in MODELS for column in (name, "ratio"))]
     lines = [
-        [phase, *(text for name in MODELS for text in (f"{row[name]:.2f}", f"{row[name] / row['llama']:.3f}"))]
+        [
+            phase,
+            *(
+                text
+                for name in MODELS
+                for text in (f"{row[name]:.2f}", f"{row[name] / (row['llama'] or float('nan')):.3f}")
+            ),
+        ]
         for phase, row in rows.items()
     ]
     for line in (header, *lines):
