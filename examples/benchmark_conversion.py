@@ -150,13 +150,10 @@ def main() -> None:
     print(f"{'':>12} {'seconds':>9} {'ratio':>7} {'own peak (MB)':>14} {'mapped peak (MB)':>17}")
     for job in JOBS:
         medians = {key: statistics.median(r[job][key] for r in rounds) for key in rounds[0][job]}
-        record["jobs"][job] = medians | {
-            "ratio_to_copy": medians["seconds"] / record["jobs"]["copy"]["seconds"] if record["jobs"] else 1.0
-        }
+        ratio = medians["seconds"] / statistics.median(r["copy"]["seconds"] for r in rounds)
+        record["jobs"][job] = medians | {"ratio_to_copy": ratio}
         own, mapped = medians["peak_own_bytes"] / 1e6, medians["peak_mapped_bytes"] / 1e6
-        print(
-            f"{job:>12} {medians['seconds']:9.2f} {record['jobs'][job]['ratio_to_copy']:7.2f} {own:14.0f} {mapped:17.0f}"
-        )
+        print(f"{job:>12} {medians['seconds']:9.2f} {ratio:7.2f} {own:14.0f} {mapped:17.0f}")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -180,17 +180,10 @@ def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None)
     """Prints the table with ratios to LLaMA and, given a folder, writes it as CSV and the record as JSON."""
     print(json.dumps({key: value for key, value in record.items() if key != "seconds"}))
     header = ["", *(column for name in MODELS for column in (name, "ratio"))]
-    lines = [
-        [
-            phase,
-            *(
-                text
-                for name in MODELS
-                for text in (f"{row[name]:.2f}", f"{row[name] / (row['llama'] or float('nan')):.3f}")
-            ),
-        ]
-        for phase, row in rows.items()
-    ]
+    lines = []
+    for phase, row in rows.items():
+        llama = row["llama"] or float("nan")
+        lines.append([phase, *(text for name in MODELS for text in (f"{row[name]:.2f}", f"{row[name] / llama:.3f}"))])
     for line in (header, *lines):
         print("  ".join(f"{cell:>16}" if i == 0 else f"{cell:>15}" for i, cell in enumerate(line)))
     if output is not None:
