@@ -1,0 +1,17 @@
+"""Checkpoints in, checkpoints out: LLaMA and DiffLlama to the Differential Transformer and back."""
+
+from conversion.convert import ConversionReport, convert_checkpoint
+from conversion.errors import ConversionError, FilesError
+from conversion.export import export_checkpoint
+from conversion.verify import VerificationReport, verify_checkpoint
+
+
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "FilesError",
+    "VerificationReport",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,18 @@
+"""Checkpoints on disk: the lazy reader and the atomic sharded writer, in one import. Knows files, no models."""
+
+from conversion.reader import CheckpointReader, TensorInfo, count_nonfinite
+from conversion.target import check_target
+from conversion.writer import CheckpointWriter, Shard, TensorSpec, parse_size, plan_shards
+
+
+__all__ = [
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Shard",
+    "TensorInfo",
+    "TensorSpec",
+    "check_target",
+    "count_nonfinite",
+    "parse_size",
+    "plan_shards",
+]

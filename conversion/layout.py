@@ -1,0 +1,218 @@
+"""Pure tensor rules: what a checkpoint's tensors are called, and what becomes of each; knows no files and no models.
+
+V vocabulary, C hidden, I intermediate, H LLaMA heads (= maps of one side), G LLaMA KV heads, d map_dim.
+`TENSORS` is the one table of names; a layout says what becomes of the rows and columns that attention cares about.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+# name, shape in the letters above (Q = H d, K = G d), role; a bias has the rows of its weight
+TENSORS = (
+    ("model.embed_tokens.weight", "VC", "keep"),
+    ("model.layers.{layer}.input_layernorm.weight", "C", "keep"),
+    ("model.layers.{layer}.self_attn.q_proj.weight", "QC", "queries"),
+    ("model.layers.{layer}.self_attn.q_proj.bias", "Q", "queries"),
+    ("model.layers.{layer}.self_attn.k_proj.weight", "KC", "keys"),
+    ("model.layers.{layer}.self_attn.k_proj.bias", "K", "keys"),
+    ("model.layers.{layer}.self_attn.v_proj.weight", "KC", "values"),
+    ("model.layers.{layer}.self_attn.v_proj.bias", "K", "values"),
+    ("model.layers.{layer}.self_attn.o_proj.weight", "CQ", "outputs"),
+    ("model.layers.{layer}.self_attn.o_proj.bias", "C", "keep"),
+    ("model.layers.{layer}.post_attention_layernorm.weight", "C", "keep"),
+    ("model.layers.{layer}.mlp.gate_proj.weight", "IC", "keep"),
+    ("model.layers.{layer}.mlp.gate_proj.bias", "I", "keep"),
+    ("model.layers.{layer}.mlp.up_proj.weight", "IC", "keep"),
+    ("model.layers.{layer}.mlp.up_proj.bias", "I", "keep"),
+    ("model.layers.{layer}.mlp.down_proj.weight", "CI", "keep"),
+    ("model.layers.{layer}.mlp.down_proj.bias", "C", "keep"),
+    ("model.norm.weight", "C", "keep"),
+    ("lm_head.weight", "VC", "keep"),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the table needs to know of a model; head counts are LLaMA's (twice ours in V1)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    map_dim: int
+    lm_head: bool = True  # False: tied to the embedding, or a model without a head
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """The shape that a row of `TENSORS` spells."""
+        width = {
+            "V": self.vocab_size,
+            "C": self.hidden_size,
+            "I": self.intermediate_size,
+            "Q": self.num_heads * self.map_dim,
+            "K": self.num_kv_heads * self.map_dim,
+        }
+        return tuple(width[letter] for letter in letters)
+
+
+def llama_tensors(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
+    """Every tensor a LLaMA of these sizes has, in file order: name, shape, role, layer."""
+    for template, letters, role in TENSORS:
+        if template == TENSORS[1][0]:
+            for layer in range(sizes.num_layers):
+                yield from _layer_tensors(sizes, layer)
+        if "{layer}" not in template and (sizes.lm_head or template != "lm_head.weight"):
+            yield template, sizes.shape(letters), role, None
+
+
+def _layer_tensors(sizes: Sizes, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    for template, letters, role in TENSORS:
+        has_bias = sizes.mlp_bias if ".mlp." in template else sizes.attention_bias
+        if "{layer}" in template and (has_bias or not template.endswith(".bias")):
+            yield template.format(layer=layer), sizes.shape(letters), role, layer
+
+
+class Transform(Protocol):
+    """A rule for one tensor, which knows its own inverse and the shape it makes."""
+
+    def __call__(self, tensor: torch.Tensor, /) -> torch.Tensor: ...
+    def shape(self, shape: tuple[int, ...], /) -> tuple[int, ...]: ...
+    def inverse(self) -> "Transform": ...
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The tensor as it is."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def inverse(self) -> "Keep":
+        return self
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Times a factor: exact for a power of two, otherwise rounded once, in float64."""
+
+    factor: float
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if math.frexp(self.factor)[0] == 0.5:  # a power of two: no need of float64
+            return tensor * self.factor
+        return (tensor.double() * self.factor).to(tensor.dtype)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def inverse(self) -> "Scale":
+        return Scale(1 / self.factor)
+
+
+@dataclass(frozen=True)
+class TakeBlocks:
+    """Blocks of `width` along `axis` in the order listed: a permutation, or a mirror where blocks repeat.
+
+    The inverse of a mirror takes the first of each block's copies.
+    """
+
+    axis: int
+    width: int
+    order: tuple[int, ...]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.order == tuple(range(tensor.shape[self.axis] // self.width)):
+            return tensor
+        blocks = tensor.unflatten(self.axis, (-1, self.width))
+        return blocks.index_select(self.axis, torch.tensor(self.order)).flatten(self.axis, self.axis + 1)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[: self.axis], len(self.order) * self.width, *shape[self.axis + 1 :])
+
+    def inverse(self) -> "TakeBlocks":
+        first_place = {block: place for place, block in reversed(list(enumerate(self.order)))}
+        return TakeBlocks(self.axis, self.width, tuple(first_place[block] for block in range(len(first_place))))
+
+
+@dataclass(frozen=True)
+class HeadPairing:
+    """Which LLaMA heads make up the differential heads of one layer.
+
+    `query_heads[2 i + m]` is the LLaMA head that becomes map m of head i, `kv_heads[2 g + m]` the KV head whose keys
+    become map m's keys of KV head g and whose values become half m of its value. `query_heads` must read the KV
+    heads that `kv_heads` puts at their place. ValueError otherwise.
+    """
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, heads in (("query_heads", self.query_heads), ("kv_heads", self.kv_heads)):
+            if len(heads) % 2 or not heads or sorted(heads) != list(range(len(heads))):
+                raise ValueError(f"{name} must list an even number of heads, each once, got {heads}")
+        if len(self.query_heads) % len(self.kv_heads):
+            raise ValueError(f"{len(self.query_heads)} query heads cannot share {len(self.kv_heads)} KV heads evenly")
+        group = len(self.query_heads) // len(self.kv_heads)
+        for place, head in enumerate(self.query_heads):
+            expected = self.kv_heads[2 * (place // 2 // group) + place % 2]
+            if head // group != expected:
+                raise ValueError(f"query head {head} at place {place} reads KV head {head // group}, not {expected}")
+
+    @classmethod
+    def adjacent(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
+        """The default without calibration: KV heads 2g and 2g + 1, their query heads j with one another."""
+        group = num_heads // num_kv_heads
+        places = range(num_heads // 2)
+        heads = ((2 * (i // group) + m) * group + i % group for i in places for m in (0, 1))
+        return cls(tuple(heads), tuple(range(num_kv_heads)))
+
+    @classmethod
+    def halves(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
+        """The order of transformers' own `diffllama`: map h pairs with map h + H / 2, KV heads likewise."""
+        query_heads = (i + m * num_heads // 2 for i in range(num_heads // 2) for m in (0, 1))
+        kv_heads = (g + m * num_kv_heads // 2 for g in range(num_kv_heads // 2) for m in (0, 1))
+        return cls(tuple(query_heads), tuple(kv_heads))
+
+
+def paired_layout(pairing: HeadPairing, map_dim: int) -> dict[str, Transform]:
+    """LLaMA -> V1: rows of q, k, v and the columns of o move together."""
+    return {
+        "queries": TakeBlocks(0, map_dim, pairing.query_heads),
+        "keys": TakeBlocks(0, map_dim, pairing.kv_heads),
+        "values": TakeBlocks(0, map_dim, pairing.kv_heads),
+        "outputs": TakeBlocks(1, map_dim, pairing.query_heads),
+    }
+
+
+def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[str, Transform]:
+    """LLaMA -> V2: each query twice, o over 1 - sigmoid(lambda_bias), which is 1 + exp(lambda_bias)."""
+    return {
+        "queries": TakeBlocks(0, map_dim, tuple(head for head in range(num_heads) for _ in (0, 1))),
+        "outputs": Scale(1 + math.exp(lambda_bias)),
+    }
+
+
+def halves_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
+    """transformers' `diffllama` -> V1: its o_proj already reads [v1; v2] head by head."""
+    return paired_layout(HeadPairing.halves(num_heads, num_kv_heads), map_dim) | {"outputs": Keep()}
+
+
+def interleaved_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
+    """The authors' V1 flash files -> V1: ours but for rotary pairs (2j, 2j + 1), here (j, j + d / 2)."""
+
+    def split_pairs(maps: int) -> TakeBlocks:
+        rows = torch.arange(maps * map_dim).view(maps, map_dim // 2, 2).transpose(1, 2)
+        return TakeBlocks(0, 1, tuple(rows.flatten().tolist()))
+
+    return {"queries": split_pairs(num_heads), "keys": split_pairs(num_kv_heads)}

@@ -1,0 +1,147 @@
+"""What a user can ask of a conversion, checked before anything is opened."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from conversion.errors import ConversionError
+from conversion.layout import HeadPairing, Sizes
+from modeling_diff.configuration_diff_llama import paper_lambda_init
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Held-out loss of examples/assets/tiny-llama (3.58 nats) converted and not healed, strict norm / neutral norm:
+# lambda 0: 5.32 / 5.03, .02: 5.34 / 5.06, .05: 5.38 / 5.12, .1: 5.46 / 5.23, .2: 5.62 / 5.49, paper: 5.83 / 5.76.
+# 0 is best only by not subtracting, and training can push it below 0; .05 costs little. The strict norm is the
+# paper's, trains as it is, and can be exported;
+# the neutral one is the better start where epsilon is annealed afterwards.
+LAMBDA_INIT = 0.05
+STRICT_EPS = 1e-5
+# An even power of two far above any mean square of a head's output: root and weight are exact, and the norm divides
+# by the same 2^12 that its weight multiplies with, so that it is the identity to the last bits of float32.
+NEUTRAL_EPS = 2.0**24
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Choices that change what is written; all of them are recorded in conversion.json.
+
+    layers: indices that become differential, None for all; the others keep LLaMA's attention.
+    lambda_init (v1): one number for all layers, one a layer, or "paper" for the paper's schedule; None is 0.05, as
+        lambda amplifies what two heads that were trained apart disagree on.
+    norm (v1): "strict" for the paper's norm with weight 1, "neutral" for an epsilon so large that it is the identity.
+    lambda_start (v2): the lambda all heads start at; 1/2 needs no bias and is bit-exact, others are exact to rounding.
+    pairings (v1): by layer, where the default (adjacent heads) is not wanted.
+    dtype: None keeps each tensor's own.
+    source_layout: "unilm" for the authors' own V1 tensor names and rotary order.
+    """
+
+    variant: Literal["v1", "v2"] = "v1"
+    layers: Sequence[int] | None = None
+    lambda_init: Literal["paper"] | float | Sequence[float] | None = None
+    norm: Literal["strict", "neutral"] = "strict"
+    lambda_start: float = 0.5
+    pairings: Mapping[int, HeadPairing] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: int = 0
+    source_layout: Literal["auto", "unilm"] = "auto"
+    backbone_only: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {
+            "variant": ("v1", "v2"),
+            "norm": ("strict", "neutral"),
+            "dtype": (None, *DTYPES),
+            "source_layout": ("auto", "unilm"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ConversionError(f"{field} is {getattr(self, field)!r}, expected one of {allowed}")
+        if not 0 < self.lambda_start < 1:
+            raise ConversionError(
+                f"lambda_start is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
+            )
+        if self.variant == "v2" and (self.lambda_init is not None or self.norm != "strict" or self.pairings):
+            raise ConversionError("lambda_init, norm and pairings belong to variant v1; leave them out for v2")
+        if self.variant == "v1" and self.lambda_start != 0.5:
+            raise ConversionError("lambda_start belongs to variant v2; use lambda_init for v1")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES[self.dtype] if self.dtype else None
+
+    def differential_layers(self, num_layers: int) -> list[int]:
+        """The layers that become differential, ascending. ConversionError for an index that does not exist."""
+        layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
+        if not layers or layers[0] < 0 or layers[-1] >= num_layers:
+            raise ConversionError(f"layers {layers}: expected at least one index from 0 to {num_layers - 1}")
+        return layers
+
+    def lambda_init_list(self, num_layers: int) -> list[float]:
+        """lambda_init of every layer. ConversionError unless the numbers are finite, below 1 and one a layer."""
+        if self.lambda_init == "paper":
+            return [paper_lambda_init(layer) for layer in range(num_layers)]
+        if isinstance(self.lambda_init, str):
+            raise ConversionError(f"lambda_init is {self.lambda_init!r}, expected 'paper' or numbers")
+        given = LAMBDA_INIT if self.lambda_init is None else self.lambda_init
+        values = [given] * num_layers if isinstance(given, int | float) else list(given)
+        if len(values) != num_layers:
+            raise ConversionError(
+                f"lambda_init has {len(values)} values, expected one for each of {num_layers} layers"
+            )
+        for value in values:
+            if not math.isfinite(value) or value >= 1:
+                raise ConversionError(f"lambda_init is {value}, expected a number below 1")
+        return [float(value) for value in values]
+
+    def sub_norm_eps(self) -> float:
+        return NEUTRAL_EPS if self.norm == "neutral" else STRICT_EPS
+
+    def norm_weights(self, lambda_init: Sequence[float]) -> list[float]:
+        """What `sub_norm.weight` is filled with, one a layer: 1, or what undoes the epsilon and 1 - lambda_init."""
+        if self.norm == "strict":
+            return [1.0] * len(lambda_init)
+        return [math.sqrt(NEUTRAL_EPS) / (1 - value) for value in lambda_init]
+
+    def layer_pairings(self, sizes: Sizes) -> list[HeadPairing]:
+        """One pairing a layer. ConversionError for one that is made for other head counts."""
+        default = HeadPairing.adjacent(sizes.num_heads, sizes.num_kv_heads)
+        pairings = [(self.pairings or {}).get(layer, default) for layer in range(sizes.num_layers)]
+        for layer, pairing in enumerate(pairings):
+            counts = len(pairing.query_heads), len(pairing.kv_heads)
+            if counts != (sizes.num_heads, sizes.num_kv_heads):
+                raise ConversionError(
+                    f"pairing of layer {layer} is for {counts} heads, expected {sizes.num_heads, sizes.num_kv_heads}"
+                )
+        return pairings
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON."""
+        values = {field: getattr(self, field) for field in self.__dataclass_fields__}
+        pairings = {str(k): {"query_heads": p.query_heads, "kv_heads": p.kv_heads} for k, p in self.pairings.items()} \
+            if self.pairings else None  # fmt: skip
+        return values | {"pairings": pairings}
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "0,4-7" -> [0, 4, 5, 6, 7]. ValueError for anything else."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{text!r} is not a list of layers such as 0,4-7")
+        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(layers)
+
+
+def parse_lambda_init(text: str) -> Literal["paper"] | float | list[float]:
+    """ "paper", "0.05" or "0.05,0.1,0.2" (one a layer). ValueError for anything else."""
+    if text == "paper":
+        return "paper"
+    values = [float(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values

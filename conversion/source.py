@@ -1,0 +1,86 @@
+"""Where a source is: a local folder, or a Hub id, of which weights and small files come down and never any code."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from conversion.errors import ConversionError
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TEXT_PATTERNS = (
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+WEIGHT_PATTERNS = ("model*.safetensors",)
+PICKLE_PATTERNS = ("pytorch_model*.bin",)
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """A checkpoint on this machine. `hub_id` and `revision` (a commit) say where it came from, None for a folder."""
+
+    folder: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What may be published of where it came from: the Hub id, or the folder's name without its path."""
+        return self.hub_id or self.folder.resolve().name
+
+
+def locate_source(source: str | Path, revision: str | None = None, allow_pickle: bool = False) -> SourceFolder:
+    """The folder that `source` names, downloaded through the Hub's cache if it is a Hub id (`owner/name`).
+
+    Raises ConversionError for a path or id under which nothing can be had.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() or not HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+        if revision is not None:
+            raise ConversionError(f"--revision {revision}: {source} is a local path, and only Hub ids have revisions")
+        return SourceFolder(folder)
+    return _download(str(source), revision, allow_pickle)
+
+
+def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> SourceFolder:
+    patterns = [*TEXT_PATTERNS, *WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ConversionError(
+            f"{hub_id}: access is restricted; accept its terms on the Hub and log in (`hf auth login`)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConversionError(
+            f"{hub_id}: has no revision {revision!r}; check the name of the branch or commit"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConversionError(
+            f"{hub_id}: neither a local folder nor a Hub repository you can see; check the name, or log in"
+        ) from error
+    except HFValidationError as error:
+        raise ConversionError(f"{hub_id}: neither a local folder nor a possible Hub id; check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise ConversionError(
+            f"{hub_id}: not a local folder, and the Hub cannot be reached; check the path or the network, or download "
+            f"it first ({type(error).__name__})"
+        ) from error
+    return SourceFolder(folder, hub_id, folder.name)

@@ -1,0 +1,207 @@
+"""What a source's config.json must say, checked on the file's own text before transformers fills its gaps."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from conversion.errors import ConversionError, file_errors
+from conversion.layout import Sizes
+from conversion.rotary import check_rotary
+from conversion.safetensors_header import parse_json
+from modeling_diff import DiffLlamaConfig
+
+
+# What building a config raises for values of the wrong type or that do not go together.
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+SourceKind = Literal["llama", "diffllama", "unilm"]
+
+NOT_LLAMA = {
+    "mistral": "it is a LLaMA with sliding windows",
+    "mixtral": "it has experts in place of the MLP",
+    "qwen2": "its query, key and value projections have biases and o_proj has none",
+    "qwen3": "it normalises queries and keys",
+    "gemma": "it scales embeddings and norms in another way",
+    "gemma2": "it caps logits, alternates windows and norms twice",
+    "gemma3_text": "it normalises queries and keys and alternates windows",
+    "phi3": "it fuses the query, key and value projections",
+    "olmo2": "it normalises queries and keys, and after attention",
+    "granite": "it scales embeddings, attention and residuals",
+    "llama4_text": "it has experts and another attention",
+}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+TASK_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A source's config, checked: as it stands in the file, as transformers reads it, and the sizes it means."""
+
+    kind: SourceKind
+    raw: Mapping[str, Any]
+    config: PreTrainedConfig
+    sizes: Sizes
+
+
+def read_source_model(
+    folder: Path, layout: Literal["auto", "unilm"] = "auto", backbone_only: bool = False
+) -> SourceModel:
+    """Reads and checks config.json of a source folder; no weights are read.
+
+    `layout` "unilm" means the authors' tensor names and rotary order, described by a config.json of our own type.
+    Raises ConversionError for everything that is not a LLaMA or a transformers DiffLlama through and through.
+    """
+    raw = read_config(folder)
+    kind = _check_kind(raw, layout)
+    _check_fields(raw)
+    if not backbone_only and any(head in str(raw.get("architectures")) for head in TASK_HEADS):
+        raise ConversionError(
+            f"config.json: architectures is {raw['architectures']}, a task head, expected a language model; "
+            "convert the backbone alone with --backbone-only"
+        )
+    maps = _check_heads(raw, kind)
+    check_rotary(raw, maps.map_dim)
+    classes: dict[str, Any] = {
+        "llama": LlamaConfig,
+        "diffllama": transformers.DiffLlamaConfig,
+        "unilm": DiffLlamaConfig,
+    }
+    try:
+        config = classes[kind].from_dict(deepcopy(dict(raw)))
+    except CONFIG_ERRORS as error:
+        raise ConversionError(f"config.json: {_one_line(error)}") from error
+    sizes = Sizes(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=maps.num_heads,
+        num_kv_heads=maps.num_kv_heads,
+        map_dim=maps.map_dim,
+        lm_head=not (config.tie_word_embeddings or backbone_only),
+        attention_bias=config.attention_bias,
+        mlp_bias=getattr(config, "mlp_bias", False),
+    )
+    return SourceModel(kind, raw, config, sizes)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder as it is, never a default; ConversionError if it is not a JSON object."""
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ConversionError(f"{folder}: {found}, expected a checkpoint folder; check the path")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{path}: missing; {_without_config(folder)}")
+    with file_errors(path):
+        data = path.read_bytes()
+    raw = parse_json(data, path)
+    if not isinstance(raw.get("model_type"), str):
+        raise ConversionError(f'{path}: model_type is {raw.get("model_type")!r}, expected "llama"; is this a model?')
+    return raw
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder without config.json most likely is."""
+    if (folder / "adapter_config.json").exists():
+        return "this is an adapter, merge it into its base model first (peft: merge_and_unload, save_pretrained)"
+    if any(folder.glob("*.gguf")):
+        return "GGUF files cannot be converted, use the original Hugging Face checkpoint"
+    if any(folder.glob("consolidated.*")) or (folder / "params.json").exists():
+        return "this is Meta's own format, use the Hugging Face checkpoint of the same model"
+    return "expected a folder written by save_pretrained"
+
+
+def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> SourceKind:
+    model_type = raw["model_type"]
+    if raw.get("quantization_config"):
+        raise ConversionError(
+            "config.json: quantization_config is set, and quantised weights cannot be rearranged; convert the original"
+        )
+    if layout == "unilm":
+        if model_type != "diff_llama" or raw.get("variant") != "v1":
+            raise ConversionError(
+                f"config.json: model_type is {model_type!r}; the authors' layout (unilm) needs a config.json of type "
+                '"diff_llama", variant "v1", that describes the model'
+            )
+        return "unilm"
+    if model_type == "diffllama" or model_type == "llama":
+        if raw.get("sliding_window"):
+            raise ConversionError(
+                f"config.json: sliding_window is {raw['sliding_window']}, and LLaMA has none; this is another model"
+            )
+        return "diffllama" if model_type == "diffllama" else "llama"
+    if model_type == "diff_llama":
+        raise ConversionError(
+            "config.json: model_type is 'diff_llama', which is converted already; load it with from_pretrained, or "
+            "use `export` for transformers' own diffllama"
+        )
+    difference = NOT_LLAMA.get(model_type, "it computes something else")
+    raise ConversionError(f"config.json: model_type is {model_type!r}, expected 'llama': {difference}")
+
+
+def _check_fields(raw: Mapping[str, Any]) -> None:
+    for field in NEEDED:
+        if raw.get(field) is None:
+            raise ConversionError(
+                f"config.json: {field} is missing; a default would be a guess, write it into the file"
+            )
+    for field in WHOLE_NUMBERS:
+        value = raw.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConversionError(f"config.json: {field} is {value!r}, expected a whole number above 0")
+    if raw.get("hidden_act", "silu") not in ACT2FN:
+        raise ConversionError(f"config.json: hidden_act is {raw['hidden_act']!r}, which transformers does not know")
+    for field in FLAGS:
+        if not isinstance(raw.get(field, False), bool):
+            raise ConversionError(f"config.json: {field} is {raw[field]!r}, expected true or false")
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Counts of maps, as in LLaMA's config, and their width."""
+
+    num_heads: int
+    num_kv_heads: int
+    map_dim: int
+
+
+def _check_heads(raw: Mapping[str, Any], kind: SourceKind) -> Maps:
+    heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ConversionError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if raw.get("head_dim") is None and raw["hidden_size"] % heads:
+        raise ConversionError(
+            f"config.json: hidden_size {raw['hidden_size']} is not a multiple of num_attention_heads {heads} and "
+            "there is no head_dim; write head_dim into the file"
+        )
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    maps = Maps(2 * heads, 2 * kv_heads, head_dim // 2) if kind == "unilm" else Maps(heads, kv_heads, head_dim)
+    if maps.map_dim % 2:
+        raise ConversionError(f"config.json: heads are {maps.map_dim} wide, expected an even width (rotary embedding)")
+    return maps
+
+
+def check_pairs(num_heads: int, num_kv_heads: int) -> None:
+    """Parity needs heads and KV heads in pairs. ConversionError naming the exact conversion otherwise."""
+    for field, count in (("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads)):
+        if count % 2:
+            raise ConversionError(
+                f"config.json: {field} is {count}, and v1 needs pairs; convert to v2, which is exact for any count "
+                "(--variant v2)"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

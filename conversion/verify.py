@@ -1,0 +1,228 @@
+"""What was promised against what is there: files and tensors first, then what the model computes."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from conversion.behaviour import (
+    Behaviour,
+    cache_difference,
+    dead_parameters,
+    encode_texts,
+    generation_agreement,
+    greedy_agreement,
+    kl_nats,
+    largest_difference,
+    loss_nats,
+    observe,
+    shuffled_pairs,
+)
+from conversion.checkpoint import CheckpointReader
+from conversion.companions import missing_code
+from conversion.errors import ConversionError, file_errors
+from conversion.export import read_our_config
+from conversion.source import locate_source
+from conversion.source_config import read_source_model
+from conversion.stream import RECORD
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
+
+
+# float32, two ways of computing one thing; a wrong cache or a wrong conversion is off by 0.1 and more
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at; `outcome` "measured" reports numbers about which nothing was promised."""
+
+    name: str
+    outcome: Literal["passed", "failed", "measured", "skipped"]
+    detail: str
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """All checks of one checkpoint."""
+
+    output: str
+    promise: str
+    checks: Sequence[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.outcome != "failed" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def verify_checkpoint(
+    output: str | Path, against: str | Path | None = None, *, texts: Sequence[str] | None = None
+) -> VerificationReport:
+    """Checks a converted checkpoint; with its source in `against`, also what was promised of the function.
+
+    `texts` replaces the built-in ones. Models are loaded one after the other, in float32. A broken promise is a failed
+    check; ConversionError is raised for a folder that is no converted checkpoint at all.
+    """
+    folder = Path(output)
+    config = read_our_config(folder)
+    record = read_record(folder)
+    promise = record["promise"]["kind"]
+    checks = list(_structure(folder, config, record))
+    if all(check.outcome == "passed" for check in checks):  # a broken checkpoint would only fail in less clear ways
+        checks += _behaviour(folder, config, record, against, texts)
+    return VerificationReport(folder.name, promise, checks)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """conversion.json of a converted checkpoint."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise ConversionError(f"{path}: missing; only checkpoints made by `convert` can be verified")
+    try:
+        with file_errors(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path}: not JSON ({error}); convert again") from error
+
+
+def _outcome(good: bool) -> Literal["passed", "failed"]:
+    return "passed" if good else "failed"
+
+
+def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any]) -> Iterator[Check]:
+    """Tensors, checksums, code and parameter count; the expected tensors come from the model class."""
+    reader = CheckpointReader(folder)
+    with torch.device("meta"):
+        model = _model_class(config)(config)
+    expected = {_full_name(name, config): tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = {name: info.shape for name, info in reader.tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    detail = f"{len(found)} tensors, as the model expects" if not wrong else f"{wrong[0]}: {found.get(wrong[0])}, " \
+        f"expected {expected.get(wrong[0])} ({len(wrong)} differ)"  # fmt: skip
+    yield Check("tensors", _outcome(not wrong), detail)
+    changed = sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
+    yield Check("checksums", _outcome(not changed), f"{changed[0]} has changed" if changed else "as recorded")
+    missing = missing_code(folder)
+    yield Check("code", _outcome(not missing), f"{missing[0]} is missing" if missing else "beside the weights")
+    yield _parameter_count(config, record, sum(torch.Size(shape).numel() for shape in found.values()))
+
+
+def _parameter_count(config: DiffLlamaConfig, record: Mapping[str, Any], found: int) -> Check:
+    """V1: the source's and 6 d a layer; V2: and H d D + H D a layer (DESIGN, section 3)."""
+    layers = sum(config.is_differential(layer) for layer in range(config.num_hidden_layers))
+    added = 6 * config.map_dim
+    if config.variant == "v2":
+        queries = config.num_attention_heads * config.map_dim * (config.hidden_size + config.attention_bias)
+        added = queries + config.num_attention_heads * (config.hidden_size + config.lambda_bias)
+    if record["source"]["kind"] != "llama":  # differential already: at most the norm's weight is new
+        added = 2 * config.map_dim if record["source"]["kind"] == "diffllama" else 0
+    source = record["parameters"]["source"]
+    good = found == source + added * layers
+    return Check(
+        "parameters", _outcome(good), f"{found:,} = {source:,} + {layers} layers x {added:,}", {"count": found}
+    )
+
+
+def _model_class(config: DiffLlamaConfig) -> type[DiffLlamaForCausalLM] | type[DiffLlamaModel]:
+    return DiffLlamaModel if config.architectures == ["DiffLlamaModel"] else DiffLlamaForCausalLM
+
+
+def _full_name(name: str, config: DiffLlamaConfig) -> str:
+    return f"model.{name}" if _model_class(config) is DiffLlamaModel else name
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with file_errors(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _behaviour(
+    folder: Path,
+    config: DiffLlamaConfig,
+    record: Mapping[str, Any],
+    against: str | Path | None,
+    texts: Sequence[str] | None,
+) -> Iterator[Check]:
+    if _model_class(config) is DiffLlamaModel:
+        yield Check("function", "skipped", "a backbone without a language model head")
+        return
+    inputs = encode_texts(folder, config.vocab_size, config.max_position_embeddings, texts)
+    original = None
+    if against is not None:
+        source = locate_source(against, record["source"]["revision"] if record["source"]["hub_id"] else None)
+        yield _same_source(source.folder, record)
+        if read_source_model(source.folder, record["options"]["source_layout"]).kind == "unilm":
+            yield Check("function", "skipped", "transformers has no model for the authors' own files")
+        else:
+            original = observe(_load(AutoModelForCausalLM, source.folder, record), inputs)
+    model = _load(DiffLlamaForCausalLM, folder, record)
+    converted = observe(model, inputs)
+    if record["promise"]["kind"] == "parity":
+        with shuffled_pairs(model):
+            wrong = observe(model, inputs)
+        yield from _parity(inputs, original, converted, wrong)
+    elif original is not None:
+        yield from _same_function(record["promise"]["kind"], original, converted)
+    else:
+        yield Check("function", "skipped", "give the source (--against) to compare with")
+    difference = cache_difference(model, inputs[0])
+    detail = f"cached and uncached logits differ by {difference:.2g}"
+    yield Check("cache", _outcome(difference <= TOLERANCE), detail, {"largest_difference": difference})
+    dead = dead_parameters(model, inputs[0])
+    detail = f"{dead[0]} has no gradient ({len(dead)} in all)" if dead else "every new tensor has a gradient"
+    yield Check("liveness", _outcome(not dead), detail)
+
+
+def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:
+    found = {name: _sha256(folder / name) for name in record["source"]["sha256"]}
+    same = found == record["source"]["sha256"]
+    return Check("source", _outcome(same), "as recorded" if same else "these are not the weights that were converted")
+
+
+def _load(model_class: Any, folder: Path, record: Mapping[str, Any]) -> Any:
+    """In float32, after the rounding that the conversion was asked for.
+
+    Both models on one attention path: sdpa, where a V2 conversion runs the very kernel that LLaMA runs, head by head.
+    """
+    rounded = record["options"]["dtype"] or "float32"
+    # Loaded in the narrow dtype and widened: .to(dtype) of a whole model would round the rotary frequencies as well.
+    model = model_class.from_pretrained(folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False)
+    return model.float().eval()
+
+
+def _same_function(promise: str, original: Behaviour, converted: Behaviour) -> Iterator[Check]:
+    difference = largest_difference(original, converted)
+    scale = max(logits.abs().max().item() for logits in original.logits)
+    good = difference == 0 if promise == "bit-exact" else difference <= TOLERANCE * max(scale, 1)
+    detail = f"largest difference of logits {difference:.3g} ({promise} was promised)"
+    yield Check("logits", _outcome(good), detail, {"largest_difference": difference})
+    same = generation_agreement(original, converted)
+    count = len(original.continuations)
+    detail = f"greedy continuations of {count} texts: {same:.1%} the same"
+    # Near-ties may fall either way when logits are only equal up to rounding.
+    yield Check("tokens", _outcome(same == 1 or promise != "bit-exact"), detail, {"generation_agreement": same})
+
+
+def _parity(
+    inputs: Sequence[torch.Tensor], original: Behaviour | None, converted: Behaviour, wrong: Behaviour
+) -> Iterator[Check]:
+    """Nothing is promised of a parity conversion's function: its numbers, beside those of a wrong conversion."""
+    for name, behaviour in (("converted", converted), ("pairs shuffled (wrong on purpose)", wrong)):
+        values = {"loss_nats": loss_nats(behaviour, inputs)}
+        if original is not None:
+            values["source_loss_nats"] = loss_nats(original, inputs)
+            values["kl_nats"] = kl_nats(original, behaviour)
+            values["greedy_agreement"] = greedy_agreement(original, behaviour)
+            values["generation_agreement"] = generation_agreement(original, behaviour)
+        yield Check(name, "measured", ", ".join(f"{key} {value:.3f}" for key, value in values.items()), values)

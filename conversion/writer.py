@@ -1,0 +1,336 @@
+"""Atomic writer of sharded checkpoints: built beside the target, synced, renamed last; knows files, no models."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self
+
+import torch
+
+from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.reader import checked_path
+from conversion.safetensors_header import DTYPE_NAMES, TensorSpec, encode_header, file_order, parse_json, quote
+from conversion.target import check_space, check_target, locked, partial_folder, restore, swap_in, sync_folder
+
+
+__all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "parse_size", "plan_shards"]
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+JOURNAL = "journal.json"
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+HASHED_BEHIND_BYTES = 2**28  # smaller tensors are hashed while the next one is read: more speed for little memory
+SMALL_FILES_BYTES = 32 * 2**20  # room kept for tokenizer, config, code
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the tensors in it, by name."""
+
+    file_name: str
+    specs: Mapping[str, TensorSpec]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order they are written (and looked up in `write_shard`)."""
+        return file_order(self.specs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data, without the header."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @cached_property
+    def header(self) -> bytes:
+        """All that precedes the tensor data in the file."""
+        return encode_header(self.specs)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + self.num_bytes
+
+
+class TensorSource(Protocol):
+    """Anything with `source[name]`: a dict, or an object that computes the tensor when it is asked for it."""
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+def parse_size(text: str) -> int:
+    """'5GB', '200MB', '1.5GiB' or plain bytes '1000' -> bytes. ConversionError for anything else, 0 or less."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Z]{0,3})", text.strip().upper(), re.ASCII)
+    size = int(Decimal(match[1]) * SIZE_UNITS.get(match[2], 0)) if match else 0
+    if size < 1:
+        raise ConversionError(f"size {quote(text)}: expected a number above 0 and a unit, such as 5GB, 200MB or 1GiB")
+    return size
+
+
+def plan_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[Shard]:
+    """Fills shards in the order given, Hugging Face names; a tensor above the limit gets a shard of its own.
+
+    Raises ConversionError for a dtype the format lacks and for a limit below 1.
+    """
+    if max_shard_bytes < 1:
+        raise ConversionError(f"max_shard_bytes {max_shard_bytes}: expected at least 1; such as 5 * 10**9")
+    groups: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        if spec.dtype not in DTYPE_NAMES:
+            raise ConversionError(f"tensor {quote(name)}: safetensors has no {spec.dtype}; choose another --dtype")
+        if groups[-1] and filled + spec.num_bytes > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.num_bytes
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    return [
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
+    ]
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder that appears whole or not at all.
+
+    with CheckpointWriter(...) as writer:            # FilesError: target not usable, another run on it, disk too small
+        for shard in writer.pending():
+            writer.write_shard(shard, tensors)       # streams: tensors[name] is looked up once, written, dropped
+        writer.copy_file(...)
+        writer.write_text("config.json", ...)        # required, and kept for last
+        writer.commit()
+
+    Leaving the `with` without commit (error, KeyboardInterrupt, SystemExit) removes everything, unless `resume` is
+    set: then the finished shards stay in `.TARGET.partial` for another run with `resume`, as they do after SIGKILL.
+    There a resumed run keeps those whose SHA-256 still is what it was, and writes the rest. `fingerprint` names source
+    and options; a partial folder of another fingerprint is refused with `resume`, replaced without.
+
+    The partial folder holds `journal.json` (finished shards), `shards/` (under names no loader looks for) and `tree/`,
+    which becomes the target; `aside` is the old target where two folders cannot be exchanged in one step.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        shards: list[Shard],
+        *,
+        source: Path | None,
+        overwrite: bool,
+        resume: bool,
+        fingerprint: str,
+    ) -> None:
+        self.target, self.shards, self.source = Path(target), shards, source
+        self.overwrite, self.resume = overwrite, resume
+        # The plan is part of the identity: shards cut elsewhere are other files under the same names.
+        plan = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
+        self._identity = {"source or options": fingerprint, "dtypes, shapes or shard size": plan}
+        self.checksums: dict[str, str] = {}  # SHA-256 of every finished shard, by file name
+        self._config: str | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._real = check_target(self.target, source=self.source, overwrite=self.overwrite)
+        self._partial = partial_folder(self._real)
+        self._tree, self._aside = self._partial / "tree", self._partial / "aside"
+        with self._held as held, file_errors(self._partial):
+            for folder in reversed([parent for parent in self._real.parents if not parent.exists()]):
+                folder.mkdir()
+                held.callback(_remove_if_empty, folder)
+            held.enter_context(locked(self._partial))
+            restore(self._real, self._aside)
+            check_target(self.target, source=self.source, overwrite=self.overwrite)
+            if self.resume:
+                self.checksums = self._load_journal()
+            held.callback(self._clean_up)
+            self._open_partial()
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with file_errors(self._partial):
+            self._held.close()
+
+    def pending(self) -> Iterator[Shard]:
+        """The shards not there yet (with `resume`, verified ones are skipped)."""
+        return (shard for shard in self.shards if shard.file_name not in self.checksums)
+
+    def write_shard(self, shard: Shard, tensors: TensorSource) -> None:
+        """Looks each of `shard.names` up once, in that order, and streams it to disk; memory: one tensor at a time.
+
+        A tensor handed over must not be changed before this returns.
+
+        Raises ConversionError for a tensor whose shape or dtype is not the planned one, FilesError for the disk.
+        """
+        path, digest = self._part(shard), hashlib.sha256()
+        with file_errors(path), path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
+            hashing: Future[None] | None = None
+
+            def append(data: bytes | memoryview) -> None:
+                nonlocal hashing
+                if hashing is not None:
+                    hashing.result()
+                hashing = hasher.submit(digest.update, data)  # outside the interpreter lock, as the write is
+                stream.write(data)
+                if len(data) > HASHED_BEHIND_BYTES:
+                    hashing.result()
+
+            append(shard.header)
+            for name in shard.names:
+                append(_data(name, shard.specs[name], tensors[name]))
+            _sync(stream)
+        # the hasher is done here: the `with` has waited for it
+        self.checksums[shard.file_name] = digest.hexdigest()
+        self._save_journal()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a UTF-8 file; `name` may have folders. FilesError if it was written before."""
+        if name == CONFIG:
+            self._config = text
+        else:
+            self._write(name, text)
+
+    def copy_file(self, path: Path, name: str | None = None) -> None:
+        """Copies a file's contents (not its mode), as `name` if given.
+
+        Raises ConversionError for a file of the source that is a link out of it, FilesError for the disk.
+        """
+        path = Path(path)
+        if self.source is not None and path.is_relative_to(self.source):
+            checked_path(Path(self.source), str(path.relative_to(self.source)))
+        with file_errors(path), path.open("rb") as original, self._new_file(name or path.name) as stream:
+            shutil.copyfileobj(original, stream)
+
+    def commit(self) -> None:
+        """Index, then config.json, sync, then one atomic rename to the target; an old checkpoint is removed after.
+
+        Raises ValueError if a shard or config.json was not written.
+        """
+        missing = [shard.file_name for shard in self.pending()]
+        if missing or self._config is None:
+            raise ValueError(f"{', '.join(missing) or CONFIG} was not written; write every pending shard and {CONFIG}")
+        with file_errors(self._partial):
+            for shard in self.shards:
+                os.rename(self._part(shard), self._tree / shard.file_name)
+            if len(self.shards) > 1:
+                self._write(INDEX, self._index())
+            self._write(CONFIG, self._config)
+            for folder, _, _ in os.walk(self._tree):
+                sync_folder(Path(folder))
+            swap_in(self._tree, self._real, self._aside, self.overwrite)
+        try:
+            shutil.rmtree(self._partial)
+        except OSError as error:
+            raise FilesError(f"{self.target}: complete, but {self._partial} stayed ({error}); remove it") from error
+
+    def _open_partial(self) -> None:
+        """Makes the partial folder ready: empty, or (`resume`) with the finished shards of an earlier run verified."""
+        if not self.resume and self._partial.exists():
+            shutil.rmtree(self._partial)
+        for folder in (self._partial, self._partial / "shards", self._tree):
+            folder.mkdir(exist_ok=True)
+        for shard in self.shards:
+            if (moved := self._tree / shard.file_name).exists():  # killed within commit
+                os.rename(moved, self._part(shard))
+            digest = self.checksums.get(shard.file_name)
+            if digest is None or digest != self._sha256(shard):
+                self.checksums.pop(shard.file_name, None)
+                self._part(shard).unlink(missing_ok=True)
+        for folder in (self._tree, self._aside):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._tree.mkdir()
+        self._save_journal()
+        check_space(self._partial, sum(shard.file_bytes for shard in self.pending()) + SMALL_FILES_BYTES)
+
+    def _clean_up(self) -> None:
+        """What leaving the `with` does: nothing stays but shards that a run with `resume` has finished."""
+        restore(self._real, self._aside)
+        if not (self.resume and self.checksums):
+            # What failed before is the error to report, not that its remains are stubborn.
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _sha256(self, shard: Shard) -> str | None:
+        path = self._part(shard)
+        if not path.exists() or path.stat().st_size != shard.file_bytes:
+            return None
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def _load_journal(self) -> dict[str, str]:
+        path = self._partial / JOURNAL
+        if not path.exists():
+            return {}
+        try:
+            journal = parse_json(path.read_bytes(), path)
+        except ConversionError:
+            raise FilesError(f"{path}: damaged; leave out --resume to start afresh") from None
+        for part, value in self._identity.items():
+            if journal.get(part) != value:
+                raise FilesError(
+                    f"{self._partial}: belongs to another run, with different {part}; "
+                    "repeat what that run was given, or leave out --resume to start afresh"
+                )
+        return dict(journal["checksums"])
+
+    def _save_journal(self) -> None:
+        path = self._partial / JOURNAL
+        with file_errors(path):
+            fresh = path.with_suffix(".new")
+            with fresh.open("wb") as stream:
+                stream.write(json.dumps(self._identity | {"checksums": self.checksums}).encode())
+                _sync(stream)
+            os.rename(fresh, path)
+
+    def _part(self, shard: Shard) -> Path:
+        return self._partial / "shards" / f"{shard.file_name}.part"
+
+    def _index(self) -> str:
+        weight_map = {name: shard.file_name for shard in self.shards for name in shard.names}
+        total = sum(shard.num_bytes for shard in self.shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @contextmanager
+    def _new_file(self, name: str) -> Iterator[BinaryIO]:
+        path = self._tree / name
+        with file_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as stream:
+                yield stream
+                _sync(stream)
+
+    def _write(self, name: str, text: str) -> None:
+        with self._new_file(name) as stream:
+            stream.write(text.encode())
+
+
+def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+        raise ConversionError(
+            f"tensor {quote(name)}: {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}; "
+            "write what was planned"
+        )
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

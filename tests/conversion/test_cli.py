@@ -1,0 +1,135 @@
+"""The command line: exit codes, one-line errors, JSON, quiet output, and what is left behind when it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_llamas import random_diffllama, random_llama, saved
+from typer.testing import CliRunner
+
+from conversion.__main__ import app
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return str(saved(random_llama(), tmp_path / "llama"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "export", "inspect"])
+def test_help_names_every_command_and_argument(command):
+    assert command in run("--help").stdout
+    assert "--json" in run(command, "--help").stdout
+
+
+def test_convert_verify_inspect_and_export(tmp_path, llama):
+    converted = run("convert", llama, tmp_path / "v1", "--lambda-init", "paper", "--layers", "0-1", "--seed", 3)
+    assert converted.exit_code == 0, converted.stderr
+    assert "healed before use" in converted.stdout and "no tokenizer" in converted.stdout
+    verified = run("verify", tmp_path / "v1", "--against", llama)
+    assert verified.exit_code == 0, verified.stdout
+    assert "liveness" in verified.stdout and "pairs shuffled" in verified.stdout
+    inspected = run("inspect", tmp_path / "v1", "--json")
+    description = json.loads(inspected.stdout)
+    assert description["lambda"] == {"0": 0.2, "1": pytest.approx(0.355509, abs=1e-6)}
+    assert (description["heads"], description["map_dim"], description["conversion"]["options"]["seed"]) == (2, 8, 3)
+    assert "diff_llama" in run("inspect", tmp_path / "v1").stdout
+    exported = run("export", tmp_path / "v1", tmp_path / "theirs", "--json")
+    assert exported.exit_code == 0, exported.stderr
+    assert json.loads(run("inspect", tmp_path / "theirs", "--json").stdout)["model_type"] == "diffllama"
+
+
+def test_v2_through_the_options(tmp_path, llama):
+    result = run("convert", llama, tmp_path / "v2", "--variant", "v2", "--lambda", 0.2, "--layers", 1, "--json")
+    assert json.loads(result.stdout)["record"]["options"]["layers"] == [1]
+    assert json.loads(run("inspect", tmp_path / "v2", "--json").stdout)["lambda"] == {
+        "1": pytest.approx(0.2, abs=1e-6)
+    }
+    broken = tmp_path / "v2" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    assert run("verify", tmp_path / "v2").exit_code == 1
+
+
+def test_lists_and_dry_run(tmp_path, llama):
+    result = run("convert", llama, tmp_path / "v1", "--lambda-init", "0.02,0.3", "--dry-run", "--json")
+    assert json.loads(result.stdout)["record"]["options"]["lambda_init"] == [0.02, 0.3]
+    assert not (tmp_path / "v1").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--variant", "v3"],
+        ["--max-shard-size", "many"],
+        ["--max-shard-size", "0"],
+        ["--layers", "2-1"],
+        ["--lambda-init", "small"],
+        ["--seed", "x"],
+        ["--no-such-option"],
+    ],
+)
+def test_usage_errors_exit_2(tmp_path, llama, arguments):
+    assert run("convert", llama, tmp_path / "out", *arguments).exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_exits_1_and_target_faults_exit_3_in_one_line(tmp_path, llama):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for arguments, code in ((("nowhere", "out"), 1), ((llama, tmp_path / "full"), 3), ((llama, llama), 3)):
+        result = run("convert", *arguments)
+        assert result.exit_code == code, result.stderr
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    assert "Traceback" in run("convert", tmp_path / "nowhere", tmp_path / "out", "--verbose").stderr
+
+
+def test_unexpected_errors_are_one_line_too(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr("conversion.__main__.convert_checkpoint", lambda *a, **k: {}["surprise"])
+    result = run("convert", llama, tmp_path / "out")
+    assert result.exit_code == 1 and "unexpected KeyError" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt_exits_130(tmp_path, llama, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.__main__.convert_checkpoint", interrupted)
+    assert run("convert", llama, tmp_path / "out").exit_code == 130
+
+
+def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
+    assert json.loads(run("inspect", llama, "--json").stdout)["parameters"] == 21664
+    theirs = saved(random_diffllama(), tmp_path / "theirs")
+    assert json.loads(run("inspect", theirs, "--json").stdout)["variant"] is None
+
+
+def test_sigterm_cleans_up_and_exits_143(tmp_path, llama):
+    """Stopped for certain while writing: the process stops itself at the first progress report."""
+    script = (
+        "import os, signal, sys; from conversion import __main__ as cli; original = cli.convert_checkpoint\n"
+        "def stopped(*a, **k):\n"
+        "    k['progress'] = lambda done, total: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(*a, **k)\n"
+        "cli.convert_checkpoint = stopped; cli.main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out")],
+        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]

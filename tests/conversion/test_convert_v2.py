@@ -1,0 +1,142 @@
+"""LLaMA -> V2: the same logits to the last bit, and maps that separate at the first step."""
+
+import pytest
+import torch
+from random_llamas import FLAVOURS, random_llama, saved, token_ids
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+from conversion import ConversionError, convert_checkpoint
+from modeling_diff import DiffLlamaForCausalLM, DiffLlamaModel
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+ROTARY = {
+    "theta": {"rope_type": "default", "rope_theta": 500000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, **LLAMA3},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.1, 2.2, 2.3],
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def both(folder, output, dtype=torch.float32):
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    llama = LlamaForCausalLM.from_pretrained(folder, **options).eval()
+    return llama, DiffLlamaForCausalLM.from_pretrained(output, **options).eval()
+
+
+@torch.no_grad()
+def assert_equal_to_the_bit(llama, model, ids):
+    assert torch.equal(llama(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_mirror_is_llama_to_the_bit(tmp_path, flavour, dtype):
+    source = saved(random_llama(**FLAVOURS[flavour]).to(dtype), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "v2", "v2")
+    llama, model = both(source, tmp_path / "v2", dtype)
+    assert_equal_to_the_bit(llama, model, token_ids())
+    continuations = [
+        m.generate(token_ids(), max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (llama, model)
+    ]
+    assert torch.equal(*continuations)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_every_rotary_setting_is_kept(tmp_path, name):
+    """100 tokens: beyond the 32 that the scaled types were pretrained for."""
+    source = saved(random_llama(rope_parameters=ROTARY[name]), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "v2", "v2")
+    llama, model = both(source, tmp_path / "v2")
+    assert model.config.rope_parameters == llama.config.rope_parameters
+    assert_equal_to_the_bit(llama, model, token_ids(length=100))
+
+
+def test_old_rotary_spelling_is_understood(tmp_path):
+    """rope_scaling beside rope_theta, as LLaMA 3.x was published; transformers' own LLaMA says what it means."""
+    import json
+
+    source = saved(random_llama(), tmp_path / "llama")
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}
+    (source / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(source, tmp_path / "v2", "v2")
+    llama, model = both(source, tmp_path / "v2")
+    assert model.config.rope_parameters["rope_type"] == "llama3"
+    assert_equal_to_the_bit(llama, model, token_ids(length=100))
+
+
+def test_parameter_count_is_llamas_and_the_second_queries(tmp_path):
+    llama = random_llama()
+    report = convert_checkpoint(saved(llama, tmp_path / "llama"), tmp_path / "v2", "v2")
+    config = llama.config
+    added = config.num_attention_heads * (config.head_dim + 1) * config.hidden_size
+    assert report.record["parameters"]["output"] == llama.num_parameters() + 2 * added
+
+
+def test_layers_left_out_are_llamas_own(tmp_path):
+    source = saved(random_llama(), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "v2", "v2", layers=[0])
+    llama, model = both(source, tmp_path / "v2")
+    names = dict(model.named_parameters())
+    assert names["model.layers.1.self_attn.q_proj.weight"].shape == (32, 32)
+    assert "model.layers.1.self_attn.lambda_proj.weight" not in names
+    assert_equal_to_the_bit(llama, model, token_ids())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lambda_start", [0.1, 0.8])
+def test_any_lambda_to_start_from_keeps_the_function(tmp_path, lambda_start, dtype):
+    source = saved(random_llama().to(dtype), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "v2", "v2", lambda_start=lambda_start)
+    llama, model = both(source, tmp_path / "v2")  # widened to float32: what is tested is the weights
+    bias = model.model.layers[0].self_attn.lambda_proj.bias
+    assert torch.allclose(bias.sigmoid(), torch.tensor(lambda_start), atol=5e-3)
+    expected, found = llama(token_ids()).logits, model(token_ids()).logits
+    # bfloat16 rounds o_proj once more; a scale from the unrounded bias would be off by up to 1 % a layer at 0.8
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def test_maps_separate_at_the_first_step(tmp_path):
+    """dq_2i = g and dq_2i+1 = -g / 2, and lambda_proj has a gradient: nothing is dead, nothing stays a mirror."""
+    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v2", "v2")
+    model = DiffLlamaForCausalLM.from_pretrained(tmp_path / "v2")
+    model(token_ids(), labels=token_ids()).loss.backward()
+    for layer in model.model.layers:
+        first, second = layer.self_attn.q_proj.weight.grad.unflatten(0, (-1, 2, 8)).unbind(1)
+        assert first.abs().max() > 0
+        torch.testing.assert_close(second, -first / 2, rtol=1e-3, atol=1e-6)
+        assert (layer.self_attn.lambda_proj.weight.grad != 0).all()
+
+
+@pytest.mark.parametrize("model_class", [LlamaForSequenceClassification, LlamaModel])
+def test_backbone_alone(tmp_path, model_class):
+    """A task head is left out only on request; a headless source, whose names lack `model.`, has none to leave."""
+    torch.manual_seed(0)
+    llama = model_class(random_llama().config).eval()
+    source = saved(llama, tmp_path / "llama")
+    with pytest.raises(ConversionError, match="--backbone-only"):
+        convert_checkpoint(source, tmp_path / "v2", "v2")
+    convert_checkpoint(source, tmp_path / "v2", "v2", backbone_only=True)
+    backbone = DiffLlamaModel.from_pretrained(tmp_path / "v2", attn_implementation="sdpa").eval()
+    expected = getattr(llama, "model", llama)
+    with torch.no_grad():
+        ours, theirs = (m(token_ids()).last_hidden_state for m in (backbone, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_converted_checkpoint_is_not_converted_again(tmp_path):
+    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v2", "v2")
+    with pytest.raises(ConversionError, match="converted already"):
+        convert_checkpoint(tmp_path / "v2", tmp_path / "again", "v2")

@@ -1,0 +1,148 @@
+"""Verification passes what is right and names what is wrong."""
+
+import json
+
+import pytest
+import torch
+from random_llamas import FLAVOURS, random_diffllama, random_llama, saved
+from safetensors.torch import load_file, save_file
+
+from conversion import ConversionError, convert_checkpoint, verify_checkpoint
+from conversion.verify import read_record
+
+
+def outcomes(report):
+    return {check.name: check.outcome for check in report.checks}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return saved(random_llama(), tmp_path / "llama")
+
+
+def rewrite(folder, change, checksum=True):
+    """Changes the weights of a checkpoint, and by default the recorded checksum with them."""
+    import hashlib
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    record = read_record(folder)
+    if checksum:
+        record["sha256"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        (folder / "conversion.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("flavour", ["gqa", "biased"])
+def test_exact_conversion_passes_every_check(tmp_path, flavour):
+    source = saved(random_llama(**FLAVOURS[flavour]), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "v2", "v2")
+    report = verify_checkpoint(tmp_path / "v2", against=source)
+    assert report.passed and set(outcomes(report).values()) == {"passed"}
+    assert {"tensors", "checksums", "code", "parameters", "source", "logits", "tokens", "cache", "liveness"} == set(
+        outcomes(report)
+    )
+    assert json.loads(json.dumps(report.to_dict()))["promise"] == "bit-exact"
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"lambda_start": 0.3}, {"layers": [1]}])
+def test_exact_conversions_with_options_pass(tmp_path, llama, options):
+    convert_checkpoint(llama, tmp_path / "v2", "v2", **options)
+    report = verify_checkpoint(tmp_path / "v2", against=llama)
+    assert report.passed, report.checks
+
+
+def test_parity_conversion_is_measured_beside_a_wrong_one(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v1")
+    report = verify_checkpoint(tmp_path / "v1", against=llama)
+    assert report.passed, report.checks
+    converted, wrong = (check for check in report.checks if check.outcome == "measured")
+    assert converted.values.keys() == wrong.values.keys() >= {"kl_nats", "loss_nats", "greedy_agreement"}
+    assert converted.values["kl_nats"] > 0 and converted.values != wrong.values
+
+
+def test_import_is_compared_with_transformers_own_class(tmp_path):
+    source = saved(random_diffllama(), tmp_path / "theirs")
+    convert_checkpoint(source, tmp_path / "ours")
+    report = verify_checkpoint(tmp_path / "ours", against=source)
+    assert report.passed and outcomes(report)["logits"] == "passed"
+
+
+def test_without_source_the_function_is_not_judged(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    report = verify_checkpoint(tmp_path / "v2")
+    assert report.passed and outcomes(report)["function"] == "skipped"
+
+
+def test_changed_bytes_and_lost_files_are_found(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    rewrite(tmp_path / "v2", lambda weights: weights["model.norm.weight"].add_(1), checksum=False)
+    (tmp_path / "v2" / "modeling_diff_llama.py").unlink()
+    found = outcomes(verify_checkpoint(tmp_path / "v2"))
+    assert (found["tensors"], found["checksums"], found["code"]) == ("passed", "failed", "failed")
+
+
+def test_code_is_judged_by_what_it_imports(tmp_path, llama):
+    """An import of an import that did not travel is found; files of another version's bundle are not called for."""
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    (tmp_path / "v2" / "unused.py").write_text("from .nowhere import nothing\n")
+    assert outcomes(verify_checkpoint(tmp_path / "v2"))["code"] == "passed"
+    with (tmp_path / "v2" / "configuration_diff_llama.py").open("a") as file:
+        file.write("from .elsewhere import something\n")
+    check = next(check for check in verify_checkpoint(tmp_path / "v2").checks if check.name == "code")
+    assert (check.outcome, check.detail) == ("failed", "elsewhere.py is missing")
+
+
+def test_missing_tensor_is_found(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    rewrite(tmp_path / "v2", lambda weights: weights.pop("model.layers.1.self_attn.lambda_proj.weight"))
+    report = verify_checkpoint(tmp_path / "v2")
+    assert not report.passed and "lambda_proj" in report.checks[0].detail
+
+
+def test_conversion_that_is_off_in_one_weight_fails(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    rewrite(tmp_path / "v2", lambda weights: weights.update({name: weights[name] * 1.01}))
+    assert outcomes(verify_checkpoint(tmp_path / "v2", against=llama))["logits"] == "failed"
+
+
+def test_dead_conversion_fails(tmp_path, llama):
+    """All lambda vectors zero: the function of the start, and no gradient in any of them, ever."""
+    convert_checkpoint(llama, tmp_path / "v1")
+    rewrite(tmp_path / "v1", lambda ws: [w.zero_() for name, w in ws.items() if "diff_lambda" in name])
+    report = verify_checkpoint(tmp_path / "v1")
+    assert outcomes(report)["liveness"] == "failed"
+
+
+def test_another_source_is_found(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    other = saved(random_llama(seed=5), tmp_path / "other")
+    assert outcomes(verify_checkpoint(tmp_path / "v2", against=other))["source"] == "failed"
+
+
+def test_a_broken_cache_fails(tmp_path, llama, monkeypatch):
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    monkeypatch.setattr("conversion.verify.cache_difference", lambda model, ids: 0.2)
+    assert outcomes(verify_checkpoint(tmp_path / "v2"))["cache"] == "failed"
+
+
+def test_folders_that_were_not_converted_are_refused(tmp_path, llama):
+    with pytest.raises(ConversionError, match="model_type is 'llama'"):
+        verify_checkpoint(llama)
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    (tmp_path / "v2" / "conversion.json").unlink()
+    with pytest.raises(ConversionError, match="missing; only checkpoints"):
+        verify_checkpoint(tmp_path / "v2")
+
+
+def test_kl_and_agreement_are_what_they_are_called():
+    """Two tokens, worked by hand: KL((3/4, 1/4) || (1/2, 1/2)) = ln 2 - H(1/4)."""
+    from conversion.behaviour import Behaviour, generation_agreement, greedy_agreement, kl_nats, loss_nats
+
+    original = Behaviour([torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()], [[1, 2, 3, 4]])
+    other = Behaviour([torch.tensor([[0.5, 0.5 + 1e-6], [0.5 + 1e-6, 0.5]]).log()], [[1, 2, 9, 4]])
+    assert kl_nats(original, other) == pytest.approx(0.130812, abs=1e-5)
+    assert greedy_agreement(original, other) == 0.5
+    assert generation_agreement(original, other) == 0.5
+    assert loss_nats(original, [torch.tensor([[0, 1]])]) == pytest.approx(1.386294, abs=1e-6)
