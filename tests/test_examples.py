@@ -1,0 +1,89 @@
+"""Every example runs as its docstring says, in its smallest form, from another folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(tmp_path, name, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_converts_verifies_and_compares(tmp_path):
+    printed = run_example(tmp_path, "quickstart.py", "--windows", "2", "--length", "64")
+    rows = {line.split("│")[1].strip(): line.split("│") for line in printed.splitlines() if line.count("│") > 7}
+    assert rows["DIFF V2, exact"][5].strip() == "0.0000"  # KL to the LLaMA
+    assert rows["DIFF V2, exact"][7].strip() == rows["DIFF V1, parity, not healed"][7].strip() == "yes"
+    assert (tmp_path / "out/quickstart/v1/conversion.json").is_file()
+    assert (tmp_path / "out/quickstart/v2/modeling_diff_llama.py").is_file()
+
+
+@pytest.mark.slow
+def test_benchmark_attention_checks_and_writes_its_table(tmp_path):
+    run_example(tmp_path, "benchmark_attention.py", "--smoke", "--output", "out")
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    assert {row["phase"] for row in record["rows"]} == {"forward", "forward + backward", "decode"}
+    assert {"llama", "chunked", "one call", "two calls", "four calls"} <= {row["form"] for row in record["rows"]}
+    assert record["environment"]["machine"]
+    assert len(list((tmp_path / "out").glob("*.csv"))) == 1
+
+
+def test_benchmark_attention_prints_no_speed_when_a_form_is_wrong(tmp_path):
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport benchmark_attention as benchmark\n"
+        "right = benchmark.two_calls\n"
+        "benchmark.two_calls = lambda *inputs: right(*inputs) * 1.01\n"
+        "sys.argv = ['benchmark_attention.py', '--smoke']\nbenchmark.main()\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "two calls" in result.stderr and "no speed is reported" in result.stderr
+    assert "ratio" not in result.stdout and "llama" not in result.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_model_writes_ratios_to_llama(tmp_path):
+    printed = run_example(tmp_path, "benchmark_model.py", "--smoke", "--output", "out")
+    assert "prefill (ms)" in printed and "decode (ms)" in printed and "training (ms)" in printed
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    assert set(record["seconds"]) == {"prefill", "decode", "training"}
+    assert record["largest_relative_difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
+    run_example(tmp_path, "benchmark_conversion.py", "--smoke", "--output", "out")
+    record = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert set(record["jobs"]) == {"copy", "convert v1", "convert v2"}
+    assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
+
+
+@pytest.mark.slow
+def test_gpu_report_fine_tunes_every_model(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    script = tmp_path / "fine_tuning.py"
+    # Only its own part: the tests and benchmarks that it starts as well have tests of their own here.
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport argparse, json, gpu_report\n"
+        "if __name__ == '__main__':\n"
+        "    models = [('llama', None), ('v1', None), ('v2', None)]\n"
+        "    arguments = argparse.Namespace(smoke=True, device='cpu', models=models)\n"
+        "    print(json.dumps(gpu_report.fine_tuning(arguments)))\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    results = json.loads(result.stdout.splitlines()[-1])
+    assert len(results) == 6 and all(run["loss_fell"] for run in results.values())
+    # LoRA leaves the base alone: adapters and the few new tensors are all that trains.
+    assert results["lora v1 default"]["trainable_parameters"] < results["full v1 default"]["trainable_parameters"] / 2
