@@ -21,6 +21,15 @@ AUTO_MAP = {
 }
 
 
+# Written to every config.json in the place of a number: transformers' own DiffLlama has our class names; a tool that
+# takes a class by the name under "architectures" would load a V1 checkpoint into it without an error, and compute
+# something else. With this it stops, and says why.
+WRONG_CLASS_GUARD = {
+    "lambda_std_dev": "This is not a checkpoint of transformers' own DiffLlama: load it through the auto classes with "
+    "trust_remote_code=True, or with modeling_diff."
+}
+
+
 def paper_lambda_init(layer_idx: int) -> float:
     """lambda_init = 0.8 - 0.6 exp(-0.3 l) of layer l, counted from 0 (arXiv:2410.05258, section 2.1)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
@@ -75,7 +84,7 @@ class DiffLlamaConfig(LlamaConfig):
                 f"model_type={model_type!r} is another architecture, whose weights mean something else here: a LLaMA "
                 "checkpoint comes over with `diff-llama convert`."
             )
-        if "lambda_std_dev" in kwargs:
+        if kwargs.pop("lambda_std_dev", None) not in (None, *WRONG_CLASS_GUARD.values()):
             raise ValueError(
                 "lambda_std_dev is a field of transformers' own diffllama, which computes something else in another "
                 "weight order: here it is lambda_init_std, and checkpoints come over with `diff-llama convert`."
@@ -124,7 +133,7 @@ class DiffLlamaConfig(LlamaConfig):
         self.rotary_config()
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        return super().to_dict() | {"auto_map": dict(AUTO_MAP)} | WRONG_CLASS_GUARD
 
     def _check_variant(self) -> None:
         if self.variant not in ("v1", "v2"):

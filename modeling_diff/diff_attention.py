@@ -34,14 +34,16 @@ def attention_maps(
     """
     Both softmax maps, each (B, H, T, S), in float32 or the queries' dtype if that is wider.
 
-    `query` (B, 2H, T, d), `key` (B, K, S, D), `attention_mask` additive (B, 1, T, S) or None for full attention.
+    `query` (B, 2H, T, d), `key` (B, K, S, D), `attention_mask` (B, 1, T, S) boolean or additive, or None for all keys.
     """
     num_maps, map_dim = query.shape[1], query.shape[-1]
     key = key.unflatten(-1, (-1, map_dim)).transpose(2, 3).unsqueeze(2)  # (B, K, 1, 2 in V1 or 1 in V2, S, d)
     key = key.expand(-1, -1, num_maps // key.shape[1] // 2, 2, -1, -1).flatten(1, 3)  # (B, 2H, S, d)
     # Laid out and multiplied as in LLaMA's eager attention, so that equal maps come out equal to the last bit.
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, 2H, T, S)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     maps = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
     return maps[:, 0::2], maps[:, 1::2]

@@ -183,6 +183,8 @@ class DiffLlamaAttention(LlamaAttention):
                 f"attention_maps_by_layer: attn_implementation={implementation!r} never holds whole maps; call "
                 'set_attn_implementation("eager") first.'
             )
+        if implementation == "diff_chunked" and torch.compiler.is_exporting():
+            implementation = "sdpa"  # equal, and without a loop over blocks that would fix the exported length
         norm = self.fusable_norm() if implementation == "diff_triton" else {}
         if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS:
             attn_output, attn_weights = DIFFERENTIAL_ATTENTION_FUNCTIONS[implementation](

@@ -1,0 +1,152 @@
+"""The query-chunked path: outputs and every gradient against float64 definitions, its masks, rounding and memory."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diff_llama_by_definition import attention_by_definition
+
+from modeling_diff import diff_attention_reference
+from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward
+
+
+CAUSAL = SimpleNamespace(is_causal=True)
+
+
+def random_inputs(variant, num_key_value_heads, groups, num_queries, num_keys, dtype=torch.float64, map_dim=6):
+    """query (B, 2H, T, d), key and value (B, K, S, D), lambda, in the memory order in which the model makes them."""
+    torch.manual_seed(num_queries + num_keys)
+    batch_size, num_heads = 2, num_key_value_heads * groups
+    head_dim = 2 * map_dim if variant == "v1" else map_dim
+    query = torch.randn(batch_size, num_queries, 2 * num_heads, map_dim, dtype=torch.float64).transpose(1, 2)
+    key = torch.randn(batch_size, num_keys, num_key_value_heads, head_dim, dtype=torch.float64).transpose(1, 2)
+    value = torch.randn(batch_size, num_keys, num_key_value_heads, head_dim, dtype=torch.float64).transpose(1, 2)
+    diff_lambda = torch.rand(() if variant == "v1" else (batch_size, num_queries, num_heads), dtype=torch.float64)
+    return [tensor.to(dtype).requires_grad_() for tensor in (query, key, value, diff_lambda)]
+
+
+def visible_keys(kind, num_queries, num_keys):
+    """Boolean (B, 1, T, S): causal to the bottom right, the second row also padded on the left."""
+    visible = torch.ones(2, 1, num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    if kind == "padded" and num_queries > 1:
+        visible[1, :, :, :3] = False
+        visible[1, :, :3, 0] = True  # rows of padding see something, so that float64 has a value to compare
+    return visible
+
+
+@pytest.mark.parametrize("mask_kind", ["causal", "padded", "additive"])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"),
+    [(1, 1), (1, 37), (FEW_QUERIES, 21), (FEW_QUERIES + 1, 30), (63, 63), (2 * BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 1)],
+)
+@pytest.mark.parametrize(("num_key_value_heads", "groups"), [(2, 1), (1, 3)])
+def test_chunked_gives_outputs_and_gradients_of_the_reference(
+    variant, num_key_value_heads, groups, num_queries, num_keys, mask_kind
+):
+    inputs = random_inputs(variant, num_key_value_heads, groups, num_queries, num_keys)
+    visible = visible_keys("padded" if mask_kind == "padded" else "causal", num_queries, num_keys)
+    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    needs_mask = mask_kind != "causal" or num_queries not in (1, num_keys)
+    mask = additive if mask_kind == "additive" else visible if needs_mask else None
+
+    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=additive)
+    grad_output = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
+    query, key, value, diff_lambda = inputs
+    output, maps = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
+    gradients = torch.autograd.grad(output, inputs, grad_output)
+
+    assert maps is None
+    # float64: sums of up to 257 terms near 1 lose two of 16 digits.
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for name, ours, theirs in zip(("query", "key", "value", "lambda"), gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_chunked_attends_everywhere_where_the_module_is_not_causal(variant):
+    query, key, value, diff_lambda = random_inputs(variant, 2, 2, 11, 11)
+    output, _ = chunked_attention_forward(SimpleNamespace(is_causal=False), query, key, value, None, 0.4, diff_lambda)
+    expected = attention_by_definition(query, key, value, diff_lambda, 0.4)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+def test_chunked_skips_an_empty_static_cache_beyond_the_prompt(variant):
+    """A prompt in a longer static cache comes without a mask: query t sees keys 0 to t, not the zeros after."""
+    query, key, value, diff_lambda = random_inputs(variant, 1, 2, 20, 50)
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, None, 0.4, diff_lambda)
+    hidden = torch.ones(20, 50, dtype=torch.bool).triu(1)
+    additive = torch.zeros(2, 20, 50, dtype=torch.float64).masked_fill(hidden, -1e30)
+    expected = attention_by_definition(query, key, value, diff_lambda, 0.4, additive)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+def test_chunked_gradients_pass_gradcheck(variant):
+    inputs = random_inputs(variant, 1, 2, 9, 9, map_dim=4)
+
+    def attend(query, key, value, diff_lambda):
+        return chunked_attention_forward(CAUSAL, query, key, value, None, 0.5, diff_lambda)[0]
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_chunked_leaves_padding_rows_finite(variant):
+    query, key, value, diff_lambda = random_inputs(variant, 1, 1, 12, 12, dtype=torch.float32)
+    visible = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    visible[1, :, :, :4] = False  # rows 0 to 3 see nothing at all
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, visible, 0.5, diff_lambda)
+    gradients = torch.autograd.grad(output.sum(), (query, key, value, diff_lambda))
+    assert all(tensor.isfinite().all() for tensor in (output, *gradients))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 2e-6),  # 24 bits, sums of 150 terms
+        (torch.bfloat16, 3e-2),  # scores, weights and outputs are each rounded to 8 bits: 3 x 2^-9 of values near 2
+        (torch.float16, 4e-3),  # the same with 11 bits
+    ],
+    ids=str,
+)
+def test_chunked_rounds_as_its_dtype_allows(variant, dtype, tolerance):
+    inputs = [tensor.to(dtype) for tensor in random_inputs(variant, 2, 2, 150, 150)]
+    inputs[3] = inputs[3].float()  # lambda is float32 under any dtype
+    query, key, value, diff_lambda = inputs
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, None, 0.4, diff_lambda)
+    visible = visible_keys("causal", 150, 150)
+    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    expected = diff_attention_reference(*(tensor.double() for tensor in inputs), 0.4, additive)
+    assert output.dtype == dtype
+    assert (output.double() - expected).abs().max() < tolerance
+
+
+def test_chunked_under_autocast_computes_in_its_dtype(variant):
+    query, key, value, diff_lambda = random_inputs(variant, 2, 2, 40, 40, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = chunked_attention_forward(CAUSAL, query, key, value, None, 0.4, diff_lambda)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(tensor.grad.dtype == torch.float32 for tensor in (query, key, value, diff_lambda))
+
+
+PEAK_MEMORY = """
+import resource, sys, torch
+from types import SimpleNamespace
+from modeling_diff.diff_attention_chunked import chunked_attention_forward
+length = int(sys.argv[1])
+inputs = [torch.randn(1, heads, length, dim, requires_grad=True) for heads, dim in ((4, 16), (2, 32), (2, 32))]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2):
+    output, _ = chunked_attention_forward(SimpleNamespace(is_causal=True), *inputs, None, 0.25, torch.tensor(0.3))
+    output.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_chunked_training_memory_grows_with_the_length_and_not_its_square():
+    """Four maps of 8192 x 8192 scores would be 1 GiB in float32; inputs, outputs and gradients are 16 MiB."""
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY, "8192"], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert int(result.stdout) < 200 * 2**20

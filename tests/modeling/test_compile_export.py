@@ -1,0 +1,71 @@
+"""torch.compile without graph breaks or recompilation, and torch.export."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+
+# float32 logits of up to about 6.
+FLOAT32_ATOL = 2e-5
+
+
+@pytest.fixture(params=["eager", "sdpa", "diff_chunked"])
+def model(request, tiny_model, variant):
+    torch._dynamo.reset()
+    return tiny_model(variant, attn_implementation=request.param, num_hidden_layers=1)
+
+
+@torch.no_grad()
+def decode_compiled(model, input_ids, compiled, prefill_length=9):
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    logits = [model(input_ids[:, :prefill_length], past_key_values=cache).logits]
+    for t in range(prefill_length, input_ids.shape[1]):
+        position_ids = torch.tensor([[t]])
+        with torch._dynamo.config.patch(error_on_recompile=t > prefill_length):
+            step = compiled(input_ids[:, t : t + 1], past_key_values=cache, position_ids=position_ids)
+        logits.append(step.logits)
+    return torch.cat(logits, dim=1)
+
+
+def test_static_cache_decoding_compiles_to_one_graph_once(model, random_ids):
+    input_ids = random_ids(2, 13)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    decoded = decode_compiled(model, input_ids, compiled)
+    torch.testing.assert_close(decoded, model(input_ids).logits, rtol=0, atol=FLOAT32_ATOL)
+
+
+@pytest.mark.slow
+def test_inductor_decoding_equals_one_pass(tiny_model, random_ids):
+    torch._dynamo.reset()
+    model, input_ids = tiny_model("v1", num_hidden_layers=1), random_ids(2, 11)
+    decoded = decode_compiled(model, input_ids, torch.compile(model.forward, fullgraph=True))
+    torch.testing.assert_close(decoded, model(input_ids).logits, rtol=0, atol=FLOAT32_ATOL)
+
+
+def test_training_step_compiles_to_one_graph_with_equal_gradients(model, random_ids):
+    input_ids = random_ids(2, 13)
+    model.train()
+    gradients = []
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for forward in (model, compiled):
+        model.zero_grad()
+        forward(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        tolerance = 1e-4 * expected.abs().max().item()  # float32, relative to the tensor's largest entry
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=tolerance, msg=name)
+
+
+def test_export_gives_equal_logits_for_other_shapes(model, random_ids):
+    batch_size, num_tokens = torch.export.Dim("batch_size"), torch.export.Dim("num_tokens", max=100)
+    exported = torch.export.export(
+        model,
+        (random_ids(2, 13),),
+        kwargs={"use_cache": False},
+        dynamic_shapes={"input_ids": {0: batch_size, 1: num_tokens}, "use_cache": None},
+        strict=False,
+    )
+    for shape in ((2, 13), (3, 9), (1, 40)):
+        input_ids = random_ids(*shape, seed=4)
+        logits = exported.module()(input_ids, use_cache=False).logits
+        torch.testing.assert_close(logits, model(input_ids).logits, rtol=0, atol=FLOAT32_ATOL)

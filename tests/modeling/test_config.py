@@ -1,0 +1,144 @@
+"""The configuration: what it derives, what it saves, and the message of everything it refuses."""
+
+import math
+
+import pytest
+import torch
+from diff_llama_by_definition import logits_by_definition
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import LlamaConfig
+
+from modeling_diff import DiffLlamaConfig
+
+
+def test_derived_widths_follow_the_variant(tiny_config):
+    v1, v2 = tiny_config("v1"), tiny_config("v2")
+    assert (v1.head_dim, v1.map_dim) == (8, 4)
+    assert (v2.head_dim, v2.map_dim) == (8, 8)
+
+
+def test_defaults_are_llama_defaults():
+    ours, theirs = DiffLlamaConfig(), LlamaConfig()
+    shared = set(theirs.to_dict()) - {"model_type", "architectures"}
+    assert {name: getattr(ours, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
+
+
+def test_lambda_init_defaults_to_the_paper_schedule():
+    config = DiffLlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4)
+    expected = [0.2, 0.8 - 0.6 * math.exp(-0.3), 0.8 - 0.6 * math.exp(-0.6)]
+    assert config.lambda_init == pytest.approx(expected)
+
+
+def test_motif_schedule_counted_from_minus_one_is_accepted_as_given(tiny_config):
+    assert tiny_config("v1", lambda_init=[-0.0099, 0.2]).lambda_init == [-0.0099, 0.2]
+
+
+def test_config_survives_saving_and_loading(tiny_config, variant, tmp_path):
+    config = tiny_config(variant, differential_layers=[1])
+    config.save_pretrained(tmp_path)
+    loaded = DiffLlamaConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.model_type == "diff_llama"
+
+
+def test_parameter_shapes_are_those_of_the_design(tiny_model):
+    shapes = {
+        variant: {
+            name.removeprefix("model.layers.0.self_attn."): tuple(weight.shape)
+            for name, weight in tiny_model(variant).state_dict().items()
+            if "layers.0.self_attn" in name
+        }
+        for variant in ("v1", "v2")
+    }
+    heads, key_value_heads, hidden_size = 4, 2, 32
+    assert shapes["v1"] == {
+        "q_proj.weight": (heads * 2 * 4, hidden_size),
+        "k_proj.weight": (key_value_heads * 2 * 4, hidden_size),
+        "v_proj.weight": (key_value_heads * 8, hidden_size),
+        "o_proj.weight": (hidden_size, heads * 8),
+        "sub_norm.weight": (8,),
+        **{f"diff_lambda.lambda_{name}": (4,) for name in ("q1", "k1", "q2", "k2")},
+    }
+    assert shapes["v2"] == {
+        "q_proj.weight": (heads * 2 * 8, hidden_size),
+        "k_proj.weight": (key_value_heads * 8, hidden_size),
+        "v_proj.weight": (key_value_heads * 8, hidden_size),
+        "o_proj.weight": (hidden_size, heads * 8),
+        "lambda_proj.weight": (heads, hidden_size),
+    }
+
+
+def test_biases_are_where_the_config_asks_for_them(tiny_model):
+    names = [name for name, _ in tiny_model("v2", lambda_bias=True, attention_bias=True).named_parameters()]
+    biased = {name.split(".")[-2] for name in names if "layers.0" in name and name.endswith(".bias")}
+    assert biased == {"q_proj", "k_proj", "v_proj", "o_proj", "lambda_proj"}
+
+
+@pytest.mark.parametrize("settings", [{"sub_norm_eps": [0.5, 0.02]}, {"lambda_init": [0.7, -0.3]}], ids=str)
+def test_values_given_by_layer_reach_their_layers(tiny_model, random_ids, settings):
+    model, input_ids = tiny_model("v1", **settings), random_ids(2, 9)
+    expected = logits_by_definition(model.state_dict(), model.config, input_ids)
+    # float32 logits of up to about 6.
+    torch.testing.assert_close(model(input_ids).logits.double(), expected, rtol=0, atol=2e-5)
+
+
+INVALID = {
+    "unknown_variant": ({"variant": "v3"}, r"variant='v3' is unknown: use \"v1\""),
+    "no_heads": ({"num_attention_heads": 0, "head_dim": 8}, "num_attention_heads=0: must be at least 1"),
+    "no_key_value_heads": ({"num_key_value_heads": 0}, "num_key_value_heads=0: must be at least 1"),
+    "no_width": ({"head_dim": 0}, "head_dim=0: must be at least 1"),
+    "no_layers": ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be at least 1"),
+    "uneven_groups": (
+        {"num_attention_heads": 4, "num_key_value_heads": 3},
+        "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
+    ),
+    "odd_head": ({"head_dim": 7}, "head_dim=7 is odd"),
+    "odd_map_v1": ({"head_dim": 6}, "head_dim=6 gives maps 3 wide.*multiple of 4"),
+    "odd_map_v2": ({"variant": "v2", "head_dim": 7}, "head_dim=7 gives maps 7 wide.*multiple of 2"),
+    "layer_beyond": ({"differential_layers": [0, 2]}, r"differential_layers=\[0, 2\].*num_hidden_layers=2"),
+    "layer_negative": ({"differential_layers": [-1]}, r"differential_layers=\[-1\].*counted from 0"),
+    "layers_unsorted": ({"differential_layers": [1, 0]}, r"differential_layers=\[1, 0\].*ascending"),
+    "layer_twice": ({"differential_layers": [1, 1]}, r"differential_layers=\[1, 1\].*once"),
+    "lambda_init_short": ({"lambda_init": [0.2]}, "lambda_init has 1 values for num_hidden_layers=2"),
+    "lambda_init_nan": ({"lambda_init": [0.2, math.nan]}, r"lambda_init\[1\]=nan: must be finite"),
+    "lambda_init_infinite": ({"lambda_init": [-math.inf, 0.2]}, r"lambda_init\[0\]=-inf: must be finite"),
+    "lambda_init_one": ({"lambda_init": [1.0, 0.2]}, r"lambda_init\[0\]=1.0: must be finite and below 1"),
+    "lambda_init_std_negative": ({"lambda_init_std": -0.1}, "lambda_init_std=-0.1"),
+    "lambda_init_std_nan": ({"lambda_init_std": math.nan}, "lambda_init_std=nan"),
+    "sub_norm_eps_short": ({"sub_norm_eps": [1e-5]}, "sub_norm_eps has 1 values for num_hidden_layers=2"),
+    "sub_norm_eps_zero": ({"sub_norm_eps": 0.0}, "sub_norm_eps=0.0: must be finite and above 0"),
+    "sub_norm_eps_nan": ({"sub_norm_eps": [1e-5, math.nan]}, r"sub_norm_eps=\[1e-05, nan\]: must be finite"),
+    "lambda_bias_v1": ({"lambda_bias": True}, "lambda_bias=True: V1 has no lambda_proj"),
+    "lambda_init_v2": ({"variant": "v2", "lambda_init": [0.2, 0.3]}, r"lambda_init=\[0.2, 0.3\]: V2 has neither"),
+    "sub_norm_eps_v2": ({"variant": "v2", "sub_norm_eps": 1e-5}, "sub_norm_eps=1e-05: V2 has neither"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1: the paper defines no dropout"),
+    "transformers_own_field": ({"lambda_std_dev": 0.1}, "lambda_std_dev is a field of transformers' own diffllama"),
+    "unknown_rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral'"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_config_says_what_is_wrong(tiny_config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{"variant": "v1"} | settings)
+
+
+def test_hidden_size_that_heads_do_not_divide_is_refused_as_llama_refuses_it(tiny_config):
+    with pytest.raises(
+        StrictDataclassClassValidationError, match=r"hidden size \(30\) is not a multiple.*heads \(4\)"
+    ):
+        tiny_config("v1", hidden_size=30, head_dim=8)
+
+
+@pytest.mark.parametrize("field", ["variant", "lambda_init", "differential_layers", "lambda_bias", "sub_norm_eps"])
+def test_value_of_a_wrong_type_is_refused_by_field_name(tiny_config, field):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{field}'"):
+        tiny_config(**{"variant": "v1", field: object()})
+
+
+def test_generation_settings_do_not_leak_into_the_config(tiny_model, variant, tmp_path):
+    model = tiny_model(variant)
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path)
+    assert "max_new_tokens" not in DiffLlamaConfig.from_pretrained(tmp_path).to_dict()
+    assert torch.is_tensor(model(torch.tensor([[3]])).logits)
