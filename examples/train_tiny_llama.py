@@ -12,7 +12,7 @@ A sister with as many KV heads as query heads, a larger model on a GPU, and a ch
 
     python examples/train_tiny_llama.py --output tiny-llama-mha --kv-heads 8
     python examples/train_tiny_llama.py --output large-llama --size large --compile on
-    python examples/train_tiny_llama.py --output /tmp/smoke --smoke
+    python examples/train_tiny_llama.py --output out/smoke --smoke
 
 Size legend: B rows a batch, T tokens a row (the context), N tokens of a stream.
 """
