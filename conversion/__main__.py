@@ -20,7 +20,7 @@ from conversion.convert import ConversionReport, convert_checkpoint
 from conversion.describe import describe_checkpoint
 from conversion.errors import ConversionError
 from conversion.export import export_checkpoint
-from conversion.options import parse_lambda_init, parse_layers
+from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
 from conversion.verify import VerificationReport, verify_checkpoint
 
 
@@ -80,6 +80,15 @@ def convert(
         float,
         typer.Option("--lambda", help="v2: lambda at the start, between 0 and 1; through a bias if not 0.5."),
     ] = 0.5,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="v1: text, JSON lines or a datasets folder; layers are fitted on it, and little is lost."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = CALIBRATION_TOKENS,
+    stages: Annotated[
+        Any,
+        typer.Option(parser=parse_stages, metavar="|".join(STAGES), help="Stages of the calibration; all by default."),
+    ] = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     seed: Annotated[int, typer.Option(help="v1: of the lambda vectors.")] = 0,
@@ -100,12 +109,13 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a LLaMA checkpoint into a Differential Transformer."""
-    with _one_line_errors(verbose), _progress("converting") as progress:
+    with _one_line_errors(verbose), _layer_progress() as layer_progress, _progress("converting") as progress:
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
-            dtype=dtype, max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
+            calibration=calibration, calibration_tokens=calibration_tokens, stages=stages, dtype=dtype,
+            max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
             backbone_only=backbone_only, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite, dry_run=dry_run,
-            overwrite=overwrite, resume=resume, progress=progress,
+            overwrite=overwrite, resume=resume, progress=progress, calibration_progress=layer_progress,
         )  # fmt: skip
     _show_conversion(report, as_json, "would write" if dry_run else "wrote")
 
@@ -189,6 +199,24 @@ def _progress(what: str) -> Iterator[Any]:
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _layer_progress() -> Iterator[Any]:
+    """A calibration's progress: layer, stage and time left on a terminal, silence elsewhere."""
+    columns = (TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("calibrating", total=None, where="", visible=False)
+
+        def update(layer: int, num_layers: int, stage: str, done: float) -> None:
+            # A layer's last stage takes about half of its time.
+            share = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
+            width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
+            where = f"layer {layer + 1} of {num_layers}, {stage}"
+            completed = layer + share[stage] + width * done
+            bar.update(task, completed=completed, total=num_layers, where=where, visible=True)
+
+        yield update
 
 
 def _show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:

@@ -11,12 +11,22 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig
 
+from conversion.calibrate import CalibrationResult
+from conversion.calibrate import Progress as CalibrationProgress
+from conversion.calibrated import (
+    calibrated_rules,
+    calibration_record,
+    check_calibration,
+    remove_work_folder,
+    run_calibration,
+    work_folder_of,
+)
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import code_files, companion_files
 from conversion.errors import ConversionError
 from conversion.hub import model_card
 from conversion.layout import HeadPairing
-from conversion.options import ConversionOptions
+from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
 from conversion.rules import (
     Rule,
     check_tensors,
@@ -75,6 +85,9 @@ def convert_checkpoint(
     norm: Literal["strict", "neutral"] = "strict",
     lambda_start: float = 0.5,
     pairings: Mapping[int, HeadPairing] | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    stages: Sequence[str] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
     source_layout: Literal["auto", "unilm"] = "auto",
@@ -87,10 +100,13 @@ def convert_checkpoint(
     resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    calibration_progress: CalibrationProgress = lambda layer, num_layers, stage, done: None,
 ) -> ConversionReport:
     """Converts a LLaMA or transformers DiffLlama checkpoint, folder or Hub id; the output appears whole or not at all.
 
-    `ConversionOptions` says what the choices mean. Raises ConversionError for bad input, FilesError for the target.
+    `ConversionOptions` says what the choices mean. `calibration` is text on which a V1 conversion is fitted layer by
+    layer, in `stages` of `calibrate.Stage` (all by default).
+    Raises ConversionError for bad input, FilesError for the target.
     """
     options = ConversionOptions(
         variant, layers, lambda_init, norm, lambda_start, pairings, dtype, seed, source_layout, backbone_only,
@@ -104,17 +120,46 @@ def convert_checkpoint(
     check_target(Path(output), source=found.folder, overwrite=overwrite)
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
+    work_folder = None
+    if calibration is not None:
+        text = CalibrationText(Path(calibration), calibration_tokens, stages)
+        notes.append(_check_calibration(model, reader, options, text))
+        if not dry_run:
+            work_folder = work_folder_of(Path(output)) if resume else None
+            fitted = run_calibration(found, model, reader, options, text, work_folder, calibration_progress)
+            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (text, fitted))
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
     record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
+    remove_work_folder(work_folder)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
 
 
+def _check_calibration(
+    model: SourceModel, reader: CheckpointReader, options: ConversionOptions, text: CalibrationText
+) -> str:
+    if model.kind != "llama" or options.variant != "v1" or options.pairings:
+        raise ConversionError(
+            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
+            "and where pairings are given"
+        )
+    return check_calibration(model, reader, text)
+
+
 def plan_conversion(
-    found: SourceFolder, model: SourceModel, reader: CheckpointReader, options: ConversionOptions, max_shard_bytes: int
+    found: SourceFolder,
+    model: SourceModel,
+    reader: CheckpointReader,
+    options: ConversionOptions,
+    max_shard_bytes: int,
+    calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
 ) -> tuple[Plan, list[str]]:
     """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
     rules, fields = _rules_and_fields(model, reader, options)
+    if calibrated:
+        rules = calibrated_rules(rules, calibrated[1])
+        lambda_init, epsilons = calibrated[1].lambda_init, calibrated[1].sub_norm_eps
+        fields |= {"lambda_init": list(lambda_init), "sub_norm_eps": list(epsilons)}
     rules, dropped = _match(rules, model, reader, options.backbone_only)
     files, notes = companion_files(found.folder)
     notes += [f"left out: {name}" for name in dropped]
@@ -129,7 +174,8 @@ def plan_conversion(
         "source": {"name": found.name, "hub_id": found.hub_id, "revision": found.revision, "kind": model.kind},
         "options": options.recorded(),
         "layout": "paired",
-        "pairing": None if config.variant == "v2" else "given" if options.pairings else "adjacent",
+        "pairing": _pairing(config, options, calibrated is not None),
+        "calibration": calibration_record(*calibrated) if calibrated else None,
         "promise": {"kind": promise, "text": PROMISES[promise]},
         "versions": versions(),
         "left_out": dropped,
@@ -260,6 +306,12 @@ def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
         )
         shared["attention_dropout"] = 0.0
     return shared, notes
+
+
+def _pairing(config: DiffLlamaConfig, options: ConversionOptions, calibrated: bool) -> str | None:
+    if config.variant == "v2":
+        return None
+    return "calibrated" if calibrated else "given" if options.pairings else "adjacent"
 
 
 def _promise(model: SourceModel, options: ConversionOptions) -> str:

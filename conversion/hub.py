@@ -38,6 +38,9 @@ STATUS = {
     "equal": "It computes the same function as its source, up to rounding.",
     "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "
     "attention maps that were trained to be added, and needs healing (distillation from its source) first.",
+    "calibrated": "**Near its source, not equal to it**: it has its source's size; its attention was fitted, layer by "
+    "layer, on {tokens} tokens of text, and nothing was trained end to end. Measure it before use; healing "
+    "(distillation from its source) brings it nearer.",
 }
 
 
@@ -51,12 +54,13 @@ def model_card(found: SourceFolder, config: DiffLlamaConfig, record: Mapping[str
         base_model=found.hub_id,
         **inherited,
     )
-    count = config.num_hidden_layers
+    count, calibration = config.num_hidden_layers, record.get("calibration")
+    status = STATUS["calibrated"].format(**calibration) if calibration else STATUS[record["promise"]["kind"]]
     body = BODY.format(
         title=f"{found.name.split('/')[-1]}-diff-{config.variant}",
         variant=config.variant.upper(),
         origin=f"[{found.hub_id}](https://huggingface.co/{found.hub_id})" if found.hub_id else f"`{found.name}`",
-        status=STATUS[record["promise"]["kind"]],
+        status=status,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         map_dim=config.map_dim,

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,24 @@ STRICT_EPS = 1e-5
 # An even power of two far above any mean square of a head's output: root and weight are exact, and the norm divides
 # by the same 2^12 that its weight multiplies with, so that it is the identity to the last bits of float32.
 NEUTRAL_EPS = 2.0**24
+
+
+CALIBRATION_TOKENS = 65536
+STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all)."""
+
+    path: Path
+    tokens: int = CALIBRATION_TOKENS
+    stages: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = set(self.stages or ()) - set(STAGES)
+        if unknown:
+            raise ConversionError(f"stages {sorted(unknown)} are unknown, expected some of {', '.join(STAGES)}")
 
 
 @dataclass(frozen=True)
@@ -145,3 +164,11 @@ def parse_lambda_init(text: str) -> Literal["paper"] | float | list[float]:
         return "paper"
     values = [float(part) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
+
+
+def parse_stages(text: str) -> list[str]:
+    """ "pairing,refit" -> ["pairing", "refit"]. ValueError for anything else."""
+    stages = [part.strip() for part in text.split(",")]
+    if unknown := set(stages) - set(STAGES):
+        raise ValueError(f"{', '.join(sorted(unknown))} is no stage; expected some of {','.join(STAGES)}")
+    return stages

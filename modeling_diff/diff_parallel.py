@@ -50,4 +50,4 @@ def check_tensor_parallel_size(config, tp_size: int) -> None:
 
 # What is there stays: another revision of this code may be loaded beside this one, and the name says what is done.
 if SHARED_BY_HEADS not in ALL_PARALLEL_STYLES:
-    ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeadsParallel())
+    ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeadsParallel())  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""
+Gradient descent on one layer's attention parameters, against LLaMA's stream after that layer.
+
+R rows, T tokens a row, C hidden.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from conversion.layer_fit import LayerProblem
+from conversion.layer_streams import LayerWeights
+from modeling_diff.modeling_diff_llama import DiffLambda, DiffLlamaDecoderLayer
+
+
+@dataclass(frozen=True)
+class LocalFit:
+    """
+    How long, how fast, and how far down lambda may go.
+
+    Rates are relative to the root mean square of a parameter's median row (a tenth of that for vectors), so they suit
+    any model; that of the lambda vectors is absolute, as they start at 0.1. Left alone lambda falls to 0 in most
+    layers, where the second map gets no gradient any more: `lambda_floor` keeps it alive for the healing to come.
+    """
+
+    steps: int = 200
+    batch_tokens: int = 4096
+    learning_rate: float = 0.3
+    lambda_learning_rate: float = 2e-3
+    warmup_steps: int = 10
+    lambda_floor: float = 0.02
+
+
+def fit_layer(
+    problem: LayerProblem, weights: LayerWeights, options: LocalFit, progress: Callable[[int], None]
+) -> LayerWeights:
+    """The weights after `options.steps` steps, lambda held at its floor; whether they are better, the caller sees."""
+    layer = problem.diff_layer(weights)
+    attention = layer.self_attn.requires_grad_(True)
+    diff_lambda = attention.get_submodule("diff_lambda")
+    assert isinstance(diff_lambda, DiffLambda)
+    optimizers = build_optimizers(attention, options)
+    generator = torch.Generator().manual_seed(problem.seed)
+    batches = row_batches(problem, options.batch_tokens, generator)
+    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    for step in range(options.steps):
+        factor = rate_factor(step, options)
+        for optimizer, rates in zip(optimizers, base, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss = batch_loss(problem, layer, next(batches))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        hold_lambda(diff_lambda, options.lambda_floor)
+        progress(step + 1)
+    tensors = {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
+    return weights.replaced(tensors=tensors)
+
+
+def build_optimizers(attention: nn.Module, options: LocalFit) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, which got further in equally many steps than Adam at any rate; Adam for the rest."""
+    lambdas = list(attention.get_submodule("diff_lambda").parameters())
+    vectors = [{"params": lambdas, "lr": options.lambda_learning_rate}]
+    matrices = []
+    for name, parameter in attention.named_parameters():
+        if name.startswith("diff_lambda"):
+            continue
+        # The median row, as the rows of a value that carry its norm are larger than the rest.
+        rows = parameter.detach().flatten(1) if parameter.dim() > 1 else parameter.detach()[None]
+        rate = options.learning_rate * max(float(rows.square().mean(1).sqrt().median()), 1e-4)
+        if parameter.dim() == 2:
+            matrices.append({"params": [parameter], "lr": rate})
+        else:
+            vectors.append({"params": [parameter], "lr": rate / 10})
+    return [
+        torch.optim.Adam(vectors, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    ]
+
+
+def rate_factor(step: int, options: LocalFit) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def row_batches(problem: LayerProblem, batch_tokens: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Indices of training rows, in a new order every epoch, without end."""
+    num_rows, num_tokens = problem.streams.converted.shape[:2]
+    rows = torch.arange(num_rows)[problem.training_rows]
+    size = min(len(rows), max(1, batch_tokens // num_tokens))
+    while True:
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        yield from order.split(size)[: len(rows) // size]
+
+
+def batch_loss(problem: LayerProblem, layer: DiffLlamaDecoderLayer, rows: torch.Tensor) -> torch.Tensor:
+    """Mean square distance to LLaMA's stream after the layer, each token relative to its own mean square."""
+    reached = problem.llama.run(layer, problem.streams.converted[rows])
+    error = (reached - problem.streams.after_layer[rows]).square().mean(-1)
+    return (error * problem.token_weights[rows]).mean()
+
+
+@torch.no_grad()
+def hold_lambda(diff_lambda: DiffLambda, floor: float) -> None:
+    """
+    If lambda is below `floor`, the smallest step of lambda_q1 that brings it there (TRAPS.md, 20).
+
+    exp(q1 . k1) must grow by `floor - lambda`, so q1 moves along k1 by the growth of the exponent over |k1|^2.
+    """
+    short = floor - float(diff_lambda())
+    if short <= 0:
+        return
+    q1, k1 = diff_lambda.lambda_q1, diff_lambda.lambda_k1
+    exponent = float((q1 * k1).sum())
+    growth = math.log(math.exp(exponent) + short + 1e-6) - exponent  # the margin outweighs rounding
+    q1 += growth / float(k1.square().sum()) * k1

@@ -1,0 +1,171 @@
+"""What each stage of a parity conversion (LLaMA -> V1) is worth, before any training of the whole model.
+
+Converts a LLaMA with one stage more in every row and measures each result on held-out text, beside the plain permuted
+copy that `convert` writes without calibration. `closed` is the share of that copy's gap in loss to LLaMA that is gone.
+
+    python examples/compare_conversions.py                        # the embedded model, about 15 minutes on two cores
+    python examples/compare_conversions.py --model tiny-llama-mha --output mha.json
+    python examples/compare_conversions.py --smoke                # a toy of a model that it makes itself, seconds
+
+R rows, T tokens a row, V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from conversion.calibrate import Stage, calibrate
+from conversion.calibrated_model import calibrated_model
+from conversion.calibration_data import read_calibration
+from conversion.convert import convert_checkpoint
+from conversion.local_fit import LocalFit
+from modeling_diff import DiffLlamaForCausalLM
+
+
+EMBEDDED = Path(__file__).parent / "assets" / "tiny-llama"
+LADDER = {
+    "copy, norm and lambda calibrated": (Stage.COPY,),
+    "+ pairing": (Stage.COPY, Stage.PAIRING),
+    "+ refit": (Stage.COPY, Stage.PAIRING, Stage.REFIT),
+    "+ values": (Stage.COPY, Stage.PAIRING, Stage.REFIT, Stage.VALUES),
+    "+ local": tuple(Stage),
+}
+COLUMNS = ("conversion", "loss", "closed", "kl_nats", "agreement", "seconds", "lambda")
+
+
+def held_out_rows(folder, tokenizer, context, max_tokens):
+    """heldout.txt cut into windows of context - 1 tokens, each behind a bos: (R, T)."""
+    ids = torch.tensor(tokenizer.encode((folder / "heldout.txt").read_text(), add_special_tokens=False)[:max_tokens])
+    ids = ids[: len(ids) // (context - 1) * (context - 1)].view(-1, context - 1)
+    return torch.cat([torch.full((len(ids), 1), tokenizer.bos_token_id), ids], dim=1)
+
+
+@torch.no_grad()
+def measure(model, llama, rows):
+    """Loss, KL from LLaMA (nats a token) and share of equal greedy tokens over rows (R, T)."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for part in rows.to(model.device).split(8):
+        ours, theirs = (m(input_ids=part).logits.float().log_softmax(-1) for m in (model, llama))  # (R, T, V)
+        loss = torch.nn.functional.nll_loss(ours[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+        kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+        agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+        totals += len(part) * torch.stack((loss, kl, agreement)).double().cpu()
+    return dict(zip(("loss", "kl_nats", "agreement"), (totals / len(rows)).tolist(), strict=True))
+
+
+def lambdas(model):
+    return [layer.self_attn.diff_lambda().item() for layer in model.model.layers]
+
+
+def plain_copy(folder, lambda_init):
+    with tempfile.TemporaryDirectory() as target:
+        convert_checkpoint(folder, Path(target) / "v1", "v1", lambda_init=lambda_init)
+        return DiffLlamaForCausalLM.from_pretrained(Path(target) / "v1", dtype=torch.float32)
+
+
+def conversions(folder, llama, tokens, args):
+    """(name, model, seconds) of every row of the table."""
+    for lambda_init in ("paper", 0.05):
+        began = time.monotonic()
+        yield f"plain copy, lambda {lambda_init}", plain_copy(folder, lambda_init), time.monotonic() - began
+    for name, stages in LADDER.items():
+        began = time.monotonic()
+        result = calibrate(
+            folder, llama.config, tokens, stages=stages, norm=args.norm, device=args.device, seed=args.seed,
+            local=LocalFit(steps=args.local_steps), progress=show if sys.stderr.isatty() else lambda *seen: None,
+        )  # fmt: skip
+        yield name, calibrated_model(llama, result), time.monotonic() - began
+
+
+def show(layer, num_layers, stage, done):
+    print(f"\rlayer {layer + 1}/{num_layers} {stage} {done:4.0%}   ", end="", file=sys.stderr, flush=True)
+
+
+def compare(folder, args):
+    """The rows of the table as dictionaries, LLaMA first."""
+    llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+    context = llama.config.max_position_embeddings
+    tokens = read_calibration(
+        folder / "calibration.txt", tokenizer, args.calibration_tokens, context, llama.config.vocab_size
+    )
+    rows = held_out_rows(folder, tokenizer, context, args.held_out_tokens)
+    original = measure(llama, llama, rows)
+    table = [{"conversion": "LLaMA", **original, "closed": 1.0, "seconds": 0.0, "lambda": []}]
+    print_row({column: column for column in COLUMNS})
+    print_row(table[0])
+    for name, model, seconds in conversions(folder, llama, tokens, args):
+        row = {"conversion": name, **measure(model.to(args.device), llama, rows), "seconds": seconds}
+        copied = table[1]["loss"] if len(table) > 1 else row["loss"]
+        row |= {"closed": (copied - row["loss"]) / (copied - original["loss"]), "lambda": lambdas(model)}
+        table.append(row)
+        print_row(row)
+    return table
+
+
+def print_row(row):
+    cells = []
+    for column in COLUMNS:
+        value = row[column]
+        if isinstance(value, list):
+            value = " ".join(f"{number:.3f}" for number in value)
+        elif isinstance(value, float):
+            value = f"{value:.1%}" if column in ("closed", "agreement") else f"{value:.4g}"
+        cells.append(f"{value:<34}" if column == "conversion" else f" {value:>9}")
+    print("".join(cells), flush=True)
+
+
+def make_toy(folder):
+    """A LLaMA of random weights with a tokenizer and texts beside it: shows that everything runs, and no more."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", *alphabet])}, merges=[]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    text = Path(__file__).read_text()
+    (folder / "calibration.txt").write_text(text[:4000])
+    (folder / "heldout.txt").write_text(text[4000:6000])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED, help="LLaMA folder with calibration.txt and heldout.txt"
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--held-out-tokens", type=int, default=65_536)
+    parser.add_argument("--local-steps", type=int, default=LocalFit().steps)
+    parser.add_argument("--norm", choices=["strict", "neutral"], default="strict")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the table as JSON, too")
+    parser.add_argument("--smoke", action="store_true", help="a toy of a model, few tokens, few steps")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as toy:
+        folder = args.model
+        if args.smoke:
+            folder = Path(toy)
+            make_toy(folder)
+            args.calibration_tokens, args.held_out_tokens, args.local_steps = 1024, 1024, 5
+        table = compare(folder, args)
+    if args.output:
+        command = " ".join(["python examples/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)])
+        args.output.write_text(json.dumps({"command": command, "rows": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`convert --calibration`: what was fitted is what lands on disk; bad calls are refused, and nothing is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_llamas import random_llama, saved, token_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from conversion import ConversionError, convert_checkpoint
+from conversion.calibrate import calibrate
+from conversion.calibrated_model import calibrated_model
+from conversion.calibration_data import read_calibration
+
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
+STAGES = ("pairing", "refit")
+ROW_TOKENS, NUM_ROWS = 128, 8
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return saved(random_llama(), tmp_path / "llama")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """JSON lines of token ids, as a source without a tokenizer needs them."""
+    rows = token_ids(length=ROW_TOKENS, batch=NUM_ROWS, seed=3).tolist()
+    path = tmp_path / "calibration.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+def convert(llama, output, text, **options):
+    options = {"calibration": text, "calibration_tokens": ROW_TOKENS * NUM_ROWS, "stages": STAGES} | options
+    return convert_checkpoint(llama, output, "v1", **options)
+
+
+def test_calibrated_checkpoint_is_the_calibrated_model(llama, text, tmp_path):
+    report = convert(llama, tmp_path / "v1", text)
+    source = LlamaForCausalLM.from_pretrained(llama)
+    tokens = read_calibration(text, None, ROW_TOKENS * NUM_ROWS, ROW_TOKENS, source.config.vocab_size)
+    expected = calibrated_model(source, calibrate(llama, source.config, tokens, stages=STAGES))
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "v1")
+    ids = token_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids).logits, expected(ids).logits, rtol=0, atol=0)
+    record = json.loads((tmp_path / "v1/conversion.json").read_text())
+    assert record["pairing"] == "calibrated"
+    assert record["calibration"]["stages"] == list(STAGES)
+    assert record["calibration"]["text"] == text.name
+    assert len(record["calibration"]["pairings"]) == source.config.num_hidden_layers
+    assert report.record["parameters"] == record["parameters"]
+    card = (tmp_path / "v1/README.md").read_text()
+    assert f"on {ROW_TOKENS * NUM_ROWS} tokens of text" in card and "A raw conversion" not in card
+
+
+@pytest.mark.slow
+def test_calibration_wins_back_most_of_what_the_copy_of_a_trained_llama_loses(tmp_path):
+    """Held-out text; two closed-form stages on 16K tokens (compare_conversions.py measures all stages on 64K)."""
+    convert(ASSETS, tmp_path / "fitted", ASSETS / "calibration.txt", calibration_tokens=16384)
+    convert_checkpoint(ASSETS, tmp_path / "copy", "v1")
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    ids = tokenizer((ASSETS / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    ids = ids[:, : 8 * 512].view(8, 512)
+    losses = {}
+    with torch.no_grad():
+        for name, folder in (("llama", ASSETS), ("copy", tmp_path / "copy"), ("fitted", tmp_path / "fitted")):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            losses[name] = model(ids, labels=ids).loss.item()
+    assert losses["llama"] < 3.5, "the fixture is a trained model"
+    assert losses["fitted"] - losses["llama"] < 0.3 * (losses["copy"] - losses["llama"]), losses
+
+
+def test_some_layers_alone_are_calibrated(llama, text, tmp_path):
+    convert(llama, tmp_path / "v1", text, layers=[1])
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "v1")
+    source = LlamaForCausalLM.from_pretrained(llama)
+    assert converted.config.differential_layers == [1]
+    ids = token_ids()
+    with torch.no_grad():
+        ours, theirs = (m(ids, output_hidden_states=True).hidden_states[1] for m in (converted, source))
+    # float32: the first layer is LLaMA's own, its heads in pairs.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_dry_run_estimates_and_writes_nothing(llama, text, tmp_path):
+    report = convert(llama, tmp_path / "v1", text, dry_run=True)
+    (note,) = (note for note in report.notes if note.startswith("calibration on"))
+    assert "minutes" in note and "GB of memory" in note
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name, "llama"]
+
+
+def test_interrupted_calibration_is_taken_up_and_its_work_folder_goes(llama, text, tmp_path):
+    reached = []
+
+    def interrupt(layer, num_layers, stage, done):
+        reached.append((layer, str(stage)))
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, tmp_path / "v1", text, resume=True, calibration_progress=interrupt)
+    assert (tmp_path / ".v1.calibration").is_dir() and not (tmp_path / "v1").exists()
+    again = []
+    convert(llama, tmp_path / "v1", text, resume=True, calibration_progress=lambda *at: again.append(at[0]))
+    assert set(again) == {1}, "the first layer was there already"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name, "llama", "v1"]
+    convert(llama, tmp_path / "whole", text)
+    same = (tmp_path / "v1/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert same
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration_tokens": 10**6}, "give more text or ask for fewer tokens"),
+        ({"calibration_tokens": 5}, "fewer than one row"),
+        ({"stages": ["polish"]}, "polish.*unknown, expected some of copy, pairing"),
+        ({"calibration": "missing.txt"}, "does not exist"),
+    ],
+)
+def test_bad_calibration_is_refused(llama, text, tmp_path, options, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(llama, tmp_path / "v1", text, **options)
+    assert not (tmp_path / "v1").exists()
+
+
+def test_calibration_of_v2_is_refused(llama, text, tmp_path):
+    with pytest.raises(ConversionError, match="leave it out for v2"):
+        convert_checkpoint(llama, tmp_path / "v2", "v2", calibration=text)
