@@ -9,7 +9,6 @@ from typing import NamedTuple
 import networkx
 import numpy
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from conversion.layout import HeadPairing
 
@@ -52,8 +51,12 @@ class _Role(NamedTuple):
 
 
 def _assign(block: numpy.ndarray, positive: int, subtracted: int) -> _Role:
-    rows, columns = linear_sum_assignment(block)
-    return _Role(float(block[rows, columns].sum()), positive, subtracted, columns.tolist())
+    group = len(block)
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from((i, group + j, float(block[i, j])) for i in range(group) for j in range(group))
+    matched = sorted((min(edge), max(edge)) for edge in networkx.min_weight_matching(graph))
+    columns = [place - group for _, place in matched]
+    return _Role(float(block[range(group), columns].sum()), positive, subtracted, columns)
 
 
 class PairCosts:
