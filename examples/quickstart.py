@@ -4,8 +4,10 @@ The main job from end to end: a LLaMA becomes a DIFF V1 and a DIFF V2 checkpoint
     python examples/quickstart.py
     python examples/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b --text my_text.txt
 
-Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its held-out text, needs no network
-and about a minute on two cores, and writes the two checkpoints to out/quickstart. It can be repeated at will.
+Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its texts, needs no network, about a
+minute on two cores, and writes the checkpoints to out/quickstart. It can be repeated at will. V1 comes twice: as a
+copy, and with its heads paired and o_proj refit on 16K tokens of calibration text (`--calibration` for another
+source).
 """
 
 import argparse
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--source", default=str(ASSETS), help="folder or Hub id of a LLaMA")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="where v1 and v2 are written")
     parser.add_argument("--text", type=Path, default=ASSETS / "heldout.txt", help="text for loss, KL and agreement")
+    parser.add_argument("--calibration", type=Path, help="text on which V1 is fitted; the small LLaMA has its own")
     parser.add_argument("--windows", type=int, default=16, help="stretches of the text that are read")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     arguments = parser.parse_args()
@@ -63,20 +66,28 @@ def main() -> None:
     console = Console(soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     windows = held_out_windows(tokenizer, arguments.text, arguments.windows, arguments.length)
-    table = Table(title="One LLaMA, three models", title_justify="left")
+    table = Table(title="One LLaMA and what becomes of it", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     generated, original = {}, None
-    for name, variant in (("LLaMA", None), ("DIFF V2, exact", "v2"), ("DIFF V1, parity, not healed", "v1")):
+    if arguments.calibration is None and arguments.source == str(ASSETS):
+        arguments.calibration = ASSETS / "calibration.txt"
+    fit = {"calibration": arguments.calibration, "calibration_tokens": 16384, "stages": ("pairing", "refit")}
+    conversions: list[tuple[str, str, dict]] = [("LLaMA", "", {}), ("DIFF V2, exact", "v2", {})]
+    conversions += [("DIFF V1, copy", "v1", {})]
+    conversions += [("DIFF V1, paired and refit", "v1-fitted", fit)] if arguments.calibration else []
+    for name, folder_name, options in conversions:
         start = time.perf_counter()
         folder, verdict = arguments.source, "-"
-        if variant is not None:
-            folder = arguments.output / variant
-            convert_checkpoint(arguments.source, folder, variant, overwrite=True)
+        if folder_name:
+            folder = arguments.output / folder_name
+            convert_checkpoint(arguments.source, folder, folder_name[:2], overwrite=True, **options)
             report = verify_checkpoint(folder, against=arguments.source)
             verdict = "yes" if report.passed else "FAILED"
             for check in report.checks:
-                console.print(f"{variant} {check.name}: {check.outcome}, {check.detail}", style="dim", highlight=False)
+                console.print(
+                    f"{folder_name} {check.name}: {check.outcome}, {check.detail}", style="dim", highlight=False
+                )
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         behaviour = read_text(model, windows)

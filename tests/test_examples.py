@@ -23,7 +23,10 @@ def test_quickstart_converts_verifies_and_compares(tmp_path):
     printed = run_example(tmp_path, "quickstart.py", "--windows", "2", "--length", "64")
     rows = {line.split("│")[1].strip(): line.split("│") for line in printed.splitlines() if line.count("│") > 7}
     assert rows["DIFF V2, exact"][5].strip() == "0.0000"  # KL to the LLaMA
-    assert rows["DIFF V2, exact"][7].strip() == rows["DIFF V1, parity, not healed"][7].strip() == "yes"
+    assert {rows[name][7].strip() for name in ("DIFF V2, exact", "DIFF V1, copy", "DIFF V1, paired and refit")} == {
+        "yes"
+    }
+    assert float(rows["DIFF V1, paired and refit"][4]) < float(rows["DIFF V1, copy"][4])  # loss
     assert (tmp_path / "out/quickstart/v1/conversion.json").is_file()
     assert (tmp_path / "out/quickstart/v2/modeling_diff_llama.py").is_file()
 
