@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 
 # float32 logits of up to about 6.
@@ -56,15 +56,31 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(model, random_
         torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=tolerance, msg=name)
 
 
-def test_export_gives_equal_logits_for_other_shapes(model, random_ids):
+def export(model, input_ids):
     batch_size, num_tokens = torch.export.Dim("batch_size"), torch.export.Dim("num_tokens", max=100)
-    exported = torch.export.export(
+    return torch.export.export(
         model,
-        (random_ids(2, 13),),
+        (input_ids,),
         kwargs={"use_cache": False},
         dynamic_shapes={"input_ids": {0: batch_size, 1: num_tokens}, "use_cache": None},
         strict=False,
     )
+
+
+@pytest.fixture(scope="module")
+def torch_exports_llama():
+    """Skips where LLaMA itself, with grouped queries, cannot be exported for any length: torch 2.11 fixes one."""
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
+    try:
+        export(LlamaForCausalLM(config).eval(), torch.arange(3, 29).view(2, 13))
+    except torch._dynamo.exc.UserError as error:
+        pytest.skip(f"torch {torch.__version__} cannot export transformers' own LLaMA either: {str(error)[:80]}")
+
+
+@pytest.mark.usefixtures("torch_exports_llama")
+def test_export_gives_equal_logits_for_other_shapes(model, random_ids):
+    exported = export(model, random_ids(2, 13))
     for shape in ((2, 13), (3, 9), (1, 40)):
         input_ids = random_ids(*shape, seed=4)
         logits = exported.module()(input_ids, use_cache=False).logits
