@@ -98,9 +98,7 @@ def convert(
         typer.Option(help="unilm: the authors' V1 tensor names and interleaved rotary order."),
     ] = "auto",
     backbone_only: Annotated[bool, typer.Option("--backbone-only", help="Leave out any head.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, weights only.")
-    ] = False,
+    allow_pickle: Pickle = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and Inf over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     overwrite: Overwrite = False,
@@ -158,9 +156,7 @@ def export(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a LLaMA, diffllama or diff_llama checkpoint.")],
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, weights only.")
-    ] = False,
+    allow_pickle: Pickle = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:

@@ -108,6 +108,14 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     return placed.view(batch_size, num_maps, num_queries, head_dim)
 
 
+def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The states in autocast's dtype where it is on, as it casts them before scaled_dot_product_attention."""
+    device_type = states[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return states
+    return tuple(state.to(torch.get_autocast_dtype(device_type)) for state in states)
+
+
 def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:
     """
     O = A1 V - lambda A2 V from the outputs of both maps, (B, T, 2H, D) -> (B, T, H, D).

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .diff_attention import place_queries
+from .diff_attention import cast_for_autocast, place_queries
 
 
 # Rows a block: its scores stay in a CPU's caches, and the loop costs little beside its products.
@@ -47,9 +47,7 @@ def chunked_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does before scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = cast_for_autocast(query, key, value)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal and attention_mask is None and query.shape[2] > 1)
     if query.shape[2] <= FEW_QUERIES:

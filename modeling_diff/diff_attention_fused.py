@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .diff_attention import cast_for_autocast
 from .diff_attention_triton import diff_attention_triton
 
 
@@ -113,9 +114,7 @@ def fused_attention_forward(
             f"attention_mask of shape {tuple(attention_mask.shape)}: diff_triton reads no masks made by hand; use "
             'attn_implementation="sdpa".'
         )
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does before scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = cast_for_autocast(query, key, value)
     output = diff_attention_triton(
         query, key, value, diff_lambda,
         scaling=scaling,
