@@ -1,7 +1,8 @@
 """What each stage of a parity conversion (LLaMA -> V1) is worth, before any training of the whole model.
 
 Converts a LLaMA with one stage more in every row and measures each result on held-out text, beside the plain permuted
-copy that `convert` writes without calibration. `closed` is the share of that copy's gap in loss to LLaMA that is gone.
+copy that `convert` writes without calibration. `closed` is the share of that copy's gap in loss to LLaMA that is gone;
+recall is of keys and numbers never seen in training, all digits right: one needle in 512 tokens, and 8 dense pairs.
 
     python examples/compare_conversions.py                        # the embedded model, about 15 minutes on two cores
     python examples/compare_conversions.py --model tiny-llama-mha --output mha.json
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+from tiny_llama_text import Recall
+from train_tiny_llama import recall_accuracy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conversion.calibrate import Stage, calibrate
@@ -36,7 +39,9 @@ LADDER = {
     "+ values": (Stage.COPY, Stage.PAIRING, Stage.REFIT, Stage.VALUES),
     "+ local": tuple(Stage),
 }
-COLUMNS = ("conversion", "loss", "closed", "kl_nats", "agreement", "seconds", "lambda")
+COLUMNS = ("conversion", "loss", "closed", "kl_nats", "agreement", "needle", "dense", "seconds", "lambda")
+SHARES = ("closed", "agreement", "needle", "dense")
+RECALL_ROWS = 100
 
 
 def held_out_rows(folder, tokenizer, context, max_tokens):
@@ -57,6 +62,18 @@ def measure(model, llama, rows):
         agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
         totals += len(part) * torch.stack((loss, kl, agreement)).double().cpu()
     return dict(zip(("loss", "kl_nats", "agreement"), (totals / len(rows)).tolist(), strict=True))
+
+
+def recall_rows(folder, tokenizer, context):
+    """Rows of each kind of recall, the same for every model; none where a needle does not fit."""
+    if context < 512:
+        return {}
+    filler = held_out_rows(folder, tokenizer, context, None)[:, 1:].flatten()
+    recall = Recall(tokenizer, filler, context, 0, held_out=True)
+    return {
+        "needle": [recall.needle_row(1) for _ in range(RECALL_ROWS)],
+        "dense": [recall.dense_row(8) for _ in range(RECALL_ROWS)],
+    }
 
 
 def lambdas(model):
@@ -96,12 +113,17 @@ def compare(folder, args):
         folder / "calibration.txt", tokenizer, args.calibration_tokens, context, llama.config.vocab_size
     )
     rows = held_out_rows(folder, tokenizer, context, args.held_out_tokens)
-    original = measure(llama, llama, rows)
+    asked = recall_rows(folder, tokenizer, context)
+
+    def look(model):
+        return measure(model, llama, rows) | {kind: recall_accuracy(model, of_kind) for kind, of_kind in asked.items()}
+
+    original = look(llama)
     table = [{"conversion": "LLaMA", **original, "closed": 1.0, "seconds": 0.0, "lambda": []}]
     print_row({column: column for column in COLUMNS})
     print_row(table[0])
     for name, model, seconds in conversions(folder, llama, tokens, args):
-        row = {"conversion": name, **measure(model.to(args.device), llama, rows), "seconds": seconds}
+        row = {"conversion": name, **look(model.to(args.device)), "seconds": seconds}
         copied = table[1]["loss"] if len(table) > 1 else row["loss"]
         row |= {"closed": (copied - row["loss"]) / (copied - original["loss"]), "lambda": lambdas(model)}
         table.append(row)
@@ -112,11 +134,11 @@ def compare(folder, args):
 def print_row(row):
     cells = []
     for column in COLUMNS:
-        value = row[column]
+        value = row.get(column, "-")
         if isinstance(value, list):
             value = " ".join(f"{number:.3f}" for number in value)
         elif isinstance(value, float):
-            value = f"{value:.1%}" if column in ("closed", "agreement") else f"{value:.4g}"
+            value = f"{value:.1%}" if column in SHARES else f"{value:.4g}"
         cells.append(f"{value:<34}" if column == "conversion" else f" {value:>9}")
     print("".join(cells), flush=True)
 
