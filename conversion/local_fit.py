@@ -38,6 +38,8 @@ def fit_layer(
     problem: LayerProblem, weights: LayerWeights, options: LocalFit, progress: Callable[[int], None]
 ) -> LayerWeights:
     """The weights after `options.steps` steps, lambda held at its floor; whether they are better, the caller sees."""
+    from modeling_diff.training.lambda_values import hold_lambda  # its package takes seconds to import
+
     layer = problem.diff_layer(weights)
     attention = layer.self_attn.requires_grad_(True)
     diff_lambda = attention.get_submodule("diff_lambda")
@@ -106,19 +108,3 @@ def batch_loss(problem: LayerProblem, layer: DiffLlamaDecoderLayer, rows: torch.
     reached = problem.llama.run(layer, problem.streams.converted[rows])
     error = (reached - problem.streams.after_layer[rows]).square().mean(-1)
     return (error * problem.token_weights[rows]).mean()
-
-
-@torch.no_grad()
-def hold_lambda(diff_lambda: DiffLambda, floor: float) -> None:
-    """
-    If lambda is below `floor`, the smallest step of lambda_q1 that brings it there (TRAPS.md, 20).
-
-    exp(q1 . k1) must grow by `floor - lambda`, so q1 moves along k1 by the growth of the exponent over |k1|^2.
-    """
-    short = floor - float(diff_lambda())
-    if short <= 0:
-        return
-    q1, k1 = diff_lambda.lambda_q1, diff_lambda.lambda_k1
-    exponent = float((q1 * k1).sum())
-    growth = math.log(math.exp(exponent) + short + 1e-6) - exponent  # the margin outweighs rounding
-    q1 += growth / float(k1.square().sum()) * k1

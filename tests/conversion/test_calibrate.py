@@ -12,9 +12,8 @@ from conversion.calibrated_model import calibrated_model
 from conversion.calibration_estimate import estimate_calibration
 from conversion.errors import ConversionError
 from conversion.layer_streams import LlamaLayers, Streams
-from conversion.local_fit import LocalFit, hold_lambda
+from conversion.local_fit import LocalFit
 from conversion.reader import CheckpointReader
-from modeling_diff.modeling_diff_llama import DiffLambda
 
 
 QUICK = LocalFit(steps=30, batch_tokens=8 * CONTEXT)
@@ -155,22 +154,6 @@ def test_results_of_another_run_or_torn_files_are_not_taken_up(saved, tmp_path):
     assert all(torch.equal(again[name], before[name]) for name in before)
     other = calibrate(folder, llama.config, random_tokens(32), stages=CLOSED_FORM, work_folder=tmp_path)
     assert any(not torch.equal(other[name], before[name]) for name in before)
-
-
-@pytest.mark.parametrize("short", [0.3, 1e-4])
-def test_floor_moves_lambda_back_and_no_further(short):
-    torch.manual_seed(0)
-    config = type("Config", (), {"map_dim": 16, "lambda_init": [0.05]})
-    diff_lambda = DiffLambda(config, 0).requires_grad_(False)
-    for parameter in diff_lambda.parameters():
-        parameter.normal_(0, 0.1)
-    diff_lambda.lambda_init = float(-short - (diff_lambda() - 0.05))
-    hold_lambda(diff_lambda, 0.0)
-    assert 0 <= diff_lambda().item() < 1e-5
-    kept = diff_lambda.lambda_q1.clone()
-    diff_lambda.lambda_init += 0.2
-    hold_lambda(diff_lambda, 0.0)
-    assert torch.equal(diff_lambda.lambda_q1, kept)
 
 
 BAD_TOKENS = {

@@ -1,0 +1,329 @@
+"""
+LoRA on a converted checkpoint, from data to a merged model, with every step of the way checked.
+
+    python examples/finetune_lora.py --model out/v2 --data chat.jsonl --output out/tuned --bf16
+    python examples/finetune_lora.py --model out/v2 --data src/*.txt --output out/tuned --packing --load-in-4bit
+    python examples/finetune_lora.py --smoke --output out/smoke      # converts the small LLaMA first; seconds on a CPU
+
+Data are JSON lines with `messages` (the tokenizer's chat template; loss on all of it), `prompt` and `completion` (loss
+on the completion) or `text`, or plain text files, which are cut into windows of `--max-length`. A DIFF checkpoint
+trains with its own optimiser groups and lambda in the log; a LLaMA is taken as well. TRL's SFTTrainer is used where it
+is installed, transformers' Trainer elsewhere, on the same tokens. `--resume` goes on from the last checkpoint.
+
+Writes `adapter/` and `merged/`, loads both again, generates, and compares logits: the adapter from disk gives those
+of training's end, the merged model those of the adapter, the merged model from disk its own. result.json has figures.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from finetuning_data import Example, read_records, tokenize
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_diff.training import (
+    LORA_TARGETS,
+    DiffTrainer,
+    DiffTrainerMixin,
+    FiniteLossCallback,
+    LambdaCallback,
+    check_adapter,
+    four_bit_config,
+    lora_config,
+)
+
+
+ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+# Largest difference of logits, relative to the largest logit: float32 sums in another order; bfloat16 rounds merged
+# weights and every activation to 8 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.pad_token:
+        tokenizer.pad_token = arguments.pad_token
+    if arguments.chat_template:
+        tokenizer.chat_template = arguments.chat_template.read_text(encoding="utf-8")
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{arguments.model}: the tokenizer has no pad token; name one with --pad-token, as in '</s>'")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= len(tokenizer):
+        raise ValueError(
+            f"--pad-token={arguments.pad_token!r}: the tokenizer does not know it; name one of its tokens"
+        )
+    return tokenizer
+
+
+def load_base(arguments: argparse.Namespace, four_bit: bool) -> PreTrainedModel:
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    settings = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **settings)
+    if torch.cuda.is_available():
+        if arguments.bf16 and not torch.cuda.is_bf16_supported():
+            raise ValueError("--bf16: this GPU has no bfloat16; leave it out, for float32")
+        model = model if four_bit else model.cuda()
+    arguments.max_length = arguments.max_length or model.config.max_position_embeddings
+    if model.config.max_position_embeddings < arguments.max_length:
+        raise ValueError(
+            f"--max-length={arguments.max_length}: the model has max_position_embeddings="
+            f"{model.config.max_position_embeddings}; use at most that"
+        )
+    return model
+
+
+def add_adapter(model: PreTrainedModel, arguments: argparse.Namespace) -> PeftModel:
+    settings = {"r": arguments.rank, "lora_alpha": 2 * arguments.rank, "lora_dropout": arguments.dropout}
+    if model.config.model_type == "diff_llama":
+        config = lora_config(model, **settings)
+    else:
+        config = LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **settings)
+    return get_peft_model(model, config)
+
+
+def widen(model: PeftModel) -> None:
+    """Trainable parameters in float32: bfloat16, which TRL chooses on a 4-bit base, would swallow small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def training_settings(arguments: argparse.Namespace) -> dict:
+    # transformers 5.23 renamed the argument and deprecates the name that 5.17 has.
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {
+        "output_dir": str(arguments.output / "checkpoints"),
+        "max_steps": arguments.steps,
+        "num_train_epochs": arguments.epochs,
+        "per_device_train_batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": arguments.warmup_steps,
+        "logging_steps": arguments.logging_steps,
+        "logging_nan_inf_filter": False,
+        "save_steps": arguments.save_steps,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if arguments.eval_data else "no",
+        "eval_steps": arguments.save_steps,
+        "bf16": arguments.bf16,
+        checkpointing: arguments.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        "report_to": arguments.report_to,
+        "seed": arguments.seed,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: list[Example],
+    eval_data: list[Example] | None,
+    arguments,
+) -> DiffTrainerMixin:
+    """TRL's SFTTrainer or transformers' Trainer, both with the optimiser groups and the callbacks of this project."""
+    callbacks = [FiniteLossCallback()]
+    if model.config.model_type == "diff_llama":
+        callbacks.append(LambdaCallback(floor=arguments.lambda_floor if model.config.variant == "v1" else None))
+    settings = training_settings(arguments)
+    common = {
+        "model": model,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+        "lambda_factor": arguments.lambda_factor,
+        "query_factor": arguments.query_factor,
+    }
+    if arguments.trainer == "trl":
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        class DiffSFTTrainer(DiffTrainerMixin, SFTTrainer):
+            pass
+
+        # TRL packs to max_length, and flattens a batch of packs into one row with restarting positions.
+        config = SFTConfig(**settings, max_length=arguments.max_length, packing=arguments.packing, eval_packing=False)
+        eval_set = Dataset.from_list(eval_data) if eval_data else None
+        return DiffSFTTrainer(args=config, train_dataset=Dataset.from_list(data), eval_dataset=eval_set, **common)
+    # A batch of examples in one row, without padding, positions restarting: the model masks by them.
+    collator = DataCollatorWithFlattening() if arguments.packing else DataCollatorForSeq2Seq(tokenizer)
+    config = TrainingArguments(**settings)
+    return DiffTrainer(args=config, train_dataset=data, eval_dataset=eval_data, data_collator=collator, **common)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16):
+        return model(input_ids=ids).logits.float()
+
+
+def compare(name: str, before: torch.Tensor, after: torch.Tensor, tolerance: float, figures: dict) -> None:
+    """Keeps the largest difference relative to the largest logit; raises `ValueError` above `tolerance`."""
+    difference = ((before - after).abs().max() / before.abs().max()).item()
+    figures[name] = difference
+    if not difference <= tolerance:
+        raise ValueError(f"{name}: logits differ by {difference:.2g} of the largest, and {tolerance:.2g} is allowed")
+
+
+def save_merge_reload(model, tokenizer, probe: torch.Tensor, arguments, console: Console) -> dict[str, float]:
+    """adapter/ and merged/, each loaded again and compared; then what the merged model says."""
+    figures: dict[str, float] = {}
+    tolerance = TOLERANCE[torch.bfloat16 if arguments.bf16 else torch.float32]
+    trained = logits_of(model, probe)
+    model.save_pretrained(arguments.output / "adapter")
+    tokenizer.save_pretrained(arguments.output / "adapter")
+    del model
+    gc.collect()
+    reloaded = PeftModel.from_pretrained(load_base(arguments, arguments.load_in_4bit), arguments.output / "adapter")
+    # bitsandbytes repacks 4-bit weights for its CPU kernel, which works in bfloat16, at the first evaluation.
+    from_disk_tolerance = TOLERANCE[torch.bfloat16] if arguments.load_in_4bit else tolerance
+    compare("adapter from disk", trained, logits_of(reloaded, probe), from_disk_tolerance, figures)
+    if arguments.load_in_4bit:  # weights are merged where they are not rounded to 4 bits
+        reloaded = PeftModel.from_pretrained(load_base(arguments, False), arguments.output / "adapter")
+        trained = logits_of(reloaded, probe)
+    merged = reloaded.merge_and_unload()
+    merged_logits = logits_of(merged, probe)
+    compare("merged", trained, merged_logits, tolerance, figures)
+    merged.save_pretrained(arguments.output / "merged")
+    tokenizer.save_pretrained(arguments.output / "merged")
+    from_disk = AutoModelForCausalLM.from_pretrained(arguments.output / "merged", dtype=merged.dtype).to(probe.device)
+    compare("merged from disk", merged_logits, logits_of(from_disk, probe), tolerance, figures)
+    prompt = tokenizer(arguments.prompt, return_tensors="pt").to(probe.device)
+    output = from_disk.generate(
+        input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    console.rule("merged model", align="left")
+    console.print(tokenizer.decode(output[0], skip_special_tokens=True), markup=False, highlight=False)
+    return figures
+
+
+def smoke(arguments: argparse.Namespace, folder: Path) -> None:
+    """A converted checkpoint and a few examples of every format, made on the spot."""
+    from conversion import convert_checkpoint
+
+    if arguments.model is None:
+        arguments.model = str(folder / "v2")
+        convert_checkpoint(ASSETS, folder / "v2", "v2")
+    words = ("alpha", "beta", "gamma", "delta", "theta", "kappa", "sigma", "omega")
+    lines = [{"prompt": f"upper({word!r}) ->", "completion": f" {word.upper()!r}"} for word in words]
+    turns = [{"role": "user", "content": "ready?"}, {"role": "assistant", "content": "ready"}]
+    lines += [{"messages": turns}] * 4
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "text.txt").write_text((ASSETS / "heldout.txt").read_text()[:4000])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat.jinja").write_text(template)
+    arguments.chat_template = arguments.chat_template or folder / "chat.jinja"
+    arguments.data = arguments.data or [folder / "data.jsonl", folder / "text.txt"]
+    arguments.eval_data = arguments.eval_data or [folder / "text.txt"]
+    arguments.steps, arguments.batch_size, arguments.save_steps, arguments.logging_steps = 6, 4, 3, 1
+    arguments.max_length, arguments.rank, arguments.prompt = min(arguments.max_length or 64, 64), 4, "upper('beta') ->"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id of a converted checkpoint, or of a LLaMA")
+    parser.add_argument("--data", type=Path, nargs="+", help="JSON lines or text files")
+    parser.add_argument("--eval-data", type=Path, nargs="+", help="the same, for an evaluation loss")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--trainer", choices=["auto", "trl", "transformers"], default="auto")
+    parser.add_argument("--max-length", type=int, help="tokens of an example; the model's max_position_embeddings")
+    parser.add_argument("--packing", action="store_true", help="several examples in a row, without padding")
+    parser.add_argument("--bf16", action="store_true", help="base and activations in bfloat16, adapters in float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--load-in-4bit", action="store_true", help="base in NF4 (bitsandbytes)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=-1, help="optimiser steps, instead of epochs")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--gradient-accumulation", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--warmup-steps", type=int, default=0)
+    parser.add_argument("--lambda-factor", type=float, default=1.0, help="times the rate, for lambda")
+    parser.add_argument("--query-factor", type=float, default=1.0, help="times the rate, for V2's doubled queries")
+    parser.add_argument("--lambda-floor", type=float, default=0.0, help="V1: lambda is held at or above it")
+    parser.add_argument("--save-steps", type=int, default=200)
+    parser.add_argument("--logging-steps", type=int, default=10)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--report-to", nargs="*", default=[], help="wandb, tensorboard, ...")
+    parser.add_argument("--pad-token")
+    parser.add_argument("--chat-template", type=Path, help="a Jinja file, for a tokenizer without one")
+    parser.add_argument("--prompt", default="def read_lines(path):\n", help="what the merged model goes on with")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args(argv)
+    if not arguments.smoke and not (arguments.model and arguments.data):
+        parser.error("--model and --data are needed, or --smoke")
+    if arguments.trainer == "auto":
+        installed = all(find_spec(name) for name in ("trl", "datasets"))
+        arguments.trainer = "trl" if installed else "transformers"
+    return arguments
+
+
+def finetune(arguments: argparse.Namespace, console: Console) -> dict:
+    set_seed(arguments.seed)
+    checkpoints = arguments.output / "checkpoints"
+    last = get_last_checkpoint(checkpoints) if arguments.resume and checkpoints.is_dir() else None
+    if arguments.resume and last is None:
+        raise ValueError(f"--resume: no checkpoint in {checkpoints}; leave it out to start anew")
+    tokenizer = load_tokenizer(arguments)
+    model = load_base(arguments, arguments.load_in_4bit)
+    if last is not None and model.config.model_type == "diff_llama":
+        check_adapter(model, last)
+    model = add_adapter(model, arguments)
+    data, eval_data = (
+        tokenize(read_records(paths), tokenizer, arguments.max_length) if paths else None
+        for paths in (arguments.data, arguments.eval_data)
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    console.print(f"{arguments.trainer}: {len(data)} examples, {trainable:,} of {total:,} parameters train")
+    trainer = build_trainer(model, tokenizer, data, eval_data, arguments)
+    widen(trainer.model)
+    trainer.train(resume_from_checkpoint=last)
+    probe = torch.tensor([data[0]["input_ids"]], device=model.device)
+    figures = save_merge_reload(trainer.model, tokenizer, probe, arguments, console)
+    return {"trainable_parameters": trainable, "relative_difference": figures, "log": trainer.state.log_history}
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments, console = parse(argv), Console(soft_wrap=True)
+    logging.set_verbosity_warning()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.smoke:
+            smoke(arguments, Path(folder))
+        try:
+            result = finetune(arguments, console)
+        except ValueError as error:
+            sys.exit(f"finetune_lora: {error}")
+    result["command"] = " ".join(["python examples/finetune_lora.py", *(sys.argv[1:] if argv is None else argv)])
+    (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, difference in result["relative_difference"].items():
+        console.print(f"{name}: largest difference of logits {difference:.2g} of the largest logit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Conversations, prompts with completions and plain text, as tokens and labels."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+
+Example = dict[str, list[int]]
+
+
+def read_records(paths: list[Path]) -> list[dict]:
+    """JSON lines as they are, every other file as one `text`."""
+    records = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --data takes JSON lines or text files")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix not in (".jsonl", ".json"):
+            records.append({"text": text})
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not JSON ({error.msg}); give one object a line"
+                    ) from None
+    return records
+
+
+def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    """
+    `input_ids` and `labels` of every record, -100 where there is no loss.
+
+    Raises `ValueError` for no data, unknown fields, a missing chat template, and what is longer than `max_length`.
+    """
+    examples = []
+    for number, record in enumerate(records, 1):
+        if "messages" in record:
+            if tokenizer.chat_template is None:
+                raise ValueError(f"record {number} has messages, and the tokenizer no chat template: --chat-template")
+            text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            examples.append(checked({"input_ids": ids, "labels": list(ids)}, number, max_length))
+        elif {"prompt", "completion"} <= record.keys():
+            prompt = tokenizer(record["prompt"]).input_ids
+            prompt = prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt
+            answer = [*tokenizer(record["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            labels = [-100] * len(prompt) + answer
+            examples.append(checked({"input_ids": prompt + answer, "labels": labels}, number, max_length))
+        elif "text" in record:
+            ids = tokenizer(record["text"], verbose=False).input_ids
+            windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+            examples += [{"input_ids": window, "labels": list(window)} for window in windows if len(window) > 1]
+        else:
+            raise ValueError(
+                f"record {number} has {sorted(record)}: messages, prompt and completion, or text is needed"
+            )
+    if not examples:
+        raise ValueError("--data: no example in it, there is nothing to train on")
+    return examples
+
+
+def checked(example: Example, number: int, max_length: int) -> Example:
+    if len(example["input_ids"]) > max_length:
+        raise ValueError(
+            f"record {number} has {len(example['input_ids'])} tokens, and --max-length is {max_length}: shorten it or "
+            "leave it out; nothing is cut off silently"
+        )
+    return example

@@ -1,0 +1,102 @@
+"""Adapters: what peft is to know of these models, and the LoRA that is recommended for them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Few and small: they train whole. A bare lambda vector could not be named here, peft takes modules alone.
+NEW_MODULES = {"v1": ["diff_lambda", "sub_norm"], "v2": ["lambda_proj"]}
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides: Any) -> "LoraConfig":
+    """
+    LoRA on every projection, with lambda, and V1's norm over heads, trained whole beside it (`modules_to_save`).
+
+    `overrides` are LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
+    Without differential layers there is nothing to train whole, and nothing is named.
+
+    Raises `ValueError` for a model that is not of this project, `ImportError` without peft.
+    """
+    from peft import LoraConfig
+
+    config: Any = getattr(model_or_config, "config", model_or_config)
+    if config.model_type != "diff_llama":
+        raise ValueError(f"model_type={config.model_type!r}: lora_config is for diff_llama; use peft's LoraConfig.")
+    differential = config.differential_layers is None or bool(config.differential_layers)
+    class_name = type(model_or_config).__name__
+    defaults: dict[str, Any] = {
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": list(LORA_TARGETS),
+        "modules_to_save": list(NEW_MODULES[config.variant]) if differential else None,
+        "task_type": next((task for suffix, task in TASK_TYPES.items() if class_name.endswith(suffix)), "CAUSAL_LM"),
+    }
+    return LoraConfig(**(defaults | overrides))
+
+
+def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> BitsAndBytesConfig:
+    """
+    A base in NF4 for QLoRA, all but what `lora_config` trains whole: a copy of 4-bit weights could not be trained.
+
+    `overrides` are BitsAndBytesConfig's own arguments.
+    """
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "llm_int8_skip_modules": ["lm_head", "lambda_proj"],
+    }
+    return BitsAndBytesConfig(**(defaults | overrides))
+
+
+def register_with_peft() -> None:
+    """
+    Lets every peft method find its targets without being told: LoRA's as above, the others' as for LLaMA.
+
+    Norm tuning takes in V1's norm over heads as well.
+    """
+    from peft.utils import constants
+
+    for name in dir(constants):
+        mapping = getattr(constants, name)
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
+            mapping["diff_llama"] = mapping["llama"]
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["diff_llama"] = list(LORA_TARGETS)
+    norms = constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+    norms["diff_llama"] = [*norms["llama"], "sub_norm"]
+
+
+def adapter_variant(folder: Path | str) -> str | None:
+    """The variant for which a saved adapter was trained, by its tensors; None if they fit both."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no adapter_model.safetensors there; give the folder that save_pretrained wrote.")
+    with safe_open(path, "pt") as tensors:
+        names = {part for name in tensors.keys() for part in name.split(".")}  # noqa: SIM118  not a dictionary
+    return next((variant for variant, modules in NEW_MODULES.items() if names & set(modules)), None)
+
+
+def check_adapter(model: PreTrainedModel, folder: Path | str) -> None:
+    """Raises `ValueError`, before anything is loaded, if the adapter in `folder` was trained on the other variant."""
+    variant, expected = adapter_variant(folder), model.config.variant
+    if variant not in (None, expected):
+        raise ValueError(
+            f"{folder}: an adapter of variant {variant!r}, and the model is {expected!r}; load it on the model that "
+            "it was trained on."
+        )

@@ -1,0 +1,69 @@
+"""
+How much of the first map the second takes away, measured inside a forward pass that training makes anyway.
+
+B batch, T queries, S keys, H heads, d map_dim.
+"""
+
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from modeling_diff.diff_attention import attention_maps, lambda_over_maps
+
+from .lambda_values import layer_lambda, trained_module
+
+
+class CancelledShare:
+    """
+    Share of attention cancelled: sum over keys of min(A1, lambda A2), between 0 and lambda, as A1's rows sum to 1.
+
+    Mean over heads and `num_queries` evenly spaced queries of the first sequence of the first batch after `measure`;
+    0 where lambda is negative. Uses what the projections have just given, so adapters count, and nothing is drawn.
+    """
+
+    def __init__(self, attention: Any, num_queries: int = 64):
+        self.num_queries = num_queries
+        self.due = True
+        self.value: torch.Tensor | None = None
+        self.seen: dict[str, torch.Tensor] = {}
+        names = [name for name in ("q_proj", "k_proj", "lambda_proj") if hasattr(attention, name)]
+        self.hooks = [getattr(attention, name).register_forward_hook(self.keep(name)) for name in names]
+        self.hooks.append(attention.register_forward_hook(self.after_attention, with_kwargs=True))
+
+    def measure(self) -> None:
+        """In the next forward pass of training."""
+        self.due = True
+
+    def keep(self, name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            if self.due and module.training:
+                self.seen[name] = output.detach()[:1]
+
+        return hook
+
+    @torch.no_grad()
+    def after_attention(self, attention: Any, inputs: tuple, settings: dict[str, Any], output: Any) -> None:
+        if not (self.due and attention.training):
+            return
+        states = [self.seen[name].unflatten(-1, (-1, attention.map_dim)) for name in ("q_proj", "k_proj")]
+        cos, sin = (part[:1] for part in settings["position_embeddings"])
+        query, key = apply_rotary_pos_emb(*states, cos, sin, unsqueeze_dim=2)  # (1, T, 2H, d), (1, T, 2K or K, d)
+        num_tokens = query.shape[1]
+        asked = torch.linspace(0, num_tokens - 1, min(num_tokens, self.num_queries), device=query.device).long()
+        key = key.reshape(1, num_tokens, -1, attention.head_dim).transpose(1, 2)
+        mask = visible(settings.get("attention_mask"), asked, num_tokens)
+        first, second = attention_maps(query[:, asked].transpose(1, 2), key, mask, attention.scaling)
+        if "lambda_proj" in self.seen:
+            diff_lambda = lambda_over_maps(self.seen["lambda_proj"][:, asked].to(first.dtype).sigmoid())
+        else:
+            diff_lambda = first.new_tensor(layer_lambda(trained_module(attention.diff_lambda)))
+        self.value = torch.minimum(first, diff_lambda.clamp(min=0) * second).sum(-1).mean()
+        self.due, self.seen = False, {}
+
+
+def visible(attention_mask: torch.Tensor | None, queries: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Which keys each of the queries sees in the first sequence: (1, 1, T, S), causal where no mask says more."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask[:1, :, queries, :num_tokens]
+    return (torch.arange(num_tokens, device=queries.device) <= queries[:, None])[None, None]

@@ -1,0 +1,125 @@
+"""Optimiser groups: what decays, and what learns at a rate of its own."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .callbacks import LambdaCallback
+
+
+LAMBDA_MODULES = {"diff_lambda", "lambda_proj"}
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    lambda_factor: float = 1.0,
+    query_factor: float = 1.0,
+) -> list[dict[str, Any]]:
+    """
+    Every trainable parameter once, in groups for any torch optimiser: `params`, `lr`, `weight_decay` and a `name`.
+
+    Lambda (`diff_lambda`, `lambda_proj`), norms, biases and DoRA's magnitudes do not decay: decay would pull lambda
+    towards lambda_init in V1 and 1/2 in V2. `lambda_factor` multiplies the rate of lambda, `query_factor` that of
+    `q_proj` in V2's differential layers, whose two copies of a LLaMA's queries move apart at the rate under Adam;
+    1/3 is worth a try there. Adapters on a module are treated as the module is. LLaMA's own layers and models may be
+    passed as well. Names are read by their parts, so wrappers (peft, DDP, FSDP2, torch.compile) change nothing.
+
+    Raises `ValueError` if nothing is trainable, for a factor that is not above 0, and for FSDP1's flat parameters.
+    """
+    for name, factor in (("lambda_factor", lambda_factor), ("query_factor", query_factor)):
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{name}={factor}: must be above 0; to freeze parameters, set requires_grad_(False).")
+    rates = {"lambda": lambda_factor * learning_rate, "queries": query_factor * learning_rate, "rest": learning_rate}
+    queries = mirrored_query_modules(model)
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = parameter_kind(name, queries)
+            members.setdefault((kind, kind != "lambda" and decays(name)), []).append(parameter)
+    if not members:
+        raise ValueError("model: no parameter has requires_grad=True, there is nothing to train.")
+    return [
+        {
+            "params": parameters,
+            "lr": rates[kind],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "name": kind if kind == "lambda" or decayed else f"{kind}, no decay",
+        }
+        for (kind, decayed), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def mirrored_query_modules(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the query projections of V2's differential layers: those that have a `lambda_proj` beside them."""
+    return tuple(
+        f"{name}.q_proj." for name, module in model.named_modules() if "lambda_proj" in dict(module.named_children())
+    )
+
+
+def parameter_kind(name: str, mirrored_queries: tuple[str, ...]) -> str:
+    parts = name.split(".")
+    if "_flat_param" in parts[-1]:
+        raise ValueError(f"{name}: FSDP1 has flattened its parameters into one; use FSDP2 (fsdp_version: 2).")
+    if LAMBDA_MODULES & set(parts):
+        return "lambda"
+    return "queries" if name.startswith(mirrored_queries) else "rest"
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay is meant for the parameter: a matrix, and not a norm's weight, a bias or a magnitude."""
+    parts = name.split(".")
+    return parts[-1] != "bias" and not any(part.endswith(("norm", "magnitude_vector")) for part in parts)
+
+
+class DiffTrainerMixin(Trainer):
+    """
+    A Trainer with these groups and a log that holds lambda; for transformers' Trainer and any that descends from it.
+
+    `class DiffSFTTrainer(DiffTrainerMixin, SFTTrainer): ...`, then `lambda_factor` and `query_factor` as keywords,
+    everything else as ever: rate, decay, `optim` and schedule come from the arguments. A `LambdaCallback` among
+    `callbacks` is called before the integrations of `report_to`, so that they receive what it adds. V1's lambda is put
+    back to float32, as TRL casts every trainable parameter of a quantised model to bfloat16.
+    """
+
+    def __init__(self, *args, lambda_factor: float = 1.0, query_factor: float = 1.0, **kwargs):
+        self.lambda_factor, self.query_factor = lambda_factor, query_factor
+        super().__init__(*args, **kwargs)
+        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, LambdaCallback)]:
+            callback.attach(self)
+        for name, parameter in self.model.named_parameters():
+            if "diff_lambda" in name.split("."):
+                parameter.data = parameter.data.float()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """
+        The Trainer's own optimiser over `parameter_groups`.
+
+        Raises `ValueError` for an `optim` that chooses its parameters itself (GaLore, APOLLO, LOMO, layer-wise ones).
+        """
+        if self.optimizer is None:
+            opt_model: Any = self.model if model is None else model
+            optimizer_cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, opt_model
+            )
+            if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & settings.keys():
+                raise ValueError(f"optim={self.args.optim}: it groups parameters itself; use a plain Trainer with it.")
+            groups = parameter_groups(
+                opt_model,
+                learning_rate=settings.get("lr", self.args.learning_rate),
+                weight_decay=self.args.weight_decay,
+                lambda_factor=self.lambda_factor,
+                query_factor=self.query_factor,
+            )
+            # The Trainer takes groups that stand among the settings in the place of its own.
+            self.optimizer_cls_and_kwargs = (optimizer_cls, settings | {"params": groups})
+        return super().create_optimizer(model)
+
+
+class DiffTrainer(DiffTrainerMixin):
+    """transformers' Trainer with the mixin."""

@@ -1,0 +1,288 @@
+"""peft on both variants: what trains, what is saved, what comes back, and that merging changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from trainable_models import random_ids, tiny_model, train
+
+from modeling_diff import DiffLlamaForSequenceClassification, DiffLlamaForTokenClassification
+from modeling_diff.modeling_diff_llama import SubRMSNorm
+
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+from modeling_diff.training import check_adapter, four_bit_config, lora_config  # noqa: E402
+
+
+# peft 0.21 asks transformers 5.23 by a name that is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+VARIANTS = ("v1", "v2")
+# float32 logits of up to about 6: W + B A is rounded once where W x + B (A x) is rounded twice.
+MERGE_TOLERANCE = 1e-4
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=random_ids()).logits
+
+
+def adapted(variant, model=None, **overrides):
+    return peft.get_peft_model(
+        model or tiny_model(variant), lora_config(model or tiny_model(variant), r=4, **overrides)
+    )
+
+
+def trained(variant, **overrides):
+    model = adapted(variant, **overrides)
+    train(model)
+    return model
+
+
+def expected_names(variant, differential_layers=(0, 1), dora=False):
+    """What LoRA is to train, written out from the layer layout."""
+    names = set()
+    for layer in range(2):
+        attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
+        targets = [f"{attention}.{p}_proj" for p in "qkvo"] + [f"{mlp}.{p}_proj" for p in ("gate", "up", "down")]
+        names |= {f"{target}.{matrix}.default.weight" for target in targets for matrix in ("lora_A", "lora_B")}
+        names |= {f"{target}.lora_magnitude_vector.default.weight" for target in targets if dora}
+        saved = "modules_to_save.default"
+        if layer in differential_layers and variant == "v1":
+            names |= {f"{attention}.diff_lambda.{saved}.lambda_{name}" for name in ("q1", "k1", "q2", "k2")}
+            names |= {f"{attention}.sub_norm.{saved}.weight"}
+        elif layer in differential_layers:
+            names |= {f"{attention}.lambda_proj.{saved}.weight"}
+    return {f"base_model.model.model.{name}" for name in names}
+
+
+RECIPES = {
+    "LoRA": ({}, {}, {}),
+    "DoRA": ({}, {"use_dora": True}, {"dora": True}),
+    "rsLoRA": ({}, {"use_rslora": True}, {}),
+    "one differential layer": ({"differential_layers": [1]}, {}, {"differential_layers": (1,)}),
+    "no differential layer": ({"differential_layers": []}, {}, {"differential_layers": ()}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_parameter_of_a_recipe_receives_a_gradient(variant, recipe):
+    config, options, expectation = RECIPES[recipe]
+    model = adapted(variant, tiny_model(variant, **config), **options)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == expected_names(variant, **expectation)
+    assert train(model) == []  # from the second step on: at the first, B = 0 leaves A without
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_fine_tuning_reaches_every_parameter(variant):
+    model = tiny_model(variant)
+    assert all(p.requires_grad for p in model.parameters())
+    assert train(model, steps=1) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lora_without_targets_finds_them(variant):
+    import modeling_diff.training  # noqa: F401  registers the targets
+
+    model = peft.get_peft_model(tiny_model(variant), peft.LoraConfig())
+    named = {name.removesuffix(".lora_A.default.weight") for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {name.rpartition(".")[2] for name in named} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+
+
+METHODS = {
+    "IA3": lambda: peft.IA3Config(),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(total_step=10),
+    "OFT": lambda: peft.OFTConfig(),
+    "LoHa": lambda: peft.LoHaConfig(),
+    "LoKr": lambda: peft.LoKrConfig(),
+    "VeRA": lambda: peft.VeraConfig(),
+    "HRA": lambda: peft.HRAConfig(),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "norm tuning": lambda: peft.LNTuningConfig(),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:Position ids are not supported", "ignore:Unsupported layer type")
+def test_other_methods_train_save_and_come_back(variant, method, tmp_path):
+    model = peft.get_peft_model(tiny_model(variant), METHODS[method]())
+    before = logits(model)
+    assert train(model) == []
+    after = logits(model)
+    assert not torch.equal(before, after)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_model(variant), tmp_path)), after)
+    generated = model.generate(
+        input_ids=random_ids(), attention_mask=torch.ones(2, 9), max_new_tokens=3, min_length=12
+    )
+    assert generated.shape == (2, 12)
+
+
+def test_llama_adapter_is_refused():
+    with pytest.raises(ValueError, match="Unsupported model type for adaption prompt: 'diff_llama'"):
+        peft.get_peft_model(tiny_model("v1"), peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_saved_adapter_gives_the_same_logits_and_merges_into_them(variant, options, tmp_path):
+    model = trained(variant, **options)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(tiny_model(variant), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), expected)
+    assert not torch.equal(logits(tiny_model(variant)), expected)
+
+    reloaded.merge_adapter()
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=MERGE_TOLERANCE)
+    reloaded.unmerge_adapter()
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=MERGE_TOLERANCE)
+
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=MERGE_TOLERANCE)
+    merged.save_pretrained(tmp_path / "merged")
+    from_disk, report = type(merged).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(from_disk), logits(merged))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_new_modules_move_and_come_back_from_disk(variant, tmp_path):
+    model = trained(variant)
+    model.save_pretrained(tmp_path)
+    merged = peft.PeftModel.from_pretrained(tiny_model(variant), tmp_path).merge_and_unload()
+    start, trained_state = tiny_model(variant).state_dict(), model.state_dict()
+    new = [name for name in start if "lambda" in name or "sub_norm" in name]
+    assert len(new) == {"v1": 2 * 5, "v2": 2}[variant]
+    for name in new:
+        module, _, parameter = name.rpartition(".")
+        saved = trained_state[f"base_model.model.{module}.modules_to_save.default.{parameter}"]
+        assert not torch.equal(saved, start[name]), name
+        assert torch.equal(merged.state_dict()[name], saved), name
+        assert torch.equal(trained_state[f"base_model.model.{module}.original_module.{parameter}"], start[name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_switch_and_can_be_turned_off(variant):
+    base = tiny_model(variant)
+    plain = logits(base)
+    model = adapted(variant, base)
+    train(model)
+    first = logits(model)
+    model.add_adapter("second", lora_config(base, r=2))
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=0)
+    train(model)
+    second = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first) and not torch.equal(first, second)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_stack(variant):
+    """Two LoRAs at once give what the base plus both products gives; peft stacks without modules_to_save alone."""
+    model = adapted(variant, modules_to_save=None)
+    model.add_adapter("second", lora_config(tiny_model(variant), r=2, modules_to_save=None))
+    model.base_model.set_adapter(["default", "second"])
+    assert train(model) == []
+    expected = tiny_model(variant)
+    state, adapters = expected.state_dict(), model.state_dict()
+    for name, weight in state.items():
+        for adapter, rank in (("default", 4), ("second", 2)):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            if (b := adapters.get(f"{prefix}.lora_B.{adapter}.weight")) is not None:
+                weight.add_(b @ adapters[f"{prefix}.lora_A.{adapter}.weight"], alpha=32 / rank)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=MERGE_TOLERANCE)
+    model.base_model.merge_adapter()
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=MERGE_TOLERANCE)
+
+
+@pytest.mark.parametrize("trained_on, loaded_on", [("v1", "v2"), ("v2", "v1")])
+def test_adapter_of_the_other_variant_is_refused(trained_on, loaded_on, tmp_path):
+    adapted(trained_on).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"adapter of variant '{trained_on}', and the model is '{loaded_on}'"):
+        check_adapter(tiny_model(loaded_on), tmp_path)
+    check_adapter(tiny_model(trained_on), tmp_path)
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
+        check_adapter(tiny_model(trained_on), tmp_path / "nowhere")
+
+
+def test_kernel_never_normalises_in_the_place_of_an_adapter():
+    model = adapted("v1")
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert attention.fusable_norm() == {}
+    attention = model.merge_and_unload().model.layers[0].self_attn
+    assert type(attention.sub_norm) is SubRMSNorm
+    assert attention.fusable_norm()["norm_weight"] is attention.sub_norm.weight
+
+
+@pytest.mark.parametrize(
+    "model_class, task, head",
+    [
+        (DiffLlamaForSequenceClassification, "SEQ_CLS", "score"),
+        (DiffLlamaForTokenClassification, "TOKEN_CLS", "score"),
+    ],
+)
+def test_heads_get_their_task_and_train(model_class, task, head):
+    model = tiny_model("v2", model_class)
+    config = lora_config(model)
+    assert config.task_type == task
+    trainable = [name for name, p in peft.get_peft_model(model, config).named_parameters() if p.requires_grad]
+    assert any(f"{head}.modules_to_save" in name for name in trainable)
+    assert any("lambda_proj.modules_to_save" in name for name in trainable)
+
+
+def test_other_models_are_refused():
+    from transformers import LlamaConfig
+
+    with pytest.raises(ValueError, match="model_type='llama'"):
+        lora_config(LlamaConfig())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_bit_base_trains_and_comes_back(variant, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model(variant, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+
+    def load():
+        model_class = type(tiny_model(variant))
+        settings = {"quantization_config": four_bit_config(torch.float32), "dtype": torch.float32}
+        return model_class.from_pretrained(tmp_path / "base", **settings)
+
+    base = load()
+    assert type(base.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    assert train(model) == []
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")), expected)
+
+
+def test_package_imports_without_peft():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "import modeling_diff, modeling_diff.training as t\n"
+        "assert t.parameter_groups\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapted_model_can_be_copied(variant):
+    model = trained(variant)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))

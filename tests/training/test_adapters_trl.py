@@ -1,0 +1,102 @@
+"""TRL on converted checkpoints, as its users call it: supervised fine-tuning and preference training with LoRA."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import convert_checkpoint
+from modeling_diff.training import LambdaCallback, four_bit_config, lora_config, parameter_groups
+from modeling_diff.training.optimizer import DiffTrainerMixin
+
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+# peft 0.21 and TRL 1.16 use names that transformers 5.23 deprecates: TRL switches gradient_checkpointing on itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "learning_rate": 5e-3,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / request.param
+    convert_checkpoint(TINY_LLAMA, folder, request.param)
+    return folder
+
+
+def load(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def losses(trainer):
+    return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+
+
+def test_supervised_fine_tuning_learns(checkpoint, tmp_path):
+    class DiffSFTTrainer(DiffTrainerMixin, trl.SFTTrainer):
+        pass
+
+    model, words = load(checkpoint), ("ab", "cd", "ef", "gh")
+    data = datasets.Dataset.from_list([{"prompt": f"upper {w} ->", "completion": f" {w.upper()}"} for w in words])
+    trainer = DiffSFTTrainer(
+        model, trl.SFTConfig(str(tmp_path), **SETTINGS), train_dataset=data, peft_config=lora_config(model, r=4),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint), callbacks=[LambdaCallback()], lambda_factor=2.0,
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] / 2
+    assert "lambda/layer_4/mean" in trainer.state.log_history[0]
+    groups = parameter_groups(trainer.model, learning_rate=5e-3, lambda_factor=2.0)
+    assert [g["name"] for g in trainer.optimizer.param_groups] == [g["name"] for g in groups]
+
+
+def test_preference_training_starts_at_its_reference_and_learns(checkpoint, tmp_path):
+    class DiffDPOTrainer(DiffTrainerMixin, trl.DPOTrainer):
+        pass
+
+    model = load(checkpoint)
+    rows = [{"prompt": f"{word} =", "chosen": " yes", "rejected": " no"} for word in ("ab", "cd", "ef", "gh")]
+    trainer = DiffDPOTrainer(
+        model=model, args=trl.DPOConfig(str(tmp_path), **SETTINGS), train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
+        callbacks=[LambdaCallback()],
+    )  # fmt: skip
+    trainer.train()
+    # Policy and reference, the model without its adapter, are one at first: -log sigmoid(0). float32.
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(trainer)[-1] < 0.5
+    assert "lambda/layer_4/distance" in trainer.state.log_history[-2]
+
+
+def test_quantised_base_keeps_lambda_in_float32(checkpoint, tmp_path):
+    """TRL casts whatever trains on a quantised base to bfloat16, without asking the modules."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    class DiffSFTTrainer(DiffTrainerMixin, trl.SFTTrainer):
+        pass
+
+    quantised = {"quantization_config": four_bit_config(), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **quantised)
+    data = datasets.Dataset.from_list([{"text": "def f(x):\n    return x"}] * 4)
+    trainer = DiffSFTTrainer(
+        model, trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})), train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
+    )  # fmt: skip
+    trainer.train()
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and {dtype for name, dtype in trained.items() if "diff_lambda" in name} <= {torch.float32}
+    assert len(losses(trainer)) == 2
