@@ -1,0 +1,129 @@
+"""
+What each head of a model does: retrieval, induction, previous token, first token, entropy; and what it is worth.
+
+    python examples/score_heads.py
+    python examples/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1-fitted --ablate 4
+    python examples/score_heads.py out/quickstart/v1-fitted --output out/heads-v1
+
+Prints the heads that retrieve most and writes every score to scores.json and scores.png. `--converted` shows which of
+a LLaMA's heads a V1 conversion paired; `--ablate N` takes out the N heads that score highest in retrieval, and N
+others, one by one and together, and prints the change in loss and in recall. `--smoke`: few prompts, seconds.
+
+Texts and needles are from the Python standard library on this machine; questions ("The magic number of Oslo is") suit
+the small LLaMA of this repository, and any model that copies.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import modeling_diff  # noqa: F401  registers the models with the auto classes
+from modeling_diff.analysis.ablation import ablation_effects
+from modeling_diff.analysis.figures import save_figure, score_figure
+from modeling_diff.analysis.head_pairs import pair_table, paired_scores
+from modeling_diff.analysis.head_scores import (
+    SCORES,
+    HeadScore,
+    RetrievalPrompt,
+    greedy,
+    needle_retrieval,
+    score_grid,
+    score_heads,
+    score_table,
+    write_scores,
+)
+from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
+
+
+ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+
+
+def plain_texts(tokenizer, filler: str, rows: int, length: int) -> torch.Tensor:
+    """`rows` evenly spaced stretches of the filler, each behind a bos where the tokenizer has one: (rows, length)."""
+    ids = tokenizer(filler[: 40 * rows * length], add_special_tokens=False, verbose=False).input_ids
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room, step = length - len(head), len(ids) // rows
+    return torch.tensor([head + ids[row * step : row * step + room] for row in range(rows)])
+
+
+def recall(model, prompts: list[RetrievalPrompt]) -> float:
+    """Share of needles said again, every token right."""
+    right = 0
+    for prompt in prompts:
+        first, last = prompt.needle
+        ids = torch.tensor([prompt.input_ids], device=model.device)
+        said = greedy(model, ids, last - first)[0, ids.shape[1] :].tolist()
+        right += said == prompt.input_ids[first:last]
+    return right / len(prompts)
+
+
+def retrieval_order(scores: list[HeadScore]) -> list[tuple[int, int]]:
+    """(layer, head) by the retrieval of what weighs the values, LLaMA's A or the difference, largest first."""
+    own = [score for score in scores if score.map in ("attention", "difference")]
+    return [(score.layer, score.head) for score in sorted(own, key=lambda score: -score.retrieval)]
+
+
+def show_ablation(console: Console, model, texts: torch.Tensor, prompts, scores, count: int) -> list[dict]:
+    order = retrieval_order(scores)
+    retrieving, others = order[:count], order[len(order) // 2 : len(order) // 2 + count]
+    groups = [[head] for head in (*retrieving, *others)] + [retrieving, others]
+    effects = ablation_effects(model, texts, groups, mode="mean", recall=lambda model: recall(model, prompts))
+    console.print(f"Without heads (their mean output instead); recall with all of them {recall(model, prompts):.2f}")
+    for effect in effects:
+        heads = ", ".join(f"{layer}.{head}" for layer, head in effect.heads)
+        console.print(
+            f"  {heads}: loss {effect.loss_change_nats:+.3f} nats, recall {effect.recall_change:+.2f}", highlight=False
+        )
+    return [asdict(effect) for effect in effects]
+
+
+def write_plot(scores: list[HeadScore], name: str, path: Path) -> None:
+    kind = "difference" if any(score.map == "difference" for score in scores) else "attention"
+    grids = {score.replace("_", " "): score_grid(scores, score, kind) for score in SCORES}
+    save_figure(score_figure(grids, f"{name}: {kind}"), path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default=str(ASSETS), help="folder or Hub id")
+    parser.add_argument("--converted", type=Path, help="a V1 conversion of it: show which heads were paired")
+    parser.add_argument("--prompts", type=int, default=16, help="needles to retrieve")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text and of a prompt")
+    parser.add_argument("--ablate", type=int, default=0, help="how many heads to take out")
+    parser.add_argument("--rows", type=int, default=12, help="rows of the printed table")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("out/heads"), help="folder")
+    parser.add_argument("--smoke", action="store_true", help="two short prompts")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.prompts, arguments.length, arguments.ablate = 2, 96, min(arguments.ablate, 1)
+    logging.disable_progress_bar()
+    console = Console(width=120)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    filler = library_text()
+    task = NeedleTask(arguments.length, needles=2)
+    prompts = needle_retrieval(tokenizer, make_prompts(task, tokenizer, filler, arguments.prompts, arguments.seed))
+    texts = plain_texts(tokenizer, filler, max(2, arguments.prompts // 2), arguments.length)
+    vocabulary = [token for token in range(model.config.vocab_size) if token not in set(tokenizer.all_special_ids)]
+    first = tokenizer.bos_token_id
+    scores = score_heads(model, texts, prompts, vocabulary=vocabulary, first=first, seed=arguments.seed)
+    console.print(score_table(scores, Path(arguments.checkpoint).name, "retrieval", arguments.rows))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_scores(scores, arguments.output / "scores.json")
+    write_plot(scores, Path(arguments.checkpoint).name, arguments.output / "scores.png")
+    if arguments.converted:
+        console.print(pair_table(paired_scores(scores, arguments.converted), f"Paired in {arguments.converted.name}"))
+    if arguments.ablate:
+        effects = show_ablation(console, model, texts, prompts, scores, arguments.ablate)
+        (arguments.output / "ablation.json").write_text(json.dumps(effects, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

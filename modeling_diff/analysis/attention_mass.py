@@ -1,0 +1,113 @@
+"""
+How much attention goes to the answer, and how much to noise (arXiv:2410.05258, table 3).
+
+H heads, Q queries, S keys, L layers, M regions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .maps import LayerMaps, visit_maps
+from .needles import NeedlePrompt
+
+
+# What a key can belong to. `rest` is what stands around the text: the first token, the question, the answer so far.
+REGIONS = ("answer", "wording", "distractors", "text", "rest")
+# Rows of `clamped` and `absolute` are divided by their sums; those of `signed` sum to 1 - lambda.
+VIEWS = ("first", "second", "clamped", "absolute", "signed")
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """
+    For each view (L, M): the share of a row on each region, mean over heads, the digits of the answer and prompts.
+
+    `first` and `second` are A1 and A2 (LLaMA has only `first`); of the difference D = A1 - lambda A2, `clamped` is
+    max(D, 0) and `absolute` |D|, each divided by its sum over the row; `signed` is D as it is.
+    """
+
+    by_layer: dict[str, torch.Tensor]
+
+    def share(self, view: str, region: str) -> float:
+        """Mean over layers; layers without the view, LLaMA's in a mixed model, are left out."""
+        return self.by_layer[view][:, REGIONS.index(region)].nanmean().item()
+
+    def answer(self, view: str) -> float:
+        """On the digits of the number asked for."""
+        return self.share(view, "answer")
+
+    def noise(self, view: str) -> float:
+        """On the text and on other cities' needles."""
+        return self.share(view, "text") + self.share(view, "distractors")
+
+
+def token_regions(tokenizer: Any, prompt: NeedlePrompt, text: str) -> tuple[list[int], torch.Tensor]:
+    """Token ids of `text`, which begins with the prompt's, and the region of each, (S,), as an index of REGIONS."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not tell where tokens stand; load the fast one")
+    asked = prompt.asked[0]
+    chars = [REGIONS.index("rest")] * len(text)
+    others = [("distractors", needle.span) for needle in prompt.needles if needle is not asked]
+    for region, (start, end) in [
+        ("text", prompt.body),
+        *others,
+        ("wording", asked.span),
+        ("answer", asked.number_span),
+    ]:
+        chars[start:end] = [REGIONS.index(region)] * (end - start)
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    # A token that reaches into two regions counts for the first of REGIONS.
+    regions = [min(chars[start:end], default=REGIONS.index("rest")) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], torch.tensor(regions)
+
+
+def views_of(maps: LayerMaps) -> dict[str, torch.Tensor]:
+    """The maps in each view, (B, H, Q, S)."""
+    if maps.second is None:
+        return {"first": maps.first}
+    difference = maps.difference()
+    clamped, absolute = difference.clamp_min(0), difference.abs()
+    tiny = torch.finfo(difference.dtype).tiny
+    return {
+        "first": maps.first,
+        "second": maps.second,
+        "clamped": clamped / clamped.sum(-1, keepdim=True).clamp_min(tiny),
+        "absolute": absolute / absolute.sum(-1, keepdim=True).clamp_min(tiny),
+        "signed": difference,
+    }
+
+
+def region_shares(weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Sums of `weights` (B, H, Q, S) over the keys of each region (S,), mean over everything else: (M,)."""
+    rows = weights.double().mean((0, 1, 2))
+    return torch.zeros(len(REGIONS), dtype=rows.dtype, device=rows.device).index_add_(0, regions.to(rows.device), rows)
+
+
+def measure_attention(model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt]) -> AttentionMass:
+    """
+    Attention from where each digit of the first asked number is predicted, given the right digits before it.
+
+    Raises `ValueError` for a slow tokenizer and for models whose maps are not known.
+    """
+    sums: dict[str, dict[int, torch.Tensor]] = {}
+    for prompt in prompts:
+        text = f"{prompt.text} {prompt.asked[0].number}"
+        ids, regions = token_regions(tokenizer, prompt, text)
+        offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        digits = [i for i, (_, end) in enumerate(offsets) if end > len(prompt.text) + 1]
+
+        def visit(maps: LayerMaps, regions: torch.Tensor = regions) -> None:
+            for view, weights in views_of(maps).items():
+                layers = sums.setdefault(view, {})
+                layers[maps.layer] = layers.get(maps.layer, 0) + region_shares(weights, regions) / len(prompts)
+
+        queries = [digit - 1 for digit in digits]
+        visit_maps(model, torch.tensor([ids], device=model.device), visit, queries=queries, block=len(queries))
+    num_layers = 1 + max(layer for layers in sums.values() for layer in layers)
+    missing = torch.full((len(REGIONS),), torch.nan, dtype=torch.float64)
+    return AttentionMass(
+        {view: torch.stack([layers.get(i, missing).cpu() for i in range(num_layers)]) for view, layers in sums.items()}
+    )

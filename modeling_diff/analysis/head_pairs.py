@@ -1,0 +1,77 @@
+"""Which roles a V1 conversion paired: a LLaMA's head scores, two heads at a time."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .head_scores import SCORES, HeadScore
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The two LLaMA heads of one differential head: what becomes its positive map, and what is subtracted."""
+
+    layer: int
+    head: int
+    positive: HeadScore
+    subtracted: HeadScore
+
+
+def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[PairScores]:
+    """
+    A LLaMA's head scores by the pairs that a V1 conversion made of its heads, as its folder records.
+
+    Raises ValueError for a folder without such a conversion, or one of a LLaMA with other heads.
+    """
+    folder = Path(converted)
+    record, config = (_read(folder / name) for name in ("conversion.json", "config.json"))
+    if config.get("variant") != "v1" or record["source"]["kind"] != "llama":
+        raise ValueError(f"{folder}: pairs no heads of a LLaMA; give a V1 conversion of one.")
+    by_head = {(score.layer, score.head): score for score in scores if score.map == "attention"}
+    count = 2 * config["num_attention_heads"]
+    if set(by_head) != {(layer, head) for layer in range(config["num_hidden_layers"]) for head in range(count)}:
+        raise ValueError(
+            f"{folder}: {count} heads in each of {config['num_hidden_layers']} layers were paired, and the scores are "
+            f"of {len(by_head)} heads; score every head of the LLaMA that it was made from."
+        )
+    pairs = []
+    for layer in range(config["num_hidden_layers"]):
+        order = query_order(record, config, layer)
+        for head in range(count // 2):
+            first, second = (by_head[layer, order[2 * head + m]] for m in (0, 1))
+            pairs.append(PairScores(layer, head, first, second))
+    return pairs
+
+
+def query_order(record: dict[str, Any], config: dict[str, Any], layer: int) -> list[int]:
+    """LLaMA's heads in the order of V1's maps: entry 2 i + m became map m of head i."""
+    calibration, given = record["calibration"], record["options"]["pairings"] or {}
+    if calibration is not None and calibration["pairings"]:
+        return calibration["pairings"][layer]["query_heads"]
+    if str(layer) in given:
+        return given[str(layer)]["query_heads"]
+    # Neighbouring KV heads, their query heads one with one: the converter's default.
+    num_heads, group = config["num_attention_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
+    return [(2 * (i // group) + m) * group + i % group for i in range(num_heads) for m in (0, 1)]
+
+
+def pair_table(pairs: Sequence[PairScores], title: str = "Paired heads") -> Table:
+    """A rich table, a row a pair, each score as positive / subtracted."""
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", "head", "LLaMA heads", *SCORES):
+        table.add_column(column.replace("_", " "), justify="right")
+    for pair in pairs:
+        values = [(getattr(pair.positive, name), getattr(pair.subtracted, name)) for name in SCORES]
+        cells = ("-" if None in both else "{:.3f} / {:.3f}".format(*both) for both in values)
+        table.add_row(str(pair.layer), str(pair.head), f"{pair.positive.head}, {pair.subtracted.head}", *cells)
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; give a folder that `diff-llama convert` wrote.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,186 @@
+"""
+Needle retrieval on a grid of depths and lengths, by greedy generation: batched, and resumable through a file.
+
+B batch, T tokens.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .needles import CITIES, NeedlePrompt, NeedleTask, Template, make_prompts, read_number, score
+
+
+# arXiv:2410.05258, table 2 and table 3: 3B parameters, 4K tokens; for scale beside one's own.
+PUBLISHED_ACCURACY = {
+    "Transformer": {(1, 1): 1.00, (2, 2): 0.85, (4, 2): 0.62, (6, 2): 0.55},
+    "DIFF": {(1, 1): 1.00, (2, 2): 0.92, (4, 2): 0.84, (6, 2): 0.85},
+}
+PUBLISHED_ATTENTION = {
+    "Transformer": {"answer": (0.03, 0.09), "noise": (0.49, 0.54)},
+    "DIFF": {"answer": (0.27, 0.40), "noise": (0.01, 0.02)},
+}
+
+
+@dataclass(frozen=True)
+class NeedleGrid:
+    """Every length with every depth and every (needles, asked), `samples` prompts each."""
+
+    lengths_tokens: tuple[int, ...]
+    depths: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    counts: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
+    samples: int = 50
+    seed: int = 0
+    digits: int = 4
+    template: Template = field(default_factory=Template)
+    cities: tuple[str, ...] = CITIES
+
+    def tasks(self) -> Iterator[NeedleTask]:
+        for (needles, asked), length, depth in itertools.product(self.counts, self.lengths_tokens, self.depths):
+            yield NeedleTask(length, depth, needles, asked, self.digits, self.template, self.cities)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """`right` of `answers` numbers, exact to the last digit; `depth` None is anywhere."""
+
+    needles: int
+    asked: int
+    length_tokens: int
+    depth: float | None
+    right: int
+    answers: int
+
+    @property
+    def cell(self) -> tuple[int, int, int, float | None]:
+        return self.needles, self.asked, self.length_tokens, self.depth
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.answers
+
+
+def left_padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T) and the mask over them, padded on the left."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+
+
+def check_context(model: Any, num_tokens: int, what: str) -> None:
+    """Raises `ValueError` where `num_tokens` are more positions than the model was made for."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and num_tokens > context:
+        raise ValueError(f"{what}: {num_tokens} tokens, but max_position_embeddings is {context}; shorten the prompt")
+
+
+@torch.no_grad()
+def generate_replies(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of one batch of texts."""
+    rows = [tokenizer(text, verbose=False).input_ids for text in texts]
+    check_context(model, max(map(len, rows)) + max_new_tokens, "needle prompts with their answers")
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids, mask = left_padded(rows, pad)
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+    )
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def answer_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], batch_size: int = 8
+) -> list[list[str | None]]:
+    """
+    The numbers that the model names for each prompt's asked cities, one city after another.
+
+    Each question stands behind the answers given before it, right or wrong. None where the model names no number.
+    """
+    # One more than the number takes, so that a number that goes on is not taken for right.
+    numbers = {needle.number for prompt in prompts for needle in prompt.asked}
+    room = 2 + max(len(tokenizer(f" {number}", add_special_tokens=False).input_ids) for number in numbers)
+    answers: list[list[str | None]] = [[] for _ in prompts]
+    for batch in torch.arange(len(prompts)).split(batch_size):
+        for _ in prompts[int(batch[0])].asked:
+            texts = [prompts[i].transcript(answers[i]) for i in batch.tolist()]
+            for i, reply in zip(batch.tolist(), generate_replies(model, tokenizer, texts, room), strict=True):
+                answers[i].append(read_number(reply))
+    return answers
+
+
+def run_grid(
+    model: Any,
+    tokenizer: Any,
+    filler: str,
+    grid: NeedleGrid,
+    *,
+    batch_size: int = 8,
+    path: Path | None = None,
+    label: str | None = None,
+    progress: Callable[[CellResult], None] | None = None,
+) -> list[CellResult]:
+    """
+    Measures every cell of the grid, in its order.
+
+    With a `path`, each finished cell is a JSON line there, and is not measured again. The first line holds `label`
+    (default: the model's name or path), the grid and the filler's digest; a file of other settings is a `ValueError`.
+    """
+    for task in grid.tasks():
+        check_context(model, task.length_tokens + 1, f"length_tokens={task.length_tokens} and an answer")
+    settings = _settings(model, filler, grid, label)
+    done = _read_results(path, settings) if path else {}
+    results = []
+    for task in grid.tasks():
+        cell = (task.needles, task.asked, task.length_tokens, task.depth)
+        if cell not in done:
+            prompts = make_prompts(task, tokenizer, filler, grid.samples, grid.seed)
+            answers = answer_prompts(model, tokenizer, prompts, batch_size)
+            right = sum(score(given, prompt.asked) for given, prompt in zip(answers, prompts, strict=True))
+            done[cell] = CellResult(*cell, right, grid.samples * task.asked)
+            if path:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(done[cell])) + "\n")
+            if progress:
+                progress(done[cell])
+        results.append(done[cell])
+    return results
+
+
+def _settings(model: Any, filler: str, grid: NeedleGrid, label: str | None) -> dict[str, Any]:
+    """What must be the same for two runs' cells to be of one table. Lengths, depths and counts may grow."""
+    kept = ("samples", "seed", "digits", "template", "cities")
+    settings = {name: value for name, value in asdict(grid).items() if name in kept}
+    settings["cities"] = list(settings["cities"])
+    name = label or getattr(model.config, "name_or_path", "") or type(model).__name__
+    return {"model": name, **settings, "filler_sha256": hashlib.sha256(filler.encode()).hexdigest()}
+
+
+def _read_results(path: Path, settings: dict[str, Any]) -> dict[tuple, CellResult]:
+    """Cells that `path` holds; begins the file if there is none, and cuts off a line that a stop left half-written."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if not whole:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return {}
+    try:
+        found, *rows = (json.loads(line) for line in whole)
+        results = [CellResult(**row) for row in rows]
+        different = sorted(name for name in settings if found.get(name) != settings[name])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of needle results ({error}); name another") from None
+    if different:
+        raise ValueError(f"{path}: holds results of another {', '.join(different)}; name another file or remove it")
+    if len(whole) < len(lines):
+        path.write_text("".join(whole), encoding="utf-8")
+    return {result.cell: result for result in results}

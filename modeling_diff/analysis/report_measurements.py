@@ -1,0 +1,181 @@
+"""
+Everything that the report shows of one model, as plain numbers.
+
+N rows, T tokens, S keys.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention_mass import REGIONS, AttentionMass, measure_attention, token_regions, views_of
+from .head_scores import RetrievalPrompt, score_heads
+from .maps import LayerMaps, attention_layers, visit_maps
+from .needle_runs import NeedleGrid, answer_prompts, run_grid
+from .needles import CITIES, NeedlePrompt, NeedleTask, Template, count_tokens, make_prompts, score
+from .order import OrderTask, measure_order, measure_shots
+from .outliers import Magnitudes, mean_loss, measure_outliers, quantised_scores
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `lengths_tokens` and `shots` must fit the context of every model."""
+
+    lengths_tokens: tuple[int, ...]
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    counts: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2))
+    samples: int = 6
+    attention_samples: int = 4
+    attention_needles: int = 4
+    text_rows: int = 12
+    bits: tuple[int, ...] = (8, 6, 4)
+    quantised_prompts: int = 24
+    head_rows: int = 4
+    head_prompts: int = 8
+    shots: tuple[int, ...] = (8, 16, 24)
+    sets: int = 4
+    orders: int = 6
+    batch_size: int = 8
+    seed: int = 0
+
+    def grid(self) -> NeedleGrid:
+        return NeedleGrid(self.lengths_tokens, self.depths, self.counts, self.samples, self.seed)
+
+
+def default_effort(context: int, tokenizer: Any, **overrides: Any) -> Effort:
+    """
+    Lengths of 3/8, 5/8 and nine tenths of `context` tokens, at most 4096, and as many shots as fit.
+
+    Raises `ValueError` for a context that six needles do not fit.
+    """
+    context = min(context, 4096)
+    lengths = tuple(context * share // 32 for share in (12, 20, 29))
+    fact = max(count_tokens(tokenizer, Template().fact.format(city=city, number=1234)) for city in CITIES)
+    if 7 * fact > lengths[0]:
+        raise ValueError(f"context of {context} tokens: six needles do not fit its shortest prompt of {lengths[0]}")
+    line = count_tokens(tokenizer, OrderTask(8).demonstration.format(word="Copenhagen", label=1234))
+    shots = tuple(count for count in (8, 16, 24, 32, 48, 64) if (count + 2) * line <= context) or (4,)
+    return Effort(**({"lengths_tokens": lengths, "shots": shots[-4:]} | overrides))
+
+
+def text_rows(tokenizer: Any, text: str, num_tokens: int, count: int) -> torch.Tensor:
+    """(N, T) token ids of `text` cut into rows, each behind the tokenizer's bos, if it has one."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = num_tokens - len(bos)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    rows = [bos + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)][:count]
+    if not rows:
+        raise ValueError(f"text: {len(ids)} tokens, fewer than one row of {num_tokens}; give a longer text")
+    return torch.tensor(rows)
+
+
+def kind_of(model: Any) -> str:
+    variant = getattr(model.config, "variant", None)
+    return f"DIFF {variant.upper()}" if variant in ("v1", "v2") else "LLaMA"
+
+
+def measure_model(
+    model: Any, tokenizer: Any, text: str, effort: Effort, *, label: str, needle_file: Path | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yields (section, numbers) as they are there: needles, attention, profile, heads, ..."""
+    attention_layers(model)
+    grid = effort.grid()
+    cells = run_grid(model, tokenizer, text, grid, batch_size=effort.batch_size, path=needle_file, label=label)
+    yield "needles", [asdict(cell) for cell in cells]
+    yield "attention", _attention(model, tokenizer, text, effort)
+    yield "profile", attention_profile(model, tokenizer, _attention_prompts(tokenizer, text, effort, 0.5)[0])
+    rows = text_rows(tokenizer, text, max(effort.lengths_tokens), effort.text_rows)
+    yield "heads", _heads(model, tokenizer, text, rows, effort)
+    outliers = measure_outliers(model, rows)
+    yield "outliers", {name: _magnitudes(getattr(outliers, name)) for name in ("attention_logits", "hidden_states")}
+    yield "quantised", list(_quantised(model, tokenizer, text, rows, effort))
+    yield "order", list(_orders(model, tokenizer, effort))
+
+
+def _attention_prompts(tokenizer: Any, text: str, effort: Effort, depth: float) -> list[NeedlePrompt]:
+    task = NeedleTask(max(effort.lengths_tokens), depth, needles=effort.attention_needles)
+    return make_prompts(task, tokenizer, text, effort.attention_samples, effort.seed)
+
+
+def _attention(model: Any, tokenizer: Any, text: str, effort: Effort) -> list[dict[str, Any]]:
+    """For each depth and view, the share of each region and, for the answer, of each layer."""
+    rows = []
+    for depth in effort.depths:
+        mass: AttentionMass = measure_attention(model, tokenizer, _attention_prompts(tokenizer, text, effort, depth))
+        for view, by_layer in mass.by_layer.items():
+            shares = {region: mass.share(view, region) for region in REGIONS}
+            shares["noise"] = mass.noise(view)
+            rows.append({"depth": depth, "view": view, **shares, "answer_by_layer": by_layer[:, 0].tolist()})
+    return rows
+
+
+def attention_profile(model: Any, tokenizer: Any, prompt: NeedlePrompt) -> dict[str, Any]:
+    """
+    Attention on every token of one prompt from where the answer's first digit is predicted, mean over heads and
+    layers: A for LLaMA, A1, A2 and max(A1 - lambda A2, 0) over its sum for DIFF. (S,) each, and the tokens' regions.
+    """
+    text = f"{prompt.text} {prompt.asked[0].number[0]}"
+    ids, regions = token_regions(tokenizer, prompt, text)
+    profile: dict[str, list[torch.Tensor]] = {}
+
+    def visit(maps: LayerMaps) -> None:
+        for view, weights in views_of(maps).items():
+            profile.setdefault(view, []).append(weights.double().mean((0, 1, 2)).cpu())
+
+    visit_maps(model, torch.tensor([ids[:-1]], device=model.device), visit, queries=[len(ids) - 2])
+    kept = {view: torch.stack(layers).mean(0).tolist() for view, layers in profile.items()}
+    return {"regions": regions[:-1].tolist(), "views": kept}
+
+
+def _heads(model: Any, tokenizer: Any, text: str, rows: torch.Tensor, effort: Effort) -> list[dict[str, Any]]:
+    """Every score of every map of every head; retrieval of one needle's number, said with the text of the question."""
+    prompts = []
+    task = NeedleTask(max(effort.lengths_tokens))
+    for prompt in make_prompts(task, tokenizer, text, effort.head_prompts, effort.seed):
+        ids, regions = token_regions(tokenizer, prompt, prompt.text)
+        places = (regions == REGIONS.index("answer")).nonzero().flatten().tolist()
+        # A space that is a token of its own is to be said before the number, as it was in the needle.
+        start = places[0] - (tokenizer.decode(ids[places[0] - 1]) == " ")
+        prompts.append(RetrievalPrompt(ids, (start, places[-1] + 1)))
+    special = set(tokenizer.all_special_ids)
+    vocabulary = [i for i in range(min(len(tokenizer), model.config.vocab_size)) if i not in special]
+    first = tokenizer.bos_token_id
+    scores = score_heads(
+        model, rows[: effort.head_rows], prompts, vocabulary=vocabulary, first=first, seed=effort.seed
+    )
+    return [asdict(score) for score in scores]
+
+
+def _magnitudes(found: Magnitudes) -> dict[str, float]:
+    ranks = {f"top_{rank}": found.top(rank) for rank in (1, 2, 3, 10, 100)}
+    return {**ranks, "median": found.median(), "count": found.count}
+
+
+def _quantised(
+    model: Any, tokenizer: Any, text: str, rows: torch.Tensor, effort: Effort
+) -> Iterator[dict[str, float | None]]:
+    """Loss on text and needle accuracy, as the model is (bits None) and with quantised attention logits."""
+    task = NeedleTask(max(effort.lengths_tokens))
+    prompts = make_prompts(task, tokenizer, text, effort.quantised_prompts, effort.seed)
+
+    def measure(bits: int | None) -> dict[str, float | None]:
+        answers = answer_prompts(model, tokenizer, prompts, effort.batch_size)
+        right = sum(score(given, prompt.asked) for given, prompt in zip(answers, prompts, strict=True))
+        return {"bits": bits, "loss": mean_loss(model, rows), "accuracy": right / len(prompts)}
+
+    yield measure(None)
+    for bits in effort.bits:
+        with quantised_scores(model, bits):
+            yield measure(bits)
+
+
+def _orders(model: Any, tokenizer: Any, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Random orders of each number of demonstrations, and of the most of them orders that take labels in turn."""
+    task = OrderTask(effort.shots[-1], orders=effort.orders, sets=effort.sets, seed=effort.seed)
+    random_orders = measure_shots(model, tokenizer, task, effort.shots)
+    for result in (*random_orders, measure_order(model, tokenizer, replace(task, arrangement="alternate"))):
+        numbers = {name: getattr(result, name) for name in ("accuracy", "spread", "std")}
+        yield asdict(result) | numbers
