@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 
@@ -57,3 +59,15 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, optimizer: torch.optim.O
             mean /= dist.get_world_size()
         losses.append(mean.item())
     return losses
+
+
+def pretend_to_be_accelerators() -> None:
+    """accelerate keeps FSDP for accelerators and on a CPU quietly replicates the model: tell it there are some."""
+    begin = PartialState.__init__
+
+    def begin_with_accelerators(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_with_accelerators

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from packaging.version import Version
-from parallel_ranks import TOKENS, build_optimizer, join_ranks, train
+from parallel_ranks import TOKENS, build_optimizer, join_ranks, pretend_to_be_accelerators, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from modeling_diff import DiffLlamaForCausalLM
@@ -65,6 +66,7 @@ def run_accelerate(checkpoint: Path, dtype: torch.dtype, tokens: torch.Tensor, s
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = DiffLlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     model, optimizer = accelerator.prepare(model, build_optimizer(model))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     losses = train(model, tokens, optimizer)
     return {"losses": losses, "state": accelerator.get_state_dict(model)}
 
@@ -80,6 +82,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 def main(folder: Path) -> None:
     rank = join_ranks(folder)
+    pretend_to_be_accelerators()
     tokens = TOKENS[rank : rank + 1]
     results = {}
     for way, name, dtype in cases():

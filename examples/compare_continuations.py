@@ -1,0 +1,171 @@
+"""Continues a LLaMA and its exact DIFF V2 equally, on the same tokens, and measures what the second maps are worth.
+
+The text is what the small LLaMA was trained on, Python sources with recall, under another seed; V2 trains once at one
+learning rate, once at a third of it for its doubled queries. At the root, about a quarter of an hour on one thread:
+
+    python examples/compare_continuations.py --output out/continuations
+    python examples/compare_continuations.py --smoke --output out/continuations-smoke
+
+Writes continuations.json and continuations.png. Size legend: B rows, T tokens a row (the context).
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import continue_pretraining
+import torch
+from pretraining_measures import measure, recall_sets
+from timing import environment
+from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
+from torch.utils.data import IterableDataset
+from train_tiny_llama import SIZES, to_json
+from transformers.utils import logging
+
+from conversion import convert_checkpoint
+
+
+ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+RUNS = {"LLaMA": ("llama", 1.0), "DIFF V2": ("v2", 1.0), "DIFF V2, queries at 1/3": ("v2", 1 / 3)}
+EVAL_ROWS = 32
+
+
+class MixedRows(IterableDataset):
+    """Rows of Python text and recall (T,) in the order that `seed` gives, the same for every model."""
+
+    def __init__(self, size, stream, tokenizer, recall_share, seed):
+        self.size, self.stream, self.tokenizer = size, stream, tokenizer
+        self.recall_share, self.seed = recall_share, seed
+
+    def __iter__(self):
+        recall = Recall(self.tokenizer, self.stream, self.size.context, self.seed, held_out=False)
+        for batch in training_rows(self.size, self.stream, recall, self.recall_share, self.seed):
+            yield from ({"input_ids": row, "labels": row} for row in batch)
+
+
+def trainer_arguments(arguments, size, folder, query_factor):
+    """What continue_pretraining.py would be called with."""
+    words = [
+        *("--model", folder, "--train", "given", "--output", arguments.output / "checkpoints"),
+        *("--context", size.context, "--steps", arguments.steps, "--batch-size", size.batch),
+        *("--learning-rate", arguments.learning_rate, "--query-factor", query_factor, "--seed", arguments.seed),
+        *("--logging-steps", max(arguments.steps // 25, 1), "--eval", "given"),
+        *("--eval-steps", max(arguments.steps // 10, 1), "--save-steps", arguments.steps + 1, "--bf16"),
+    ]
+    return continue_pretraining.parse([str(word) for word in words])
+
+
+def continue_one(name, folder, text, sets, arguments):
+    """Measured before, trained, measured after: one row."""
+    size, windows, rows = text
+    settings = trainer_arguments(arguments, size, folder, RUNS[name][1])
+    continue_pretraining.set_seed(arguments.seed)
+    model, tokenizer = continue_pretraining.load(settings)
+    before = measure(model, windows, sets)
+    held_out = [{"input_ids": row, "labels": row} for row in windows[:EVAL_ROWS]]
+    trainer = continue_pretraining.build_trainer(model, tokenizer, rows, held_out, settings)
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    wanted = ("step", "loss", "eval_loss")
+    log = [{key: entry[key] for key in wanted if key in entry} for entry in trainer.state.log_history]
+    return {
+        "model": name,
+        "query_factor": RUNS[name][1],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_seconds": seconds,
+        "before": before,
+        "after": measure(model, windows, sets),
+        "curve": [entry for entry in log if len(entry) > 1],
+    }
+
+
+def prepare(arguments):
+    """Size, held-out windows (B, T), training rows and recall sets; text is read and tokenized once."""
+    size = SIZES["tiny"]
+    text_size = SIZES["smoke"] if arguments.smoke else size
+    tokenizer = continue_pretraining.AutoTokenizer.from_pretrained(ASSETS)
+    _, stream, _, _ = prepare_text(text_size, arguments.seed, tokenizer)
+    windows = held_out_windows(tokenizer, (ASSETS / "heldout.txt").read_text(), size.context)
+    if arguments.smoke:
+        windows = windows[:2]
+    unseen = Recall(tokenizer, windows[:, 1:].flatten(), size.context, arguments.seed, held_out=True)
+    rows = MixedRows(size, stream, tokenizer, arguments.recall_share, arguments.seed)
+    return (size, windows, rows), recall_sets(unseen, arguments.recall_rows)
+
+
+def print_row(row):
+    numbers = [f"{row[when]['heldout_loss']:.4f}" for when in ("before", "after")]
+    recall = [f"{row[when]['recall_accuracy'][kind]:.1%}" for kind in row["after"]["recall_accuracy"]
+              for when in ("before", "after")]  # fmt: skip
+    lambdas = " ".join(f"{value:.3f}" for value in row["after"]["lambda_by_layer"]) or "-"
+    cells = [row["model"], f"{row['parameters']:,}", *numbers, *recall, lambdas, f"{row['train_seconds']:.0f}"]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def plot(rows, path):
+    """Held-out loss over steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed", flush=True)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for row in rows:
+        points = [(point["step"], point["eval_loss"]) for point in row["curve"] if "eval_loss" in point]
+        axis.plot(*zip(*points, strict=True), label=row["model"])
+    axis.set(xlabel="step", title=f"held-out loss (nats a token, {EVAL_ROWS} windows)")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def compare(arguments):
+    text, sets = prepare(arguments)
+    folders = {"llama": ASSETS, "v2": arguments.output / "v2"}
+    if not folders["v2"].exists():
+        convert_checkpoint(ASSETS, folders["v2"], "v2")
+    print("| model | parameters | loss before, after | recall before, after: " + ", ".join(sets) + " | lambda | s |")
+    rows = []
+    for name, (kind, _) in RUNS.items():
+        rows.append(continue_one(name, folders[kind], text, sets, arguments))
+        print_row(rows[-1])
+        record = {
+            "command": arguments.command,
+            "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+            "tokens_seen": arguments.steps * text[0].batch * text[0].context,
+            "learning_rate": arguments.learning_rate,
+            "recall_share": arguments.recall_share,
+            "rows": rows,
+        }
+        (arguments.output / "continuations.json").write_text(to_json(record), encoding="utf-8")
+        plot(rows, arguments.output / "continuations.png")
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=256, help="of 4,096 tokens")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--recall-share", type=float, default=0.375, help="share of recall rows in a batch")
+    parser.add_argument("--recall-rows", type=int, default=100, help="rows of each kind that recall is measured on")
+    parser.add_argument("--seed", type=int, default=2, help="the LLaMA itself was trained with 0 and 1")
+    parser.add_argument("--smoke", action="store_true", help="two steps of each, seconds")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.steps, arguments.recall_rows = 2, 1
+    words = itertools.chain(["python examples/compare_continuations.py"], sys.argv[1:] if argv is None else argv)
+    arguments.command = " ".join(words)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity_warning()
+    compare(arguments)
+
+
+if __name__ == "__main__":
+    main()
