@@ -1,0 +1,167 @@
+"""The story of a healing: check, pack the text, train the student, write a plain checkpoint."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from conversion.checkpoint import CheckpointReader, check_target, parse_size
+from conversion.errors import ConversionError
+from conversion.export import read_our_config
+from conversion.healing.options import HealingOptions, HealStage, existing_paths
+from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
+from conversion.healing.run import HealingRun, train_student
+from conversion.healing.teacher import find_teacher, read_tokenizer
+from conversion.healing.work import file_identity, opened, packed_rows, processes, work_folder
+from conversion.source import SourceFolder
+from conversion.verify import read_record
+from modeling_diff import DiffLlamaConfig
+
+
+CONTEXT_TOKENS = 1024  # or what the model can read, if that is less
+MICRO_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class HealingReport:
+    """What was written: its record (conversion.json), the held-out table of this healing, and notes for the user."""
+
+    output: Path
+    record: Mapping[str, Any]
+    table: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+
+
+def heal_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    options: HealingOptions | None = None,
+    *,
+    data: Sequence[str | Path] | str | Path,
+    teacher: str | Path | None = None,
+    held_out: str | Path | None = None,
+    model: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    cache_folder: str | Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> HealingReport:
+    """Distils a LLaMA into a converted checkpoint, one stage a run; the output appears whole or not at all.
+
+    `HealingOptions` says what the choices mean. `data` are text files, JSON lines or datasets folders, `teacher` a
+    folder or Hub id (the stage LM needs none, and is measured against it if there is one), `held_out` a file to be
+    measured on (without it, the first rows of the data). `model`: a student loaded by the caller, trained in place of
+    the checkpoint's weights; `callbacks` are the Trainer's. Under `accelerate launch` every process calls this.
+    With `resume` a run that was stopped goes on from its last Trainer checkpoint, to the same weights.
+    Raises ConversionError for bad input and a loss that is not finite, FilesError for the target.
+    """
+    options, output, folder, began = options or HealingOptions(), Path(output), Path(checkpoint), time.monotonic()
+    config = read_our_config(folder)
+    record, reader = read_record(folder), CheckpointReader(folder)
+    paths, measured = existing_paths(data), [] if held_out is None else existing_paths(held_out)
+    max_shard_bytes = parse_size(max_shard_size)
+    check_target(output, source=folder, overwrite=overwrite)
+    context, micro_rows = _context(config, options), _micro_rows(config, options)
+    source = _teacher(teacher, config, folder, options)
+    identity = {
+        "options": options.recorded(),
+        "checkpoint": file_identity(reader.files),
+        "data": file_identity([*paths, *measured]),
+        "teacher": source and file_identity(sorted(source.folder.glob("*.safetensors"))),
+        "number of processes": processes().num_processes,
+    }
+    work = work_folder(output)
+    with opened(work, identity, resume):
+        train_rows, held_out_rows = packed_rows(
+            work, paths, measured, read_tokenizer(folder), row_tokens=context, vocab_size=config.vocab_size,
+            max_rows=_max_rows(options, context), held_out_rows=options.held_out_rows,
+        )  # fmt: skip
+        whole_batches = _whole_batches(options, train_rows.shape)
+        run = HealingRun(
+            folder, work, reader, options, source, train_rows[: whole_batches * options.batch_rows], held_out_rows,
+            _steps(options, context) or whole_batches, micro_rows,
+            Path(cache_folder or output.absolute().parent / ".teacher-logits"),
+        )  # fmt: skip
+        healed = train_student(run, model, callbacks, progress)
+        entry = healing_entry(
+            options, teacher=source, data=paths, steps=run.steps, tokens=run.steps * options.batch_rows * context,
+            seconds=time.monotonic() - began, table=healed.table,
+        )  # fmt: skip
+        record = {**record, "promise": PROMISE, "healing": [*record.get("healing", []), entry]}
+        if processes().is_main_process:
+            written = healed_config(config, healed.config, options.dtype)
+            tensors = stored_tensors(reader, healed.state, options.dtype)
+            record = write_healed(
+                output, folder, written, tensors, record, healed.lambdas, max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+            )  # fmt: skip
+            shutil.rmtree(work, ignore_errors=True)
+        processes().wait_for_everyone()
+    notes = [f"the teacher's logits stay in {run.cache_folder} for later runs"] if options.cached_logits else []
+    return HealingReport(output, record, healed.table, notes)
+
+
+def _context(config: DiffLlamaConfig, options: HealingOptions) -> int:
+    longest = config.max_position_embeddings
+    context = options.context or min(longest, CONTEXT_TOKENS)
+    if context > longest:
+        raise ConversionError(
+            f"context {context}: the model reads at most {longest} tokens (max_position_embeddings); ask for fewer"
+        )
+    if context < 2:
+        raise ConversionError(f"context {context}: a row holds a token and one that follows; ask for more")
+    return context
+
+
+def _teacher(
+    teacher: str | Path | None, config: DiffLlamaConfig, folder: Path, options: HealingOptions
+) -> SourceFolder | None:
+    if teacher is not None:
+        return find_teacher(teacher, config, folder, options)
+    if options.stage == HealStage.LM:
+        return None
+    raise ConversionError(
+        f"stage {options.stage} learns from a teacher; give the LLaMA that was converted (--teacher), or choose lm"
+    )
+
+
+def _steps(options: HealingOptions, context: int) -> int | None:
+    """None for once through the data."""
+    if options.tokens is None:
+        return options.steps
+    return -(-options.tokens // (options.batch_rows * context))
+
+
+def _max_rows(options: HealingOptions, context: int) -> int | None:
+    """More are never read."""
+    steps = _steps(options, context)
+    return None if steps is None else steps * options.batch_rows
+
+
+def _whole_batches(options: HealingOptions, shape: Sequence[int]) -> int:
+    """Batches in once through the data of shape (R, T); what does not fill one is left out."""
+    if shape[0] < options.batch_rows:
+        raise ConversionError(
+            f"the data fill {shape[0]} rows of {shape[1]} tokens, and a step takes {options.batch_rows}; give more "
+            "text, or take fewer rows a step (--batch-rows)"
+        )
+    return shape[0] // options.batch_rows
+
+
+def _micro_rows(config: DiffLlamaConfig, options: HealingOptions) -> int:
+    """Rows a device takes at once: as asked for, or as many as divide its share and stay within MICRO_TOKENS."""
+    count = processes().num_processes
+    share, left = divmod(options.batch_rows, count)
+    if left or (options.micro_rows and share % options.micro_rows):
+        portions = f" in portions of {options.micro_rows}" if options.micro_rows else ""
+        raise ConversionError(
+            f"batch_rows {options.batch_rows} on {count} devices{portions} does not divide evenly; choose a multiple"
+        )
+    most = max(1, MICRO_TOKENS // _context(config, options))
+    return options.micro_rows or max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= most)

@@ -1,0 +1,104 @@
+"""
+A teacher's most likely tokens on disk, computed once: later runs on the same rows need no teacher in memory.
+
+R rows, T tokens a row, K tokens kept, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from conversion.errors import file_errors
+from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets, chunks_of, next_tokens
+from conversion.healing.teacher import LiveTeacher
+from conversion.target import check_space
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """Ids (R, T, K), log-probabilities (R, T, K) and -log p of the next token (R, T), mapped from files."""
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    next_losses: torch.Tensor
+
+    def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets:
+        numbers = numbers.cpu()
+        parts = (part[numbers].to(ids.device) for part in (self.ids, self.log_probs, self.next_losses))
+        top_ids, log_probs, next_losses = parts
+        return TopTargets(top_ids.flatten(0, 1), log_probs.flatten(0, 1), next_losses.flatten())
+
+
+def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, num_kept: int, dtype: str | None) -> Path:
+    """Where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(teacher.glob("*.safetensors"))
+    ]
+    digest = hashlib.sha256(json.dumps([files, list(rows.shape), num_kept, dtype]).encode())
+    digest.update(rows.contiguous().numpy().tobytes())
+    return folder / digest.hexdigest()[:24]
+
+
+def open_cache(path: Path, shape: tuple[int, int, int]) -> CachedTeacher:
+    """The cache at `path`, which is complete if it is there; shape (R, T, K)."""
+    return CachedTeacher(
+        *(
+            torch.from_file(str(path / name), shared=False, size=torch.Size(size).numel(), dtype=dtype).view(size)
+            for name, dtype, size in _files(shape)
+        )
+    )
+
+
+def fill_cache(
+    path: Path,
+    teacher: LiveTeacher,
+    rows: torch.Tensor,
+    num_kept: int,
+    batch_rows: int,
+) -> None:
+    """Writes the cache of rows (R, T); it appears under its name when it is whole. FilesError for the disk."""
+    shape = (*rows.shape, num_kept)
+    partial = path.with_name(path.name + ".partial")
+    with file_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        check_space(partial, sum(torch.Size(size).numel() * dtype.itemsize for _, dtype, size in _files(shape)))
+        device = next(teacher.model.parameters()).device
+        with (partial / "ids").open("wb") as ids, (partial / "log_probs").open("wb") as log_probs, \
+                (partial / "next_losses").open("wb") as next_losses:  # fmt: skip
+            for start in range(0, len(rows), batch_rows):
+                batch = rows[start : start + batch_rows].long().to(device)
+                kept = most_likely(teacher.targets(batch, batch), batch, num_kept)
+                for stream, part in zip((ids, log_probs, next_losses), kept, strict=True):
+                    stream.write(part.cpu().contiguous().numpy().tobytes())
+        os.rename(partial, path)
+
+
+def most_likely(
+    targets: Targets, rows: torch.Tensor, num_kept: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and log-probabilities (N, K) of the K most likely tokens, and -log p (N,) of the next, for rows (B, T)."""
+    assert isinstance(targets, LogitTargets)
+    labels = next_tokens(rows)
+    ids, log_probs, losses = [], [], []
+    for tokens in chunks_of(*targets.logits.shape):
+        top = targets.logits[tokens].float().log_softmax(-1).topk(num_kept, dim=-1)
+        ids.append(top.indices.int())
+        log_probs.append(top.values)
+        losses.append(torch.nn.functional.cross_entropy(
+            targets.logits[tokens].float(), labels[tokens], ignore_index=IGNORED, reduction="none"
+        ))  # fmt: skip
+    return torch.cat(ids), torch.cat(log_probs), torch.cat(losses)
+
+
+def _files(shape: tuple[int, int, int]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [
+        ("ids", torch.int32, shape),
+        ("log_probs", torch.float32, shape),
+        ("next_losses", torch.float32, shape[:2]),
+    ]

@@ -1,0 +1,108 @@
+"""A healed student as a plain checkpoint: weights in the dtypes they came in, tokenizer, code, card and record."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
+from conversion.companions import code_files, companion_files
+from conversion.convert import versions
+from conversion.errors import ConversionError
+from conversion.healing.options import HealingOptions
+from conversion.licences import llama_terms
+from conversion.model_card import CardFacts, render_card, source_metadata, starting_lambdas
+from conversion.options import DTYPES
+from conversion.source import SourceFolder
+from conversion.stream import RECORD
+from modeling_diff import DiffLlamaConfig
+
+
+PROMISE = {"kind": "parity", "text": "healed: trained end to end, near its source and not equal to it"}
+MEASURED = ("loss", "kl", "greedy_agreement", "recovered")
+
+
+def stored_tensors(
+    reader: CheckpointReader, state: Mapping[str, torch.Tensor], dtype: str | None
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of `state` that the checkpoint in `reader` holds, in its dtypes or `dtype`; lambda stays float32.
+
+    Raises ConversionError for an entry that is NaN or infinite, by name.
+    """
+    tensors = {}
+    for name, info in reader.tensors.items():
+        stored = DTYPES[dtype] if dtype and "diff_lambda" not in name else info.dtype
+        tensor = state[name].detach().to("cpu", stored).contiguous()
+        if not tensor.isfinite().all():
+            raise ConversionError(f"tensor {name} has NaN or infinite entries after healing; lower the learning rate")
+        tensors[name] = tensor
+    return tensors
+
+
+def write_healed(
+    output: Path,
+    source: Path,
+    config: DiffLlamaConfig,
+    tensors: Mapping[str, torch.Tensor],
+    record: Mapping[str, Any],
+    lambdas: Mapping[int, float],
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Writes the checkpoint with its `source`'s tokenizer; it appears whole or not at all. Returns its record."""
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    shards = plan_shards(specs, max_shard_bytes)
+    files, _ = companion_files(source)
+    metadata = source_metadata(source)
+    terms = llama_terms(metadata, source)
+    card = render_card(CardFacts(metadata, config, record, lambdas or starting_lambdas(config, record), terms))
+    with CheckpointWriter(
+        output, shards, source=source, overwrite=overwrite, resume=False, fingerprint="healing"
+    ) as writer:
+        for shard in shards:
+            writer.write_shard(shard, tensors)
+        for name, path in (files | code_files()).items():
+            writer.copy_file(path, name)
+        writer.write_text("config.json", config.to_json_string())
+        writer.write_text("README.md", card)
+        written = {**record, "sha256": {shard.file_name: writer.checksums[shard.file_name] for shard in shards}}
+        writer.write_text(RECORD, json.dumps(written, indent=2, sort_keys=True) + "\n")
+        writer.commit()
+    return written
+
+
+def healed_config(start: DiffLlamaConfig, end: DiffLlamaConfig, dtype: str | None) -> DiffLlamaConfig:
+    """The final config, with the start's architecture and the dtype of the weights as they are written."""
+    stored = DTYPES[dtype] if dtype else start.dtype
+    return DiffLlamaConfig.from_dict(end.to_dict() | {"architectures": start.architectures, "dtype": stored})
+
+
+def healing_entry(
+    options: HealingOptions,
+    *,
+    teacher: SourceFolder | None,
+    data: Sequence[Path],
+    steps: int,
+    tokens: int,
+    seconds: float,
+    table: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """One healing, for the list in conversion.json: names without paths, options, held-out numbers."""
+    start, end = ({name: row[name] for name in MEASURED if row[name] is not None} for row in (table[0], table[-1]))
+    return {
+        "stage": str(options.stage),
+        "teacher": teacher and teacher.name,
+        "data": [path.name for path in data],
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "options": options.recorded(),
+        "versions": versions(),
+        "start": start,
+        "end": end,
+        "table": list(table),
+    }

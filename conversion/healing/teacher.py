@@ -1,0 +1,111 @@
+"""The frozen LLaMA that a student learns from: found, checked against the student, placed, asked."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from conversion.checkpoint import CheckpointReader
+from conversion.errors import ConversionError
+from conversion.healing.losses import LogitTargets, Targets
+from conversion.healing.options import HealingOptions, HealStage
+from conversion.healing.streams import LayerStreams, decoder_layers
+from conversion.options import DTYPES
+from conversion.source import SourceFolder, locate_source
+from conversion.source_config import read_source_model
+from modeling_diff import DiffLlamaConfig
+
+
+class Teacher(Protocol):
+    """What a stage and the measuring ask: targets of rows (B, T), known by their numbers as well."""
+
+    def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets: ...
+
+
+class LiveTeacher:
+    """A model in memory. `states` gives its hidden states before, between and behind its layers, each (B, T, C)."""
+
+    def __init__(self, model: Any, wants_states: bool):
+        self.model = model.requires_grad_(False).eval()
+        self.streams = LayerStreams(model) if wants_states else None
+
+    def place(self, accelerator: Accelerator) -> None:
+        """On the device; under FSDP2 in shards, a unit a layer."""
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is None or plugin.fsdp_version != 2:
+            self.model.to(accelerator.device)
+            return
+        for layer in decoder_layers(self.model):
+            fully_shard(layer)
+        fully_shard(self.model)
+
+    @torch.no_grad()
+    def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets:
+        return LogitTargets(self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1))
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Without targets: the stage LOCAL has no use for them."""
+        assert self.streams is not None
+        self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return self.streams.take()
+
+    @torch.no_grad()
+    def targets_and_states(self, ids: torch.Tensor) -> tuple[Targets, list[torch.Tensor]]:
+        assert self.streams is not None
+        targets = self.targets(ids, ids)
+        return targets, self.streams.take()
+
+
+def find_teacher(source: str | Path, student: DiffLlamaConfig, folder: Path, options: HealingOptions) -> SourceFolder:
+    """
+    A LLaMA that can teach the student in `folder`; its weights' files are checked, none is loaded.
+
+    Raises ConversionError for what is no LLaMA, and where vocabulary, tokenizer or, if streams are compared, layers or
+    width differ.
+    """
+    found = locate_source(source)
+    config: Any = read_source_model(found.folder).config
+    needed = ["vocab_size"]
+    if options.stage == HealStage.LOCAL or options.hidden_weight:
+        needed += ["num_hidden_layers", "hidden_size"]
+    for field in needed:
+        theirs, ours = getattr(config, field), getattr(student, field)
+        if theirs != ours:
+            raise ConversionError(
+                f"teacher {source}: {field} is {theirs}, and the checkpoint's is {ours}; give the LLaMA that was "
+                "converted, or one of its kind"
+            )
+    _check_tokenizers(source, found.folder, folder)
+    CheckpointReader(found.folder)
+    return found
+
+
+def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
+    theirs, ours = read_tokenizer(teacher), read_tokenizer(student)
+    if theirs is None or ours is None or theirs.get_vocab() == ours.get_vocab():
+        return
+    differing = set(theirs.get_vocab().items()) ^ set(ours.get_vocab().items())
+    raise ConversionError(
+        f"teacher {source}: its tokenizer has other tokens than the checkpoint's (such as {min(differing)[0]!r}), so "
+        "their distributions do not compare; give the LLaMA that was converted"
+    )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, None if it has none."""
+    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_teacher(folder: Path, options: HealingOptions) -> LiveTeacher:
+    """In memory, on the CPU still."""
+    default = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    dtype = DTYPES[options.teacher_dtype] if options.teacher_dtype else default
+    model: nn.Module = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return LiveTeacher(model, options.stage == HealStage.LOCAL or bool(options.hidden_weight))

@@ -1,0 +1,41 @@
+"""A random LLaMA, its conversions and rows to train on: what the tests of healing share. Not a test module."""
+
+import json
+from pathlib import Path
+
+from random_llamas import random_llama, saved, token_ids
+from safetensors.torch import load_file
+
+from conversion import convert_checkpoint
+from conversion.heal import heal_checkpoint
+from conversion.healing.options import HealingOptions
+
+
+CONTEXT, BATCH_ROWS = 16, 4
+TOY = {"context": CONTEXT, "batch_rows": BATCH_ROWS, "steps": 6, "held_out_rows": 4, "evaluations": 2,
+       "learning_rate": 5e-3}  # fmt: skip
+
+
+def write_rows(path: Path, num_rows: int = 40, seed: int = 3) -> Path:
+    rows = token_ids(length=CONTEXT, batch=num_rows, seed=seed).tolist()
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+def make_toys(folder: Path) -> Path:
+    """`folder` with llama/, v1/, v1-neutral/, v2/ and data.jsonl in it."""
+    saved(random_llama(), folder / "llama")
+    convert_checkpoint(folder / "llama", folder / "v1", "v1")
+    convert_checkpoint(folder / "llama", folder / "v1-neutral", "v1", norm="neutral")
+    convert_checkpoint(folder / "llama", folder / "v2", "v2")
+    write_rows(folder / "data.jsonl")
+    return folder
+
+
+def heal(toys: Path, output: Path, student: str = "v1", *, arguments: dict | None = None, **options):
+    given = {"data": toys / "data.jsonl", "teacher": toys / "llama"} | (arguments or {})
+    return heal_checkpoint(toys / student, output, HealingOptions(**(TOY | options)), **given)
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")

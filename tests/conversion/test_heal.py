@@ -1,0 +1,293 @@
+"""`heal`: what each stage trains and reaches, what is written, what is refused."""
+
+import json
+
+import pytest
+import torch
+from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
+from random_llamas import SMALL, random_llama, saved
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from conversion import ConversionError, FilesError, healing_run, verify_checkpoint
+from conversion.healing.data import pack_rows
+from conversion.healing.options import HealingOptions
+from conversion.healing.student import load_student
+from modeling_diff.training.lambda_values import differential_attentions, layer_lambda
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def healed(toys):
+    heal(toys, toys / "healed", steps=20, learning_rate=2e-2)
+    return toys / "healed"
+
+
+def changed(toys, output, student="v1"):
+    before, after = weights(toys / student), weights(output)
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_kl_brings_the_student_nearer_and_writes_a_plain_checkpoint(toys, healed):
+    record = json.loads((healed / "conversion.json").read_text())
+    (entry,) = record["healing"]
+    start, end = entry["table"][0], entry["table"][-1]
+    assert (start["tokens"], end["tokens"], entry["tokens"]) == (0, 20 * 4 * CONTEXT, 20 * 4 * CONTEXT)
+    assert end["kl"] < 0.8 * start["kl"]
+    expected = (start["loss"] - end["loss"]) / (start["loss"] - end["teacher_loss"])
+    assert end["recovered"] == pytest.approx(expected)
+    assert (entry["stage"], entry["teacher"], entry["data"]) == ("kl", "llama", ["data.jsonl"])
+    assert min(end["lambda"]) >= 0.02
+    assert verify_checkpoint(healed, toys / "llama").passed
+    assert "Healed, kl: 1,280 tokens" in (healed / "README.md").read_text()
+    assert sorted(path.name for path in toys.iterdir() if path.name.startswith(".")) == []
+
+
+def test_what_was_measured_is_what_was_written(toys, healed):
+    """The last row of the table against transformers' own loss of the loaded folder, on the first four rows."""
+    end = json.loads((healed / "conversion.json").read_text())["healing"][0]["table"][-1]
+    rows = [json.loads(line)["input_ids"] for line in (toys / "data.jsonl").read_text().splitlines()[:4]]
+    ids = torch.tensor(rows)
+    for folder, name in ((healed, "loss"), (toys / "llama", "teacher_loss")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert model(ids, labels=ids).loss.item() == pytest.approx(end[name], abs=1e-5)  # float32 sums
+
+
+def test_a_second_stage_follows_on_the_output(toys, healed, tmp_path):
+    report = heal(toys, tmp_path / "twice", "healed", stage="lm", arguments={"teacher": None})
+    assert [entry["stage"] for entry in report.record["healing"]] == ["kl", "lm"]
+    start, end = report.table[0], report.table[-1]
+    assert start["kl"] is None and end["kl"] is None and end["recovered"] is None
+    loss = json.loads((healed / "conversion.json").read_text())["healing"][0]["table"][-1]["loss"]
+    assert start["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_local_trains_attention_alone_and_brings_layers_nearer(toys, tmp_path):
+    logged = []
+
+    class Losses(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logged.extend([logs["loss"]] if "loss" in logs else [])
+
+    heal(toys, tmp_path / "local", stage="local", steps=20, learning_rate=2e-2, arguments={"callbacks": [Losses()]})
+    assert all("self_attn" in name for name in changed(toys, tmp_path / "local"))
+    assert {name.split("self_attn.")[1] for name in changed(toys, tmp_path / "local")} >= {
+        "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "sub_norm.weight", "diff_lambda.lambda_q1",
+    }  # fmt: skip
+    assert logged[-1] < 0.8 * logged[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("student", ["v1-neutral", "v2"])
+def test_every_student_and_optimiser_gets_nearer_or_stays(toys, tmp_path, student, optimizer):
+    rate = 1e-3 if student == "v2" else 5e-3  # V2 starts at its end
+    report = heal(
+        toys, tmp_path / "out", student, optimizer=optimizer, learning_rate=rate, gradient_checkpointing=True
+    )
+    assert len(changed(toys, tmp_path / "out", student)) == len(weights(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["sub_norm_eps"] == (1e-5 if student == "v1-neutral" else None)
+    before, after = report.table[0]["kl"], report.table[-1]["kl"]
+    assert after < before if student == "v1-neutral" else (before == pytest.approx(0, abs=1e-6) and after < 0.05)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_lambda_goes_to_the_papers_schedule_and_the_config_says_so(toys, tmp_path):
+    report = heal(toys, tmp_path / "out", lambda_mode="paper")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["lambda_init"] == pytest.approx([0.2, 0.355509], abs=1e-6)
+    assert report.table[0]["lambda"] == pytest.approx([0.05, 0.05], abs=1e-6)
+    model = load_student(tmp_path / "out")
+    values = [layer_lambda(a.diff_lambda) for a in differential_attentions(model).values()]
+    assert values == pytest.approx(report.table[-1]["lambda"])
+    assert values == pytest.approx([0.2, 0.355509], abs=0.05)  # and what was learnt
+
+
+def test_free_lambda_may_fall_below_a_floor_and_a_held_one_may_not(toys, tmp_path):
+    lows = {}
+    for mode in ("free", "floor"):
+        report = heal(toys, tmp_path / mode, lambda_mode=mode, lambda_floor=0.049, lambda_learning_rate=0.02, steps=8)
+        lows[mode] = min(value for row in report.table for value in row["lambda"])
+    assert lows["free"] < 0.049 <= lows["floor"]
+
+
+def test_hidden_states_and_text_may_be_mixed_in(toys, tmp_path):
+    plain = heal(toys, tmp_path / "plain")
+    mixed = heal(toys, tmp_path / "mixed", hidden_weight=1.0, cross_entropy_weight=0.5)
+    assert mixed.table[-1]["kl"] < mixed.table[0]["kl"]
+    assert mixed.table[-1]["kl"] != plain.table[-1]["kl"]
+
+
+def test_cached_logits_stand_in_for_the_teacher(toys, tmp_path, monkeypatch):
+    kept = SMALL["vocab_size"] - 1  # one token is left over: nothing is lost
+    live = heal(toys, tmp_path / "live")
+    cache = {"cache_folder": tmp_path / "cache"}
+    first = heal(toys, tmp_path / "first", cached_logits=kept, arguments=cache)
+    assert first.table[-1]["kl"] == pytest.approx(live.table[-1]["kl"], abs=1e-4)
+    assert first.table[-1]["teacher_loss"] == pytest.approx(live.table[-1]["teacher_loss"], abs=1e-5)
+    monkeypatch.setattr(healing_run, "load_teacher", None)
+    heal(toys, tmp_path / "second", cached_logits=kept, arguments=cache)
+    assert weights(tmp_path / "first").keys() == weights(tmp_path / "second").keys()
+    for name, tensor in weights(tmp_path / "first").items():
+        assert torch.equal(tensor, weights(tmp_path / "second")[name]), name
+
+
+# peft asks transformers by the old name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_adapters_are_merged_into_a_plain_checkpoint(toys, tmp_path):
+    pytest.importorskip("peft")
+    heal(toys, tmp_path / "lora", lora=2, learning_rate=1e-2)
+    touched = changed(toys, tmp_path / "lora")
+    assert "model.layers.0.self_attn.diff_lambda.lambda_q1" in touched
+    assert "model.layers.0.self_attn.sub_norm.weight" in touched
+    assert not {name for name in touched if "layernorm" in name or "embed" in name}
+    delta = weights(tmp_path / "lora")["model.layers.0.mlp.up_proj.weight"].double()
+    delta -= weights(toys / "v1")["model.layers.0.mlp.up_proj.weight"].double()
+    singular = torch.linalg.svdvals(delta)
+    assert singular[1] > 1e-3 * singular[0] and singular[2] < 1e-3 * singular[0]  # rank 2, up to float32 rounding
+
+
+def test_a_callers_model_and_callbacks_are_used(toys, tmp_path):
+    model, steps = load_student(toys / "v1"), []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            steps.append((state.global_step, model))
+
+    heal(toys, tmp_path / "out", arguments={"model": model, "callbacks": [Count()]})
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6] and steps[0][1] is model
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+class Spoil(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 4:
+            model.model.norm.weight.data[0] = float("nan")
+
+
+def test_nan_stops_with_one_message_and_the_last_checkpoint_stays(toys, tmp_path):
+    with pytest.raises(ConversionError, match=r"^step 5: the loss or its gradient is NaN") as caught:
+        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil()]})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    kept = tmp_path / ".out.healing" / "trainer" / "checkpoint-4"
+    assert all(tensor.isfinite().all() for tensor in weights(kept).values())
+
+
+def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
+    class Letters:
+        bos_token_id, eos_token_id = 1, 2
+
+        def encode(self, text, add_special_tokens):
+            return [ord(letter) for letter in text]
+
+    lines = [{"text": "abc"}, {"input_ids": [7, 8]}, {"text": "defg"}]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "plain.txt").write_text("h\ni\n")
+    paths = [tmp_path / "lines.jsonl", tmp_path / "plain.txt"]
+    rows = pack_rows(paths, Letters(), 4, 128, None, tmp_path / "rows")
+    a, d, h = ord("a"), ord("d"), ord("h")
+    stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
+    assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
+    assert pack_rows(paths, Letters(), 4, 128, 2, tmp_path / "two").tolist() == rows[:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 129}, "reads at most 128"),
+        ({"stage": "melt"}, "expected one of local, kl, lm"),
+        ({"steps": 0}, "steps is 0"),
+        ({"tokens": 100}, "both say how long"),
+        ({"learning_rate": -1.0}, "learning_rate is -1"),
+        ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
+        ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
+        ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
+        ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
+        ({"norm_share": 1.5}, "a share from 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(toys, tmp_path, options, message):
+    with pytest.raises(ConversionError, match=message) as caught:
+        heal(toys, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "out").exists()
+
+
+def other_llama(folder, **changes):
+    return saved(random_llama(**changes), folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"vocab_size": 100}, {}, "vocab_size is 100, and the checkpoint's is 96"),
+        ({"num_hidden_layers": 3}, {"stage": "local"}, "num_hidden_layers is 3"),
+        ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "num_hidden_layers is 3"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(toys, tmp_path, changes, options, message):
+    with pytest.raises(ConversionError, match=message):
+        heal(toys, tmp_path / "out", **options, arguments={"teacher": other_llama(tmp_path, **changes)})
+
+
+def test_another_tokenizer_is_refused(toys, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    for folder, words in ((tmp_path / "student", "ab"), (tmp_path / "other", "ba")):
+        vocabulary = {word: index for index, word in enumerate(words)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+        source = toys / "v1" if folder.name == "student" else toys / "llama"
+        folder.mkdir()
+        for path in source.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    with pytest.raises(ConversionError, match="its tokenizer has other tokens"):
+        heal(tmp_path, tmp_path / "out", "student", arguments={
+            "teacher": tmp_path / "other", "data": toys / "data.jsonl"
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": None}, "learns from a teacher"),
+        ({"data": []}, "no file was given"),
+        ({"data": "missing.jsonl"}, "does not exist"),
+        ({"held_out": "missing.jsonl"}, "does not exist"),
+    ],
+)
+def test_missing_input_is_refused(toys, tmp_path, arguments, message):
+    with pytest.raises(ConversionError, match=message):
+        heal(toys, tmp_path / "out", arguments=arguments)
+
+
+def test_data_of_no_use_are_refused(toys, tmp_path):
+    contents = {"empty": "", "text": "words", "short": json.dumps({"input_ids": [1, 2]}),
+                "strange": json.dumps({"input_ids": [96]})}  # fmt: skip
+    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens", "strange": "holds 96"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+        with pytest.raises(ConversionError, match=messages[name]):
+            heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
+    with pytest.raises(ConversionError, match="7 rows of 16 tokens, and 4 are held out"):
+        heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
+
+
+def test_a_used_target_and_a_foreign_source_are_refused(toys, healed, tmp_path):
+    with pytest.raises(FilesError, match="not empty"):
+        heal(toys, healed)
+    with pytest.raises(ConversionError, match="model_type is 'llama'"):
+        heal(toys, tmp_path / "out", "llama")
+
+
+def test_options_are_recorded_with_the_rate_that_was_used():
+    recorded = json.loads(json.dumps(HealingOptions(steps=3).recorded()))
+    assert recorded["learning_rate"] == HealingOptions().rate and recorded["stage"] == "kl"
