@@ -3,6 +3,7 @@
 from conversion.convert import ConversionReport, convert_checkpoint
 from conversion.errors import ConversionError, FilesError
 from conversion.export import export_checkpoint
+from conversion.hub import PushReport, push_checkpoint
 from conversion.verify import VerificationReport, verify_checkpoint
 
 
@@ -10,8 +11,10 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "FilesError",
+    "PushReport",
     "VerificationReport",
     "convert_checkpoint",
     "export_checkpoint",
+    "push_checkpoint",
     "verify_checkpoint",
 ]

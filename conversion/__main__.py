@@ -6,13 +6,16 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from conversion.checkpoint import parse_size
@@ -20,19 +23,24 @@ from conversion.convert import ConversionReport, convert_checkpoint
 from conversion.describe import describe_checkpoint
 from conversion.errors import ConversionError
 from conversion.export import export_checkpoint
+from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
+from conversion.hub import PushReport, push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.upload_files import TOKEN
 from conversion.verify import VerificationReport, verify_checkpoint
 
 
 app = typer.Typer(
     name="diff-llama",
-    help="Differential Transformers from LLaMA checkpoints: convert, verify, export, inspect.",
+    help="Differential Transformers from LLaMA checkpoints: convert, heal, verify, export, inspect, push.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
 COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
+
+DEFAULTS = HealingOptions()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="On an error, print the traceback.")]
@@ -172,6 +180,126 @@ def inspect(
     out.print(table)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an export or an adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub, made if it is not there.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository. Private if the base's licence gates it."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request with it.")] = False,
+    format: Annotated[
+        Literal["native", "diffllama"],
+        typer.Option(help="As it is, with its code; or exported to transformers' own class, which needs none."),
+    ] = "native",
+    verification: Annotated[
+        Path | None, typer.Option(help="Output of verify --json, whose numbers go into the model card.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and bytes, ask and send nothing.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload to the Hub, in one commit, all that a stranger needs to load it. The token comes from `hf auth login`."""
+    with _one_line_errors(verbose), _quiet_client():
+        report = push_checkpoint(
+            folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, format=format,
+            verification=None if verification is None else read_verification(verification),
+        )  # fmt: skip
+    _show_push(report, as_json)
+
+
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """The Hub's client without its warnings, which name signed addresses; progress bars on a terminal only."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    if not err.is_terminal:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+@app.command()
+def heal(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Text, JSON lines or a datasets folder; may be given several times.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
+    ] = None,
+    stage: Annotated[
+        HealStage, typer.Option(help="local: layer by layer. kl: the teacher's logits. lm: the text itself.")
+    ] = HealStage.KL,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text to measure on. The first rows of the data by default.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="How long. Once through the data by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The same in steps.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a row (1024, or what the model can read).")] = None,
+    batch_rows: Annotated[int, typer.Option(help="Rows a step, over all devices.")] = DEFAULTS.batch_rows,
+    micro_rows: Annotated[int | None, typer.Option(help="Rows a device takes at once.")] = None,
+    optimizer: Annotated[
+        HealOptimizer, typer.Option(help="muon: Muon for the layers' matrices, AdamW for the rest.")
+    ] = DEFAULTS.optimizer,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak; by default one that suits the optimiser.")
+    ] = None,
+    lambda_learning_rate: Annotated[float, typer.Option(help="Of lambda.")] = DEFAULTS.lambda_learning_rate,
+    weight_decay: Annotated[float, typer.Option(help="Not of lambda, norms and biases.")] = DEFAULTS.weight_decay,
+    train: Annotated[Trained, typer.Option(help="All parameters, or attention alone.")] = DEFAULTS.train,
+    lambda_mode: Annotated[
+        LambdaMode,
+        typer.Option("--lambda", help="v1: free, held at --lambda-floor, or annealed to the paper's schedule."),
+    ] = DEFAULTS.lambda_mode,
+    lambda_floor: Annotated[float, typer.Option(help="v1: lambda is held at or above it.")] = DEFAULTS.lambda_floor,
+    norm_share: Annotated[
+        float, typer.Option(help="v1: share of the steps in which a neutral norm becomes the paper's.")
+    ] = DEFAULTS.norm_share,
+    hidden_weight: Annotated[float, typer.Option(help="kl: of the distance between hidden states.")] = 0.0,
+    cross_entropy_weight: Annotated[float, typer.Option(help="kl: of the text itself, from 0 to 1.")] = 0.0,
+    teacher_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Precision of the teacher in memory.")
+    ] = None,
+    cached_logits: Annotated[
+        int | None, typer.Option(help="Keep the teacher's K likeliest tokens on disk, in place of the teacher.")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged at the end.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    seed: Annotated[int, typer.Option(help="Of the order of rows.")] = 0,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from a stopped run, to the same weights.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a converted checkpoint towards the LLaMA that it was made from: one stage a run."""
+    from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
+
+    with _one_line_errors(verbose), _step_progress() as progress:
+        options = HealingOptions(
+            stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
+            optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
+            weight_decay=weight_decay, train=train, lambda_mode=lambda_mode, lambda_floor=lambda_floor,
+            norm_share=norm_share, hidden_weight=hidden_weight, cross_entropy_weight=cross_entropy_weight,
+            teacher_dtype=teacher_dtype, cached_logits=cached_logits, lora=lora,
+            gradient_checkpointing=gradient_checkpointing, dtype=dtype, seed=seed,
+        )  # fmt: skip
+        report = heal_checkpoint(
+            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, max_shard_size=max_shard_size,
+            overwrite=overwrite, resume=resume, progress=progress,
+        )  # fmt: skip
+    _show_healing(report, as_json)
+
+
 @contextmanager
 def _one_line_errors(verbose: bool) -> Iterator[None]:
     try:
@@ -184,6 +312,7 @@ def _one_line_errors(verbose: bool) -> Iterator[None]:
             traceback.print_exc()
         known = isinstance(error, ConversionError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
+        message = TOKEN.sub("<token>", message)
         err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
 
@@ -222,6 +351,48 @@ def _show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None
         return
     out.print(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
     out.print(f"promise: {report.record['promise']['text']}", highlight=False, soft_wrap=True)
+    for note in report.notes:
+        out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_push(report: PushReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(report) | {"num_bytes": report.num_bytes})
+        return
+    verb = "uploaded to" if report.commit else "would upload to"
+    title = f"{verb} {report.repo_id}, {report.revision}"
+    table = Table("file", Column("bytes", justify="right"), title=title, box=None)
+    for name, num_bytes in report.files.items():
+        table.add_row(name, f"{num_bytes:,}")
+    table.add_row(f"{len(report.files)} files", f"{report.num_bytes:,}", style="bold")
+    out.print(table)
+    if report.url:
+        out.print(report.url, highlight=False, soft_wrap=True)
+    for note in report.notes:
+        out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _step_progress() -> Iterator[Any]:
+    """A healing's progress: steps and time left on a terminal, silence elsewhere."""
+    columns = (TextColumn("healing, step {task.completed}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("healing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show_healing(report: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
+        return
+    out.print(f"wrote {report.output}", highlight=False, soft_wrap=True)
+    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda a layer", title="held-out rows", box=None)
+    for row in report.table:
+        shown = [
+            "" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "kl", "greedy_agreement", "recovered")
+        ]
+        table.add_row(f"{row['tokens']:,}", *shown, " ".join(f"{value:.3f}" for value in row["lambda"]))
+    out.print(table)
     for note in report.notes:
         out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 

@@ -40,7 +40,7 @@ def read_calibration(
     path = Path(path)
     if not path.exists():
         raise ConversionError(f"{path}: does not exist, expected calibration text; check the path")
-    documents = _read_dataset(path) if path.is_dir() else _read_file(path)
+    documents = read_dataset(path) if path.is_dir() else read_file(path)
     bos = tokenizer.bos_token_id if tokenizer is not None else None
     body = row_tokens - (bos is not None)
     num_rows = num_tokens // row_tokens
@@ -78,7 +78,7 @@ def _token_ids(
             yield token
 
 
-def _read_file(path: Path) -> Iterator[str | Sequence[int]]:
+def read_file(path: Path) -> Iterator[str | Sequence[int]]:
     """Documents of a JSON lines file, or the lines of a text file in pieces of about CHUNK_BYTES."""
     try:
         with file_errors(path), path.open(encoding="utf-8") as lines:
@@ -121,7 +121,7 @@ def _document(record: Any, where: str) -> str | Sequence[int]:
     raise ConversionError(f'{where} holds neither "text" (a string) nor "input_ids" (a list); expected one of them')
 
 
-def _read_dataset(folder: Path) -> Iterator[str | Sequence[int]]:
+def read_dataset(folder: Path) -> Iterator[str | Sequence[int]]:
     """Documents of a folder written by `save_to_disk`; of several splits `train`, or the first."""
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise ConversionError(

@@ -49,8 +49,8 @@ def code_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(set(paths))}
 
 
-def missing_code(folder: Path) -> list[str]:
-    """Code files that a checkpoint's config or its own code calls for and that are not there, sorted.
+def called_code(folder: Path) -> list[str]:
+    """The code files that a checkpoint's config or its own code calls for, sorted, whether there or not.
 
     Followed in the folder itself: a bundle of an older version with other files is as good as today's.
     """
@@ -62,7 +62,12 @@ def missing_code(folder: Path) -> list[str]:
         seen.add(module)
         path = folder / f"{module}.py"
         modules |= set(get_relative_imports(path)) if path.is_file() else set()
-    return sorted(f"{module}.py" for module in seen if not (folder / f"{module}.py").is_file())
+    return sorted(f"{module}.py" for module in seen)
+
+
+def missing_code(folder: Path) -> list[str]:
+    """Code files that a checkpoint calls for and that are not there, sorted."""
+    return [name for name in called_code(folder) if not (folder / name).is_file()]
 
 
 def _has_inline_template(folder: Path) -> bool:

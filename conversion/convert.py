@@ -24,8 +24,8 @@ from conversion.calibrated import (
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import code_files, companion_files
 from conversion.errors import ConversionError
-from conversion.hub import model_card
 from conversion.layout import HeadPairing
+from conversion.model_card import model_card
 from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
 from conversion.rules import (
     Rule,

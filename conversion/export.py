@@ -12,8 +12,8 @@ from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import companion_files
 from conversion.convert import RESTATED_FIELDS, ConversionReport, main_dtype, versions
 from conversion.errors import ConversionError
-from conversion.hub import export_card
 from conversion.layout import Sizes
+from conversion.model_card import export_card
 from conversion.options import DTYPES
 from conversion.rules import check_tensors, diffllama_export_rules
 from conversion.source import SourceFolder

@@ -1,95 +1,285 @@
-"""The model card of a converted checkpoint."""
+"""The story of an upload: settle files and card, send them in one commit, compare what is there with what was sent."""
 
-from collections.abc import Mapping
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from conversion.source import SourceFolder
-from modeling_diff import DiffLlamaConfig
-
-
-INHERITED = ("license", "license_name", "license_link", "language")  # stated by the source, or not at all
-BODY = """
-# {title}
-
-A [Differential Transformer](https://arxiv.org/abs/2410.05258) ({variant}), converted from {origin} by `diff-llama`.
-
-{status}
-
-| | |
-|---|---|
-| heads | {heads} differential heads, {kv_heads} key-value heads, maps {map_dim} wide |
-| differential layers | {layers} |
-| parameters | {parameters:,} (source: {source_parameters:,}) |
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
-```
-
-`conversion.json` records the source, its checksums and every option.
-"""
-STATUS = {
-    "bit-exact": "It computes the same function as its source: the same logits to the last bit in float32. "
-    "The second maps separate from the first once it is trained.",
-    "equal": "It computes the same function as its source, up to rounding.",
-    "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "
-    "attention maps that were trained to be added, and needs healing (distillation from its source) first.",
-    "calibrated": "**Near its source, not equal to it**: it has its source's size; its attention was fitted, layer by "
-    "layer, on {tokens} tokens of text, and nothing was trained end to end. Measure it before use; healing "
-    "(distillation from its source) brings it nearer.",
-}
+from conversion.describe import describe_checkpoint
+from conversion.errors import ConversionError, file_errors
+from conversion.export import export_checkpoint, read_our_config
+from conversion.hub_errors import hub_errors
+from conversion.licences import licence_warnings, llama_terms, private_reason
+from conversion.model_card import GENERATED, CardFacts, render_card, source_metadata
+from conversion.safetensors_header import parse_json
+from conversion.source import HUB_ID
+from conversion.stream import RECORD
+from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_token
+from conversion.verify import VerificationReport, read_record
 
 
-def model_card(found: SourceFolder, config: DiffLlamaConfig, record: Mapping[str, Any]) -> str:
-    """README.md: a metadata block that the Hub accepts, and what this checkpoint is, plainly."""
-    inherited = {key: value for key, value in source_metadata(found.folder).items() if key in INHERITED}
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["differential-transformer", "diff_llama"],
-        base_model=found.hub_id,
-        **inherited,
-    )
-    count, calibration = config.num_hidden_layers, record.get("calibration")
-    status = STATUS["calibrated"].format(**calibration) if calibration else STATUS[record["promise"]["kind"]]
-    body = BODY.format(
-        title=f"{found.name.split('/')[-1]}-diff-{config.variant}",
-        variant=config.variant.upper(),
-        origin=f"[{found.hub_id}](https://huggingface.co/{found.hub_id})" if found.hub_id else f"`{found.name}`",
-        status=status,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        map_dim=config.map_dim,
-        layers=f"all {count}" if config.differential_layers is None else f"{config.differential_layers} of {count}",
-        parameters=record["parameters"]["output"],
-        source_parameters=record["parameters"]["source"],
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n{body}"
+UNTOUCHED = "nothing was changed there"
+WHOLE = "the repository shows its old state or the new one whole, and running again ends right"
+MAIN = "main"
 
 
-def export_card(found: SourceFolder) -> str:
-    """README.md of an export to transformers' own class."""
-    inherited = {key: value for key, value in source_metadata(found.folder).items() if key in INHERITED}
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["differential-transformer"], **inherited
-    )
-    return (
-        f"---\n{metadata.to_yaml()}\n---\n\n# {found.name}-diffllama\n\n"
-        "A [Differential Transformer](https://arxiv.org/abs/2410.05258) in the format of transformers' own "
-        f"`DiffLlamaForCausalLM`, exported from `{found.name}` by `diff-llama`. It needs no custom code.\n"
-    )
+@dataclass(frozen=True)
+class PushReport:
+    """What was uploaded, or would be. `files` are bytes by name; `commit` and `url` are None after a dry run."""
+
+    repo_id: str
+    revision: str
+    private: bool | None
+    files: Mapping[str, int]
+    notes: tuple[str, ...]
+    commit: str | None = None
+    url: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.files.values())
 
 
-def source_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata block of the source's own card; empty without one, or if it cannot be read."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return {}
+@dataclass(frozen=True)
+class UploadPlan:
+    """All that will be sent. `private` is None where the Hub's default will do."""
+
+    repo_id: str
+    contents: Mapping[str, Path | bytes]
+    private: bool | None
+    private_reason: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.contents.items()
+        }
+
+
+def push_checkpoint(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    format: Literal["native", "diffllama"] = "native",
+    verification: VerificationReport | Mapping[str, Any] | None = None,
+    token: str | None = None,
+) -> PushReport:
+    """Uploads a checkpoint, an export or an adapter, with all that a stranger needs to load it, in a single commit.
+
+    `private` None: private where the base's licence gives its models on request, else the Hub's default; it holds for
+    new repositories. `verification` puts measured numbers into the card. `format` "diffllama" exports first.
+    Raises ConversionError, in one line, for bad input and for whatever the Hub answers; running again is always safe.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise ConversionError(f"{repo_id}: not a possible repository name, expected OWNER/NAME")
+    if create_pr and revision not in (None, MAIN):
+        raise ConversionError(
+            f"--revision {revision}: a pull request (--create-pr) goes to main; leave one of them out"
+        )
+    if format not in ("native", "diffllama"):
+        raise ConversionError(f"format is {format!r}, expected 'native' or 'diffllama'")
+    report = verification.to_dict() if isinstance(verification, VerificationReport) else verification
+    with _exported(Path(folder), format) as source:
+        plan = plan_upload(source, repo_id, private, report)
+        if dry_run:
+            return PushReport(repo_id, revision or MAIN, plan.private, plan.sizes, plan.notes)
+        return _send(plan, HfApi(token=token), revision or MAIN, create_pr)
+
+
+@contextmanager
+def _exported(folder: Path, format: str) -> Iterator[Path]:
+    """The folder itself, or an export of it that lasts as long as the upload."""
+    if format == "native":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="diff-llama-") as scratch:
+        target = Path(scratch) / folder.resolve().name
+        export_checkpoint(folder, target)
+        yield target
+
+
+def plan_upload(
+    folder: Path, repo_id: str, private: bool | None = None, verification: Mapping[str, Any] | None = None
+) -> UploadPlan:
+    """Files, card and visibility, without asking the Hub. ConversionError for a folder that is not fit to publish."""
+    found = read_upload_folder(folder)
+    contents: dict[str, Path | bytes] = dict(found.files)
+    metadata = source_metadata(folder)
+    terms = llama_terms(metadata, folder)
+    notes = []
+    if found.kind == "checkpoint" and RECORD in found.files:
+        card, note = _card(folder, found, repo_id, verification)
+        notes += [note] if note else []
+        if card is not None:
+            refuse_token(CARD, card)
+            contents[CARD] = card.encode()
+    notes += _adapter_notes(found)
+    if CARD not in contents:
+        notes.append("no README.md: the repository will have no model card")
+    base_model = metadata.get("base_model")
+    reason = private_reason(metadata, terms, base_model if isinstance(base_model, str) else None)
+    if private is None and reason:
+        private = True
+        notes.append(f"private, as {reason}; --public overrides")
+    elif private is False and reason:
+        notes.append(f"public as asked, though {reason}")
+    notes += licence_warnings(metadata, terms, contents, repo_id)
+    return UploadPlan(repo_id, contents, private, reason, tuple(notes))
+
+
+def _adapter_notes(found: UploadFolder) -> list[str]:
+    """What keeps a stranger from loading an adapter by its name alone."""
+    if found.kind != "adapter":
+        return []
+    notes = []
+    if Path(str(found.config.get("base_model_name_or_path"))).is_dir():
+        notes.append("adapter_config.json names its base by a local path: set base_model_name_or_path to its Hub id")
+    if found.config.get("auto_mapping"):
+        notes.append(
+            "adapter_config.json asks for an import of this machine's package (auto_mapping), which AutoPeftModel "
+            'refuses elsewhere: train with LoraConfig(task_type="CAUSAL_LM", ...)'
+        )
+    return notes
+
+
+def _card(
+    folder: Path, found: UploadFolder, repo_id: str, verification: Mapping[str, Any] | None
+) -> tuple[str | None, str | None]:
+    """A card written anew for this repository, if the folder's is ours, and a note if it is not."""
+    own = found.files.get(CARD)
+    if own is not None and GENERATED not in own.read_text(encoding="utf-8", errors="replace"):
+        return None, "README.md is your own and goes up as it is" + (
+            ", without the numbers of the verification" if verification else ""
+        )
+    record = read_record(folder)
+    _check_record(folder, record, verification)
+    metadata = source_metadata(folder)
+    facts = CardFacts(
+        metadata, read_our_config(folder), record, describe_checkpoint(folder)["lambda"],
+        llama_terms(metadata, folder), verification, repo_id,
+    )  # fmt: skip
+    return render_card(facts), None
+
+
+def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:
+    """ConversionError where a card would say of these weights what is known of others."""
+    for name, digest in record["sha256"].items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise ConversionError(
+                f"{path}: not the weights that {RECORD} speaks of; remove {RECORD} if they were trained since, or "
+                "convert again"
+            )
+    if verification is None:
+        return
+    if verification.get("promise") != record["promise"]["kind"]:
+        raise ConversionError(
+            f"the verification is of a {verification.get('promise')!r} conversion, and this is a "
+            f"{record['promise']['kind']!r} one; verify this folder"
+        )
+    if not verification.get("passed"):
+        failed = [check["name"] for check in verification.get("checks", ()) if check["outcome"] == "failed"]
+        raise ConversionError(f"the verification failed ({', '.join(failed)}); convert again before uploading")
+
+
+def read_verification(path: Path) -> dict[str, Any]:
+    """A report that `verify --json` printed. ConversionError for another file."""
+    if not path.is_file():
+        raise ConversionError(f"{path}: missing; make it with `diff-llama verify FOLDER --against SOURCE --json`")
+    with file_errors(path):
+        report = parse_json(path.read_bytes(), path)
+    if not {"promise", "checks", "passed"} <= report.keys():
+        raise ConversionError(f"{path}: not a report of `diff-llama verify --json`; make it anew")
+    return dict(report)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _send(plan: UploadPlan, api: HfApi, revision: str, create_pr: bool) -> PushReport:
+    """One commit, so that a repository is the old or the new one and nothing between; then a look at what is there."""
+    repo_id = plan.repo_id
+    with hub_errors(repo_id, UNTOUCHED):
+        plan = _ensure_repository(plan, api, create_pr)
+        if revision != MAIN and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision).sha
+        present = _remote_files(api, repo_id, head)
+        additions = [CommitOperationAdd(name, content) for name, content in plan.contents.items()]
+        stale = [CommitOperationDelete(name) for name in present if is_replaced(name) and name not in plan.contents]
+    with hub_errors(repo_id, WHOLE):
+        commit = api.create_commit(
+            repo_id, [*additions, *stale], commit_message=f"Upload {len(additions)} files with diff-llama",
+            revision=revision, create_pr=create_pr, parent_commit=head,
+        )  # fmt: skip
+    with hub_errors(repo_id, "it is committed, but could not be compared with what was sent; run again to compare"):
+        _compare(api, repo_id, commit, additions, [operation.path_in_repo for operation in stale])
+    private = api.repo_info(repo_id).private
+    shown = commit.pr_revision or revision
+    return PushReport(repo_id, shown, private, plan.sizes, plan.notes, commit.oid, commit.pr_url or commit.commit_url)
+
+
+def _ensure_repository(plan: UploadPlan, api: HfApi, create_pr: bool) -> UploadPlan:
+    """Creates the repository if there is none. ConversionError where one is public that should not be."""
     try:
-        return metadata_load(card) or {}
-    except (ValueError, OSError):  # a card is no part of a checkpoint: a broken one must not stop a conversion
-        return {}
+        existing = api.repo_info(plan.repo_id)
+    except RepositoryNotFoundError as error:
+        if create_pr:
+            raise ConversionError(
+                f"{plan.repo_id}: not there, or not yours to see; a pull request needs it"
+            ) from error
+        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
+        return plan
+    if plan.private and not existing.private and not create_pr:
+        why = f", as {plan.private_reason}" if plan.private_reason else ""
+        raise ConversionError(
+            f"{plan.repo_id}: it is public and should be private{why}; change it in its settings, or pass --public"
+        )
+    if plan.private is False and existing.private:
+        return replace(plan, notes=(*plan.notes, "the repository is private and stays so; its settings change that"))
+    return plan
+
+
+def _remote_files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _compare(
+    api: HfApi, repo_id: str, commit: CommitInfo, additions: list[CommitOperationAdd], removed: list[str]
+) -> None:
+    """ConversionError unless every file is there with the size and checksum of what was sent."""
+    remote = _remote_files(api, repo_id, commit.pr_revision or commit.oid)
+    wrong = [
+        operation.path_in_repo for operation in additions if not _same(remote.get(operation.path_in_repo), operation)
+    ]
+    wrong += [name for name in removed if name in remote]
+    if wrong:
+        raise ConversionError(
+            f"{repo_id}: {wrong[0]} is there with other bytes than were sent, or not at all ({len(wrong)} files "
+            "differ); do not use it, run again"
+        )
+
+
+def _same(entry: RepoFile | None, operation: CommitOperationAdd) -> bool:
+    if entry is None or entry.size != operation.upload_info.size:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == operation.upload_info.sha256.hex()
+    with operation.as_file() as stream:  # small, and hashed as git does
+        content = stream.read()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -78,6 +78,10 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> SourceFo
         ) from error
     except HFValidationError as error:
         raise ConversionError(f"{hub_id}: neither a local folder nor a possible Hub id; check the name") from error
+    except ValueError as error:  # such as a file name that leads out of the folder
+        raise ConversionError(
+            f"{hub_id}: the Hub's client refuses what it finds there ({' '.join(str(error).split())})"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise ConversionError(
             f"{hub_id}: not a local folder, and the Hub cannot be reached; check the path or the network, or download "

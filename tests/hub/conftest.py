@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import torch
 import transformers
 from hub_models import HEADS, VARIANTS, greedy_tokens, head_output
+from loopback_hub import TOKEN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import modeling_diff
+from conversion import convert_checkpoint
 
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 240
+TIMEOUT_S = 560
 
 TINY = {
     "vocab_size": 48,
@@ -120,3 +123,80 @@ def put_in_hub_cache():
             (snapshot / file.name).write_bytes(file.read_bytes())
 
     return put
+
+
+LICENCE_TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A tiny random LLaMA under a licence of Meta's, with tokenizer, licence files and card."""
+    folder = tmp_path_factory.mktemp("sources") / "Llama-tiny"
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in TINY.items() if key != "lambda_init_std"}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, rms_norm_eps=1e-5)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    (folder / "LICENSE.txt").write_text(LICENCE_TEXT)
+    (folder / "USE_POLICY.md").write_text("policy")
+    (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: en\n---\nA model.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(llama, tmp_path_factory) -> dict[str, Path]:
+    """The LLaMA as V1 (with the paper's lambda, so that it can be exported) and V2, in several shards each."""
+    folder = tmp_path_factory.mktemp("converted")
+    for variant, options in (("v1", {"lambda_init": "paper"}), ("v2", {})):
+        convert_checkpoint(llama, folder / variant, variant, max_shard_size="40KB", **options)
+    return {variant: folder / variant for variant in VARIANTS}
+
+
+@pytest.fixture(scope="session")
+def run_pushes(tmp_path_factory):
+    """`run_pushes(steps)` gives a report for each step of `push_process.run_step`, in order."""
+
+    def run(steps: list[dict]) -> list[dict]:
+        folder = tmp_path_factory.mktemp("pushes")
+        job, reports = folder / "job.pickle", folder / "reports.pickle"
+        job.write_bytes(pickle.dumps({"home": str(folder / "home"), "reports": str(reports), "steps": steps}))
+        root = str(Path(modeling_diff.__file__).parent.parent)
+        process = subprocess.run(
+            [sys.executable, HERE / "push_process.py", job],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert process.returncode == 0, process.stderr[-6000:]
+        return pickle.loads(reports.read_bytes())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_calls():
+    """`run_calls(calls, folder, **environment)` runs functions of `hub_process.py` by name; reports by name."""
+
+    def run(calls: dict[str, tuple[str, dict]], folder: Path, with_package: bool = False, **environment: str) -> dict:
+        folder.mkdir()
+        job, reports = folder / "job.json", folder / "reports.pt"
+        settings = {"calls": list(calls.values()), "reports": str(reports), "with_package": with_package}
+        job.write_text(json.dumps(settings))
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if with_package:
+            inherited["PYTHONPATH"] = str(Path(modeling_diff.__file__).parent.parent)
+        process = subprocess.run(
+            [sys.executable, HERE / "hub_process.py", job],
+            cwd=folder,
+            env=inherited | {"TQDM_DISABLE": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert process.returncode == 0, process.stderr[-6000:]
+        assert TOKEN not in process.stdout + process.stderr
+        return dict(zip(calls, torch.load(reports), strict=True))
+
+    return run

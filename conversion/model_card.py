@@ -1,0 +1,280 @@
+"""The model card: what a checkpoint is, how it was made, what was measured, and what it needs, plainly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+
+from conversion.licences import LlamaTerms, llama_terms
+from conversion.model_card_text import (
+    CITATION,
+    FINE_TUNE,
+    LAMBDA_MODULES,
+    LIMITS,
+    LOAD,
+    STATUS,
+)
+from conversion.source import HUB_ID, SourceFolder
+from modeling_diff import DiffLlamaConfig
+
+
+INHERITED = ("license", "license_name", "license_link", "language")  # stated by the source, or not at all
+# The line that says a card is ours to write anew; without it, a card is the user's own.
+GENERATED = (
+    "<!-- Written by diff-llama, which writes it anew when pushing; delete this line to keep your own text. -->"
+)
+BAR_WIDTH = 24
+EIGHTHS = "▏▎▍▌▋▊▉█"
+METRICS = {  # of `verify`: name on the card, what it says
+    "loss_nats": ("loss (nats a token)", "loss"),
+    "source_loss_nats": ("the source's loss", "loss of the source"),
+    "kl_nats": ("KL to the source (nats a token)", "KL divergence to the source"),
+    "greedy_agreement": ("equal greedy tokens", "greedy agreement with the source"),
+    "generation_agreement": ("equal continuations", "generation agreement with the source"),
+}
+HEALING_METRICS = {"loss": "loss_nats", "kl": "kl_nats", "greedy_agreement": "greedy_agreement"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from. `lambdas` by layer, without the layers that are LLaMA's own."""
+
+    metadata: Mapping[str, Any]
+    config: DiffLlamaConfig
+    record: Mapping[str, Any]
+    lambdas: Mapping[int, float]
+    terms: LlamaTerms | None = None
+    verification: Mapping[str, Any] | None = None
+    repo_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.repo_id.split("/")[-1] if self.repo_id else converted_name(self.record, self.config)
+
+
+def converted_name(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
+    """The source's name, and what became of it."""
+    return f"{record['source']['name'].split('/')[-1]}-diff-{config.variant}"
+
+
+def model_card(found: SourceFolder, config: DiffLlamaConfig, record: Mapping[str, Any]) -> str:
+    """README.md of a conversion that is being written, before anything is measured of it."""
+    metadata = source_metadata(found.folder)
+    terms = llama_terms(metadata, found.folder)
+    return render_card(CardFacts(metadata, config, record, starting_lambdas(config, record), terms))
+
+
+def render_card(facts: CardFacts) -> str:
+    """README.md: a metadata block that the Hub accepts, and the text."""
+    record, config = facts.record, facts.config
+    source = record["source"]
+    origin = f"[{source['hub_id']}](https://huggingface.co/{source['hub_id']})" if source["hub_id"] else source["name"]
+    sections = [
+        f"---\n{_metadata(facts).to_yaml()}\n---",
+        f"# {facts.name}",
+        *([f"**{facts.terms.built_with}**"] if facts.terms and facts.terms.built_with else []),
+        f"A [Differential Transformer](https://arxiv.org/abs/2410.05258) ({config.variant.upper()}), converted from "
+        f"{origin} by `diff-llama`.",
+        status_text(record),
+        f"## How it was made\n\n{_story(record, config)}",
+        *_measurements(facts),
+        f"## Sizes\n\n{_sizes(record, config)}",
+        f"## λ, layer by layer\n\n{lambda_plot(facts.lambdas, config.num_hidden_layers)}",
+        "## How to load\n\n" + LOAD.format(repo=facts.repo_id or facts.name),
+        "## How to fine-tune\n\n" + FINE_TUNE.format(lambda_module=LAMBDA_MODULES[config.variant]),
+        "## Limits\n\n" + LIMITS,
+        *_licence(facts),
+        "## Citation\n\n" + CITATION,
+        GENERATED,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def export_card(found: SourceFolder) -> str:
+    """README.md of an export to transformers' own class."""
+    metadata = source_metadata(found.folder)
+    inherited = {key: value for key, value in metadata.items() if key in (*INHERITED, "base_model")}
+    tags = ["differential-transformer"]
+    block = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **inherited)
+    terms = llama_terms(metadata, found.folder)
+    built_with = f"**{terms.built_with}**\n\n" if terms and terms.built_with else ""
+    return (
+        f"---\n{block.to_yaml()}\n---\n\n# {found.name}-diffllama\n\n{built_with}"
+        "A [Differential Transformer](https://arxiv.org/abs/2410.05258) in the format of transformers' own "
+        f"`DiffLlamaForCausalLM`, exported from `{found.name}` by `diff-llama`. It needs no custom code.\n\n"
+        "## Citation\n\n" + CITATION + "\n"
+    )
+
+
+def source_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata block of a folder's card; empty without one, or if it cannot be read."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        return metadata_load(card) or {}
+    except (ValueError, OSError):  # a card is no part of a checkpoint: a broken one must not stop a conversion
+        return {}
+
+
+def starting_lambdas(config: DiffLlamaConfig, record: Mapping[str, Any]) -> dict[int, float]:
+    """λ of a conversion's differential layers before any training: V1's vectors cancel, V2 starts at one value."""
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_differential(layer)]
+    if config.variant == "v1":
+        return {layer: float((config.lambda_init or ())[layer]) for layer in layers}
+    return dict.fromkeys(layers, float(record["options"].get("lambda_start", 0.5)))
+
+
+def lambda_plot(lambdas: Mapping[int, float], num_layers: int) -> str:
+    """One bar a layer in text, which every viewer shows; the longest bar is the largest λ."""
+    if not lambdas:
+        return "Not read."
+    largest = max(max(lambdas.values()), 1e-9)
+    lines = ["layer      λ"]
+    for layer in range(num_layers):
+        value = lambdas.get(layer)
+        shown = "LLaMA's own attention" if value is None else f"{value:7.4f} {_bar(value / largest)}"
+        lines.append(f"{layer:5d} {shown}".rstrip())
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def _bar(share: float) -> str:
+    eighths = round(max(share, 0.0) * BAR_WIDTH * 8)
+    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def status_text(record: Mapping[str, Any]) -> str:
+    """What may be expected of it, by the last thing that was done to it."""
+    if healing := record.get("healing"):
+        return STATUS["healed"].format(tokens=_tokens(sum(int(stage.get("tokens") or 0) for stage in healing)))
+    if calibration := record.get("calibration"):
+        return STATUS["calibrated"].format(tokens=calibration["tokens"])
+    return STATUS[record["promise"]["kind"]]
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "an unrecorded number of tokens"
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    inherited = {key: value for key, value in facts.metadata.items() if key in INHERITED and value is not None}
+    results = _eval_results(facts)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["differential-transformer", "diff_llama"],
+        # base_model_relation stays unset: the Hub has no value for a conversion.
+        base_model=facts.record["source"]["hub_id"],
+        datasets=_datasets(facts.record),
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+        **inherited,
+    )
+
+
+def _datasets(record: Mapping[str, Any]) -> list[str] | None:
+    """Those of the texts used that are data sets of the Hub; a local file's name says nothing there."""
+    texts = [(record.get("calibration") or {}).get("text")]
+    texts += [text for stage in record.get("healing") or [] for text in stage.get("data") or []]
+    return sorted({text for text in texts if isinstance(text, str) and HUB_ID.fullmatch(text)}) or None
+
+
+def _measured(verification: Mapping[str, Any] | None) -> dict[str, float]:
+    """Numbers of the converted model itself in a verification report."""
+    checks = (verification or {}).get("checks", ())
+    found: dict[str, float] = {}
+    for check in checks:
+        if check["name"] in ("converted", "tokens"):
+            found |= {key: float(value) for key, value in check["values"].items() if key in METRICS}
+    return found
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """Of the verification, and of the last healing's end; each under the text that it was measured on."""
+    measured = {"texts of diff-llama verify": _measured(facts.verification)}
+    if healing := facts.record.get("healing"):
+        measured[f"held-out rows of {', '.join(healing[-1].get('data') or ['the healing'])}"] = {
+            HEALING_METRICS[key]: value for key, value in healing[-1]["end"].items() if key in HEALING_METRICS
+        }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=name,
+            metric_type=key,
+            metric_name=METRICS[key][1],
+            metric_value=round(value, 6),
+        )
+        for name, values in measured.items()
+        for key, value in values.items()
+    ]
+
+
+def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
+    """What was done, in the order it was done in."""
+    revision = record["source"].get("revision")
+    lines = [f"- Promise: {record['promise']['text']}."]
+    if revision:
+        lines.append(f"- Source revision: `{revision}`.")
+    if record.get("pairing"):
+        lines.append(
+            f"- Heads paired: {record['pairing']}; norm: {record['options'].get('norm', 'as in the source')}."
+        )
+    if calibration := record.get("calibration"):
+        stages = ", ".join(calibration["stages"])
+        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of `{calibration['text']}`: {stages}.")
+    for stage in record.get("healing") or []:
+        lines.append(f"- Healed, {stage.get('stage', 'one stage')}: {_healing(stage)}.")
+    count = config.num_hidden_layers
+    layers = f"all {count}" if config.differential_layers is None else f"{config.differential_layers} of {count}"
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items()))
+    return "\n".join(
+        [*lines, f"- Differential layers: {layers}.", f"- Made with {versions}; `conversion.json` has every option."]
+    )
+
+
+def _healing(stage: Mapping[str, Any]) -> str:
+    """Tokens, then each number at the start and at the end."""
+    start, end = stage.get("start") or {}, stage.get("end") or {}
+    moves = [f"{key.replace('_', ' ')} {start[key]:.4g} → {end[key]:.4g}" for key in start if key in end]
+    moves += [f"{key.replace('_', ' ')} {end[key]:.4g}" for key in end if key not in start]
+    return "; ".join([_tokens(int(stage.get("tokens") or 0)), *moves])
+
+
+def _measurements(facts: CardFacts) -> list[str]:
+    """The section of measured numbers; nothing where nothing was measured."""
+    if not facts.verification:
+        return []
+    rows = [f"| {METRICS[key][0]} | {value:.4g} |" for key, value in _measured(facts.verification).items()]
+    checks = facts.verification.get("checks", ())
+    rows += [
+        f"| {check['name']} | {check['outcome']}: {check['detail']} |"
+        for check in checks
+        if check["outcome"] != "measured"
+    ]
+    return [
+        "## Measured\n\nBy `diff-llama verify`, on a few short texts.\n\n| what | result |\n|---|---|\n"
+        + "\n".join(rows)
+    ]
+
+
+def _sizes(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
+    parameters = record["parameters"]
+    rows: Sequence[tuple[str, str]] = [
+        ("parameters", f"{parameters['output']:,} (source: {parameters['source']:,})"),
+        ("layers", str(config.num_hidden_layers)),
+        ("hidden size", f"{config.hidden_size:,}"),
+        ("differential heads", f"{config.num_attention_heads}, each of two maps {config.map_dim} wide"),
+        ("key-value heads", f"{config.num_key_value_heads}, values {config.head_dim} wide"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("context", f"{config.max_position_embeddings:,} tokens"),
+    ]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows)
+
+
+def _licence(facts: CardFacts) -> list[str]:
+    if not facts.terms:
+        return []
+    return [f"## Licence\n\n{facts.terms.notice} Its terms and its acceptable use policy hold for this model as well."]
