@@ -8,7 +8,8 @@ from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
 from random_llamas import SMALL, random_llama, saved
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from conversion import ConversionError, FilesError, healing_run, verify_checkpoint
+from conversion import ConversionError, FilesError, verify_checkpoint
+from conversion.healing import run as healing_run
 from conversion.healing.data import pack_rows
 from conversion.healing.options import HealingOptions
 from conversion.healing.student import load_student

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conversion import healing_losses
+from conversion.healing import losses
 from conversion.healing.losses import LogitTargets, TopTargets, distillation_loss, stream_distance
 
 
@@ -33,7 +33,7 @@ def reference(student, teacher, weight):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 )
 def test_distillation_loss_and_gradient_equal_the_definition(weight, chunk, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(healing_losses, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCABULARY)
     given = logits(1, dtype)
     ours = given.clone().requires_grad_()
     loss = distillation_loss(ours, IDS, LogitTargets(logits(2, dtype).flatten(0, 1)), weight)
