@@ -5,9 +5,10 @@ Time of differential attention alone, in every form, against LLaMA's attention w
 
 Forms: `triton` the fused kernels, `chunked` the query-chunked path, `one call` queries padded to the key's width (what
 any backend of transformers gets), `two calls` one a map with values twice as wide, `four calls` one a map and half of
-the value (as transformers' own DiffLlama and the authors' first release). LLaMA runs through torch's best backend
-(`llama`) and, where triton runs, through the same kernel with one map (`llama, same kernel`). Every form is first
-compared with the definition in float64, and nothing is timed if one is off. Rounds are interleaved, medians reported.
+the value (as the authors' first release), `stock diffllama` one of all maps for each half (as transformers' own
+DiffLlama, in its layout). LLaMA runs through torch's best backend (`llama`) and, where triton runs, through the same
+kernel with one map (`llama, same kernel`). Every form is first compared with the definition in float64, and nothing is
+timed if one is off. Rounds are interleaved, medians reported.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +48,13 @@ def as_llama(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Ten
     return query, *(x.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2).contiguous() for x in (key, value))
 
 
+def as_stock(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, diff_lambda: torch.Tensor) -> Tensors:
+    """The layout of transformers' own DiffLlama: all first maps before all second, halves of the values likewise."""
+    query = query.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    key, value = (x.unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4).flatten(1, 2) for x in (key, value))
+    return query, key, value, diff_lambda
+
+
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's attention, causal for a prompt; heads are repeated where its fast backends do not group them."""
     groups = query.shape[1] // key.shape[1]
@@ -74,6 +83,12 @@ def four_calls(query, key, value, diff_lambda):
     return torch.cat(halves, dim=-1)
 
 
+def stock(query, key, value, diff_lambda):
+    halves = [plain(query, key, half.repeat(1, 2, 1, 1)) for half in value.chunk(2, dim=1)]
+    first, second = torch.cat(halves, dim=-1).chunk(2, dim=1)
+    return (first - diff_lambda * second).transpose(1, 2).to(query.dtype)
+
+
 def chunked(query, key, value, diff_lambda):
     return chunked_attention_forward(MODULE, query, key, value, None, query.shape[-1] ** -0.5, diff_lambda)[0]
 
@@ -82,9 +97,12 @@ def fused(query, key, value, diff_lambda):
     return diff_attention_triton(query, key, value, diff_lambda, scaling=query.shape[-1] ** -0.5)
 
 
-def forms(device: str) -> dict[str, Callable]:
+def forms(inputs: Tensors) -> dict[str, tuple[Callable, Tensors]]:
+    """Each form and what it is called with, so that no layout is changed while the clock runs."""
     found = {"chunked": chunked, "one call": one_call, "two calls": two_calls, "four calls": four_calls}
-    return found | ({"triton": fused} if triton_can_run(device) is None else {})
+    if triton_can_run(inputs[0].device) is None:
+        found["triton"] = fused
+    return {name: (form, inputs) for name, form in found.items()} | {"stock diffllama": (stock, as_stock(*inputs))}
 
 
 def check(dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -92,7 +110,8 @@ def check(dtype: torch.dtype, device: str) -> dict[str, float]:
     inputs = make_inputs(257, 257, 64, dtype, device)
     hidden = torch.full((257, 257), float("-inf"), dtype=torch.float64, device=device).triu(1)[None, None]
     expected = diff_attention_reference(*(x.double() for x in inputs), 64**-0.5, hidden)
-    return {name: (form(*inputs).double() - expected).abs().max().item() for name, form in forms(device).items()}
+    outputs = {name: form(*tensors) for name, (form, tensors) in forms(inputs).items()}
+    return {name: (output.double() - expected).abs().max().item() for name, output in outputs.items()}
 
 
 def with_gradients(function: Callable, inputs: Tensors) -> Callable[[], object]:
@@ -110,7 +129,7 @@ def measure(length: int, map_dim: int, dtype: torch.dtype, device: str, rounds: 
         calls: dict[str, tuple[Callable, Tensors]] = {"llama": (plain, llama)}
         if triton_can_run(device) is None:
             calls["llama, same kernel"] = (lambda q, k, v: fused(q, k, v, None), llama)
-        calls |= {name: (form, inputs) for name, form in forms(device).items()}
+        calls |= forms(inputs)
         if phase == "forward + backward":
             jobs = {name: with_gradients(form, tensors) for name, (form, tensors) in calls.items()}
         else:
@@ -170,23 +189,25 @@ def report(rows: list[dict], record: dict, output: Path | None) -> None:
 
 
 def plot(rows: list[dict], record: dict, path: Path) -> None:
-    """Ratio to LLaMA over the length, a panel a phase, at the first map width."""
+    """Ratio to LLaMA over the length: a column a phase, a row a map width."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    phases, map_dim = list(dict.fromkeys(row["phase"] for row in rows)), rows[0]["map_dim"]
-    figure, axes = pyplot.subplots(1, len(phases), figsize=(4 * len(phases), 3.6), sharey=True, layout="constrained")
-    for axis, phase in zip(axes, phases, strict=True):
+    phases, map_dims = (list(dict.fromkeys(row[field] for row in rows)) for field in ("phase", "map_dim"))
+    size = (4 * len(phases), 3.6 * len(map_dims))
+    figure, axes = pyplot.subplots(
+        len(map_dims), len(phases), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for (map_dim, phase), axis in zip(product(map_dims, phases), axes.flat, strict=True):
         for form in dict.fromkeys(row["form"] for row in rows):
             chosen = [row for row in rows if (row["phase"], row["form"], row["map_dim"]) == (phase, form, map_dim)]
             axis.plot([r["length"] for r in chosen], [r["ratio_to_llama"] for r in chosen], marker="o", label=form)
-        axis.set(title=phase, xlabel="length (tokens)", xscale="log")
+        axis.set(title=f"{phase}, maps {map_dim} wide", xlabel="length (tokens)", ylabel="time / LLaMA", xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("time / LLaMA's")
-    axes[-1].legend(fontsize="small")
-    figure.suptitle(f"{record['environment']['machine']}, {record['dtype']}, maps {map_dim} wide")
+    axes[0, -1].legend(fontsize="small")
+    figure.suptitle(f"{record['environment']['machine']}, {record['dtype']}")
     figure.savefig(path, dpi=120)
 
 

@@ -13,7 +13,6 @@ and gradients of the default path are compared with the definition (`eager`); if
 import argparse
 import csv
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +118,17 @@ def peak_training_bytes(name: str, shape: dict[str, int], dtype: str, length: in
         before = torch.cuda.memory_allocated()
         training_step(model, ids)
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # A peak before this one, such as of building the model, would hide as much of it.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
     training_step(model, ids)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS, the memory now resident, or VmHWM, its peak since the last reset (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def memory_table(arguments: argparse.Namespace) -> dict[str, int]:

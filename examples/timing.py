@@ -33,8 +33,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def environment(device: str) -> dict[str, str | int]:
-    """Date, machine, versions and commit, to stand beside every number."""
+def environment(device: str) -> dict[str, str | int | float]:
+    """Date, machine, load, versions and commit, to stand beside every number."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -44,6 +44,7 @@ def environment(device: str) -> dict[str, str | int]:
         "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
+        "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -102,10 +102,8 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     map_dim = query.shape[-1]
     if map_dim == head_dim:
         return query
-    batch_size, num_maps, num_queries, _ = query.shape
-    places = torch.eye(2, dtype=query.dtype, device=query.device).view(2, 1, 2, 1)
-    placed = query.view(batch_size, num_maps // 2, 2, num_queries, 1, map_dim) * places  # (B, H, 2, T, 2, d)
-    return placed.view(batch_size, num_maps, num_queries, head_dim)
+    by_place = query.unflatten(1, (-1, 2)).movedim(2, -1).diag_embed(dim1=2, dim2=4)  # (B, H, 2, T, 2, d)
+    return by_place.flatten(1, 2).flatten(3)
 
 
 def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .diff_attention import cast_for_autocast, place_queries
+from .diff_attention import cast_for_autocast, place_queries, subtract_maps
 
 
 # Rows a block: its scores stay in a CPU's caches, and the loop costs little beside its products.
@@ -57,27 +57,19 @@ def chunked_attention_forward(
 
 def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal) -> torch.Tensor:
     """
-    The same for a step of decoding, in one block: both maps read the cached keys together, and nothing is copied.
+    The same for a step of decoding: the heads of a key-value head ask together, and nothing cached is copied.
 
     Written for few operations rather than few multiplications, as a step of decoding is as long as its list of them.
     """
     batch_size, num_key_value_heads, num_keys, head_dim = key.shape
-    num_queries, num_heads = query.shape[2], query.shape[1] // 2
-    size = batch_size * num_key_value_heads
-    rows = place_queries(query, head_dim).reshape(size, -1, head_dim)  # (N, 2 G T, D)
-    keys = key.reshape(size, num_keys, head_dim).mT
-    scores = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scaling)
+    num_queries = query.shape[2]
+    rows = place_queries(query, head_dim).reshape(batch_size, num_key_value_heads, -1, head_dim)  # (B, K, 2 G T, D)
     if is_causal:
         attention_mask = query.new_ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
     if attention_mask is not None:
-        scores = _mask(scores.view(batch_size, -1, num_queries, num_keys), attention_mask)
-    maps = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
-    first, second = maps.view(batch_size, num_heads, 2, num_queries, num_keys).unbind(2)
-    if diff_lambda.dim():
-        diff_lambda = diff_lambda.transpose(1, 2).unsqueeze(-1)
-    weights = torch.addcmul(first, diff_lambda.to(first.dtype), second, value=-1).to(value.dtype)
-    output = torch.bmm(weights.view(size, -1, num_keys), value.reshape(size, num_keys, -1))
-    return output.view(batch_size, num_heads, num_queries, -1).transpose(1, 2)
+        attention_mask = attention_mask.repeat(1, 1, rows.shape[2] // num_queries, 1)
+    outputs = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    return subtract_maps(outputs.view(batch_size, -1, num_queries, head_dim).transpose(1, 2), diff_lambda)
 
 
 class ChunkedDiffAttention(torch.autograd.Function):

@@ -62,13 +62,20 @@ for name, mask_function in (
     AttentionMaskInterface.register(name, mask_function)
 
 
-def default_attention() -> str:
-    """
-    The fastest path measured on the device at hand: query-chunked on a CPU, the one standard call on an accelerator.
+# The fastest exact path measured, by device (examples/benchmark_attention.py, examples/results).
+DEFAULT_ATTENTION = {
+    # sdpa with padded queries and four calls take twice LLaMA's time; values twice as wide as queries leave torch's
+    # fast CPU kernel, the worse the longer the text; flex_attention has no backward pass, flash attention no kernel.
+    "cpu": "diff_chunked",
+    # Not measured: sdpa is what every backend has. diff_triton is to take its place once it has been timed.
+    "cuda": "sdpa",
+}
 
-    `diff_triton` is to become CUDA's once it has been measured there; until then it is there to be asked for.
-    """
-    return "sdpa" if torch.accelerator.is_available() else "diff_chunked"
+
+def default_attention() -> str:
+    """The name for the device at hand; the one standard call on those that are in no row of the table."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return DEFAULT_ATTENTION.get(accelerator.type if accelerator else "cpu", "sdpa")
 
 
 class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -106,11 +113,32 @@ class DiffLambda(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
+class NormalizeHeads(torch.autograd.Function):
+    """RMSNorm that keeps only its input for the gradient, where torch's own keeps the normalised heads as well."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.eps = eps
+        return nn.functional.rms_norm(hidden_states, weight.shape, eps=eps) * weight
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        hidden_states, weight = ctx.saved_tensors
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        inverse_rms = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normalized, grad_normalized = wide * inverse_rms, grad_output * weight
+        along = (grad_normalized * normalized).mean(-1, keepdim=True)
+        grad_states = (grad_normalized - normalized * along) * inverse_rms
+        grad_weight = (grad_output * normalized).flatten(0, -2).sum(0)
+        return grad_states.to(hidden_states.dtype), grad_weight.to(weight.dtype), None
+
+
 class SubRMSNorm(nn.RMSNorm):
     """RMSNorm over a head's output in the dtype that it comes in, float32 or wider, whatever the weight's dtype."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(hidden_states, self.normalized_shape, eps=self.eps) * self.weight
+        return NormalizeHeads.apply(hidden_states, self.weight, self.eps)
 
 
 class DiffLlamaAttention(LlamaAttention):
@@ -212,8 +240,9 @@ class DiffLlamaAttention(LlamaAttention):
         return (1 - self.diff_lambda.lambda_init) * self.sub_norm(attn_output)
 
     def fusable_norm(self) -> dict[str, torch.Tensor | float]:
-        """What a kernel needs to normalise by itself; nothing without a norm, or with an adapter in its place."""
-        if self.config.variant == "v2" or type(self.sub_norm) is not SubRMSNorm:
+        """What a kernel needs to normalise by itself; nothing without a norm, or where the module does more."""
+        # An adapter takes its place; tensor parallelism and offloading wrap its forward.
+        if self.config.variant == "v2" or type(self.sub_norm) is not SubRMSNorm or "forward" in vars(self.sub_norm):
             return {}
         scale = 1 - self.diff_lambda.lambda_init
         return {"norm_weight": self.sub_norm.weight, "norm_eps": self.sub_norm.eps, "norm_scale": scale}

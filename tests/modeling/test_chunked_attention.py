@@ -82,8 +82,9 @@ def test_chunked_skips_an_empty_static_cache_beyond_the_prompt(variant):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-def test_chunked_gradients_pass_gradcheck(variant):
-    inputs = random_inputs(variant, 1, 2, 9, 9, map_dim=4)
+@pytest.mark.parametrize("length", [5, 9])
+def test_chunked_gradients_pass_gradcheck(variant, length):
+    inputs = random_inputs(variant, 1, 2, length, length, map_dim=4)
 
     def attend(query, key, value, diff_lambda):
         return chunked_attention_forward(CAUSAL, query, key, value, None, 0.5, diff_lambda)[0]
@@ -91,9 +92,10 @@ def test_chunked_gradients_pass_gradcheck(variant):
     assert torch.autograd.gradcheck(attend, inputs)
 
 
-def test_chunked_leaves_padding_rows_finite(variant):
-    query, key, value, diff_lambda = random_inputs(variant, 1, 1, 12, 12, dtype=torch.float32)
-    visible = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+@pytest.mark.parametrize("length", [FEW_QUERIES, FEW_QUERIES + 4])
+def test_chunked_leaves_padding_rows_finite(variant, length):
+    query, key, value, diff_lambda = random_inputs(variant, 1, 1, length, length, dtype=torch.float32)
+    visible = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
     visible[1, :, :, :4] = False  # rows 0 to 3 see nothing at all
     output, _ = chunked_attention_forward(CAUSAL, query, key, value, visible, 0.5, diff_lambda)
     gradients = torch.autograd.grad(output.sum(), (query, key, value, diff_lambda))

@@ -1,0 +1,241 @@
+"""Heals V1 conversions of the small LLaMA from several starts, at equal tokens: how little healing wins back the rest.
+
+Starts: the plain permuted copy (the control), heads paired and o_proj refit, the whole calibration, and the exact
+start of blended_attention.py; beside them the exact V2 and the LLaMA itself, trained on the same rows. Then, from the
+refit start and over several seeds, what becomes of lambda: free, held at its floor, annealed to the paper's schedule;
+`without second maps` is the loss of the healed model with lambda set to 0, its norm still at work.
+
+    python examples/compare_healing.py --output examples/results/healing      # half an hour on one thread
+    python examples/compare_healing.py --smoke --output out/healing-smoke
+
+`agreement_share` is greedy agreement with LLaMA over LLaMA's agreement with itself when the first half of the prompt
+is another text. Finished runs are read from --work. R rows, T tokens a row, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from blended_attention import Blend
+from compare_conversions import EMBEDDED, held_out_rows, measure, recall_rows
+from timing import environment
+from tiny_llama_text import Recall, prepare_text, training_rows
+from train_tiny_llama import SIZES, recall_accuracy
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from conversion import convert_checkpoint
+from conversion.calibrate import Stage
+from conversion.heal import heal_checkpoint
+from conversion.healing.options import HealingOptions
+from modeling_diff import DiffLlamaForCausalLM
+
+
+STARTS = {
+    "copy": {},
+    "paired and refit": {"stages": [Stage.PAIRING, Stage.REFIT]},
+    "calibrated": {"stages": list(Stage)},
+    "blend": {"norm": "neutral"},
+    "V2": {"variant": "v2"},
+    "LLaMA": {"layers": []},  # V1's weights without a differential layer
+}
+# The nearer the start, the smaller the steps: the calibrated start loses by 2e-4; it is hardly back 200K tokens later.
+RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4, "LLaMA": 2e-4}
+LAMBDA_MODES = ("free", "floor", "paper")
+
+
+def write_rows(path, tokenizer, num_rows, seed):
+    """JSON lines of rows such as the LLaMA was trained on, under another seed."""
+    size = SIZES["tiny"]
+    tokenizer, stream, _, _ = prepare_text(size, seed, tokenizer)
+    batches = training_rows(size, stream, Recall(tokenizer, stream, size.context, seed, held_out=False), 0.375, seed)
+    with path.open("w") as file:
+        for _ in range(-(-num_rows // size.batch)):
+            file.writelines(json.dumps({"input_ids": row}) + "\n" for row in next(batches).tolist())
+
+
+def convert(start, args, folder):
+    """The checkpoint of `start`, converted unless it is there."""
+    if not folder.exists():
+        options = {"variant": "v1", "lambda_init": 0.05} | STARTS[start]
+        if "stages" in options:
+            options |= {"calibration": args.model / "calibration.txt", "calibration_tokens": args.calibration_tokens}
+            del options["lambda_init"]
+        convert_checkpoint(args.model, folder, **options)
+    return folder
+
+
+@torch.no_grad()
+def self_agreement(llama, rows):
+    """How often LLaMA's greedy token in the second half of rows (R, T) survives another row's first half."""
+    half = rows.shape[1] // 2
+    resampled = torch.cat((rows.roll(1, 0)[:, :half], rows[:, half:]), dim=1)
+    same = [
+        (llama(a).logits[:, half:].argmax(-1) == llama(b).logits[:, half:].argmax(-1)).float().mean(1)
+        for a, b in zip(rows.split(8), resampled.split(8), strict=True)
+    ]
+    return torch.cat(same).mean().item()
+
+
+@torch.no_grad()
+def without_second_maps(model, llama, rows):
+    """Loss with lambda at 0 in every layer; None for V2, where a gate takes its place."""
+    if model.config.variant == "v2":
+        return None
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "diff_lambda"):
+            vectors = layer.self_attn.diff_lambda  # lambda = exp(0) - (1 + lambda_init) + lambda_init
+            vectors.lambda_q1.zero_()
+            k2 = vectors.lambda_k2
+            vectors.lambda_q2.copy_(k2 * math.log1p(vectors.lambda_init) / k2.square().sum())
+    return measure(model, llama, rows)["loss"]
+
+
+class Comparison:
+    """The LLaMA, the rows to train on, and the questions put to every healed model."""
+
+    def __init__(self, args):
+        self.args = args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model, model_max_length=10**9)
+        self.llama = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        self.rows = held_out_rows(args.model, self.tokenizer, 512, args.held_out_tokens)
+        self.asked = recall_rows(args.model, self.tokenizer, 512)
+        self.own = self_agreement(self.llama, self.rows)
+        self.before = {}
+        self.data = args.work / "rows.jsonl"
+        if not self.data.exists():
+            args.work.mkdir(parents=True, exist_ok=True)
+            write_rows(self.data, self.tokenizer, -(-args.tokens // 512) + 8, args.data_seed)
+
+    def look(self, model):
+        """Loss, KL, agreement, recall of `model`."""
+        found = measure(model, self.llama, self.rows)
+        found["agreement_share"] = found["agreement"] / self.own
+        return found | {kind: recall_accuracy(model, rows) for kind, rows in self.asked.items()}
+
+    def heal(self, start, lambda_mode="floor", seed=0, tokens=None, **choices):
+        """One healing, or what is left of it from an earlier run: a row of the results."""
+        args = self.args
+        tokens = tokens or args.tokens
+        name = f"{start}-{lambda_mode}-{seed}-{tokens}".replace(" ", "-")
+        kept, output = args.work / f"{name}.json", args.work / name
+        if kept.exists():
+            return json.loads(kept.read_text())
+        checkpoint = convert(start, args, args.work / f"start-{start}".replace(" ", "-"))
+        student = DiffLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        if start not in self.before:
+            self.before[start] = self.look(student)
+        stage = "lm" if start in ("V2", "LLaMA") else "kl"
+        options = HealingOptions(
+            stage=stage, tokens=tokens, context=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
+            evaluations=args.evaluations, learning_rate=args.learning_rates[start], norm_share=args.blend_share,
+            **choices,
+        )  # fmt: skip
+        shutil.rmtree(output, ignore_errors=True)
+        report = heal_checkpoint(
+            checkpoint, output, options, data=self.data, teacher=args.model, held_out=args.model / "heldout.txt",
+            model=student, callbacks=[Blend(student, args.blend_share)] if start == "blend" else [],
+        )  # fmt: skip
+        healed = DiffLlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
+        row = {
+            "start": start,
+            "stage": stage,
+            "lambda_mode": lambda_mode,
+            "seed": seed,
+            "tokens": tokens,
+            "options": options.recorded(),
+            "before": self.before[start],
+            "after": self.look(healed),
+            "curve": [dict(point) for point in report.table],
+            "without_second_maps": without_second_maps(healed, self.llama, self.rows),
+        }
+        kept.write_text(json.dumps(row))
+        print_row(row)
+        return row
+
+
+def print_row(row):
+    before, after = row["before"], row["after"]
+    lambdas = " ".join(f"{value:.3f}" for value in row["curve"][-1]["lambda"])
+    without = "" if row["without_second_maps"] is None else f", without second maps {row['without_second_maps']:.3f}"
+    moves = [f"{name} {before[key]:.3f} -> {after[key]:.3f}" for name, key in (("loss", "loss"), ("KL", "kl_nats"))]
+    moves += [f"{key} {before[key]:.1%} -> {after[key]:.1%}" for key in ("agreement", "needle", "dense")]
+    print(
+        f"{row['start']:<17} {row['lambda_mode']:<6} seed {row['seed']} {row['tokens']:,} tokens: {', '.join(moves)}, "
+        f"{after['agreement_share']:.1%} of LLaMA's own agreement, lambda {lambdas}{without}",
+        flush=True,
+    )
+
+
+def plot(rows, llama_loss, path):
+    """Held-out loss against tokens of healing, a line a start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in rows:
+        points = [(point["tokens"] / 1e6, point["loss"]) for point in row["curve"]]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['start']} ({row['stage']})")
+    axes.axhline(llama_loss, color="grey", linestyle=":", label="LLaMA as it was")
+    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for healing.json and healing.png")
+    parser.add_argument("--work", type=Path, help="converted and healed checkpoints (OUTPUT/work)")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="LLaMA with calibration.txt and heldout.txt")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--tokens", type=int, default=262_144, help="of healing")
+    parser.add_argument("--lambda-tokens", type=int, default=98_304, help="of healing in the comparison of lambdas")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the comparison of lambdas")
+    parser.add_argument("--blend-share", type=float, default=0.6, help="of the steps in which the blend becomes V1")
+    parser.add_argument("--rate", dest="rates", action="append", default=[], metavar="START=RATE", help="peak rate")
+    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--held-out-tokens", type=int, default=24_576)
+    parser.add_argument("--evaluations", type=int, default=8)
+    parser.add_argument("--data-seed", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="few tokens, two starts, one seed")
+    args = parser.parse_args(argv)
+    args.learning_rates = RATES | {
+        start: float(rate) for start, rate in (given.rsplit("=", 1) for given in args.rates)
+    }
+    args.work = args.work or args.output / "work"
+    if args.smoke:
+        args.starts, args.seeds, args.tokens, args.lambda_tokens = ["copy", "blend"], [], 8192, 4096
+        args.held_out_tokens, args.evaluations = 2048, 2
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(0)
+    comparison = Comparison(args)
+    llama = comparison.look(comparison.llama)
+    print(f"LLaMA: loss {llama['loss']:.3f}, agreement with itself {comparison.own:.1%}", flush=True)
+    starts = [comparison.heal(start) for start in args.starts]
+    lambdas = [
+        comparison.heal("paired and refit", mode, seed, args.lambda_tokens, lambda_learning_rate=1e-3)
+        for seed in args.seeds
+        for mode in LAMBDA_MODES
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python examples/compare_healing.py", *(sys.argv[1:] if argv is None else argv)])
+    results = {"command": command, "environment": environment("cpu"), "llama": llama, "self_agreement": comparison.own}
+    results |= {"starts": starts, "lambdas": lambdas}
+    (args.output / "healing.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(starts, llama["loss"], args.output / "healing.png")
+
+
+if __name__ == "__main__":
+    main()
