@@ -60,10 +60,9 @@ def write_rows(path, tokenizer, num_rows, seed):
 def convert(start, args, folder):
     """The checkpoint of `start`, converted unless it is there."""
     if not folder.exists():
-        options = {"variant": "v1", "lambda_init": 0.05} | STARTS[start]
+        options = {"variant": "v1"} | STARTS[start]
         if "stages" in options:
             options |= {"calibration": args.model / "calibration.txt", "calibration_tokens": args.calibration_tokens}
-            del options["lambda_init"]
         convert_checkpoint(args.model, folder, **options)
     return folder
 

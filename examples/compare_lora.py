@@ -56,10 +56,10 @@ def adapter(model, rank: int):
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 
 
-def adapted(folder, rank: int) -> PeftModel:
+def adapted(folder, rank: int, device: str = "cpu") -> PeftModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(model, adapter(model, rank))
+    return get_peft_model(model, adapter(model, rank)).to(device)
 
 
 def trainable(model: torch.nn.Module) -> int:
@@ -117,7 +117,7 @@ def exact_match(model, tokenizer, records: list[dict]) -> float:
     correct = 0
     for start in range(0, len(records), 64):
         part = records[start : start + 64]
-        inputs = tokenizer([record["prompt"] for record in part], return_tensors="pt", padding=True)
+        inputs = tokenizer([record["prompt"] for record in part], return_tensors="pt", padding=True).to(model.device)
         output = model.generate(
             input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=12, do_sample=False
         )
@@ -129,7 +129,11 @@ def exact_match(model, tokenizer, records: list[dict]) -> float:
 
 def compare(folders: dict[str, str], arguments) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
-    collate = DataCollatorForSeq2Seq(tokenizer)
+    pad = DataCollatorForSeq2Seq(tokenizer)
+
+    def collate(examples):
+        return pad(examples).to(arguments.device)
+
     test = instructions(arguments.test_examples, seed=1)
     train = instructions(arguments.examples, seed=2, unseen={record["prompt"] for record in test})
     text = (ASSETS / "heldout.txt").read_text()
@@ -141,7 +145,7 @@ def compare(folders: dict[str, str], arguments) -> list[dict]:
         rank = arguments.rank if name == "LLaMA" else matched_rank(folder, parameters, arguments.rank)
         for task in ("instructions", "modules"):
             began = time.monotonic()
-            model = adapted(folder, rank).eval()
+            model = adapted(folder, rank, arguments.device).eval()
             row = {"model": name, "task": task, "rank": rank, "trainable": trainable(model)}
             if task == "instructions":
                 held_out = tokenize(test, tokenizer, arguments.length)
@@ -161,8 +165,11 @@ def compare(folders: dict[str, str], arguments) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -206,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test-examples", type=int, default=192)
     parser.add_argument("--test-windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.smoke:

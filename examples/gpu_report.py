@@ -7,6 +7,7 @@ Everything worth doing on a GPU, in one command and under nine minutes: tests, a
 2. benchmark_attention.py and benchmark_model.py in bfloat16: each checks correctness before it prints any time.
 3. LoRA and full fine-tuning of a model of Llama-3.2-1B's shape with random weights, on Python's standard library read
    as bytes: loss, tokens a second and peak memory of DIFF V1, exact V2 and LLaMA. Every loss is to fall.
+4. compare_lora.py: what LoRA learns on the trained LLaMA of this repository and on its conversions.
 
 Prints a table and writes report.json; parts that failed say so and do not stop the others. `--smoke` tries all of it
 on a CPU in a minute or two with tiny models, where its times mean nothing.
@@ -26,13 +27,12 @@ from timing import environment, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.training import LORA_TARGETS, lora_config
 
 
 EXAMPLES = Path(__file__).parent
 ONE_BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32, "kv_heads": 8}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": 4, "kv_heads": 2}
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-NEW_MODULES = {"llama": None, "v1": ["diff_lambda", "sub_norm"], "v2": ["lambda_proj"]}
 
 
 def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str, implementation: str | None):
@@ -105,9 +105,8 @@ def fine_tuning(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             model.gradient_checkpointing_enable()
             if method == "lora":
                 model.enable_input_require_grads()
-                # The new tensors are few, and train whole.
-                config = LoraConfig(r=16, target_modules=LORA_TARGETS, modules_to_save=NEW_MODULES[name])
-                model = get_peft_model(model, config)
+                plain = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS)
+                model = get_peft_model(model, plain if name == "llama" else lora_config(model))
             label = f"{method} {name} {implementation or 'default'}"
             rate = 1e-3 if method == "lora" or arguments.smoke else 2e-5
             results[label] = fine_tune(model, ids, batch_size, length, steps, rate)
@@ -147,6 +146,7 @@ def main() -> None:
         "attention": [attention, *dtype, "--lengths", "1024", "4096", "16384", *smoke],
         "model": [model, *dtype, "--length", "4096", *smoke],
         "memory": [model, *dtype, "--length", "4096", "--memory", *smoke],
+        "lora": [str(EXAMPLES / "compare_lora.py"), "--device", arguments.device, "--output", out, *smoke],
     }
     record = {"environment": environment(arguments.device), "seconds": {}, "parts": {}}
     for name, command in parts.items():
