@@ -30,9 +30,7 @@ class BlendedAttention(DiffLlamaAttention):
         (left1, right1), (left2, right2) = (output.chunk(2, dim=-1) for output in (first, second))
         left = left1 - t * diff_lambda * left2
         right = t * right1 + (1 - t - t * diff_lambda) * right2
-        # The calibrated norm makes up for 1 - lambda, by which the difference of equal maps shrinks.
-        shrinkage = (1 - self.diff_lambda.lambda_init) ** (1 - t)
-        return shrinkage * self.normalize(torch.cat((left, right), dim=-1)), None
+        return self.normalize(torch.cat((left, right), dim=-1)), None
 
 
 class Blend(TrainerCallback):

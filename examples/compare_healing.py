@@ -17,11 +17,12 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from blended_attention import Blend
-from compare_conversions import EMBEDDED, held_out_rows, measure, recall_rows
+from compare_conversions import EMBEDDED, RECALL_ROWS, held_out_rows, measure, recall_rows
 from timing import environment
 from tiny_llama_text import Recall, prepare_text, training_rows
 from train_tiny_llama import SIZES, recall_accuracy
@@ -47,9 +48,9 @@ RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e
 LAMBDA_MODES = ("free", "floor", "paper")
 
 
-def write_rows(path, tokenizer, num_rows, seed):
+def write_rows(path, tokenizer, num_rows, seed, text):
     """JSON lines of rows such as the LLaMA was trained on, under another seed."""
-    size = SIZES["tiny"]
+    size = replace(SIZES["tiny"], text=text)
     tokenizer, stream, _, _ = prepare_text(size, seed, tokenizer)
     batches = training_rows(size, stream, Recall(tokenizer, stream, size.context, seed, held_out=False), 0.375, seed)
     with path.open("w") as file:
@@ -101,13 +102,14 @@ class Comparison:
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, model_max_length=10**9)
         self.llama = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         self.rows = held_out_rows(args.model, self.tokenizer, 512, args.held_out_tokens)
-        self.asked = recall_rows(args.model, self.tokenizer, 512)
+        found = recall_rows(args.model, self.tokenizer, 512)
+        self.asked = {kind: rows[: args.recall_rows] for kind, rows in found.items()}
         self.own = self_agreement(self.llama, self.rows)
         self.before = {}
         self.data = args.work / "rows.jsonl"
         if not self.data.exists():
             args.work.mkdir(parents=True, exist_ok=True)
-            write_rows(self.data, self.tokenizer, -(-args.tokens // 512) + 8, args.data_seed)
+            write_rows(self.data, self.tokenizer, -(-args.tokens // 512) + 8, args.data_seed, args.text)
 
     def look(self, model):
         """Loss, KL, agreement, recall of `model`."""
@@ -210,9 +212,10 @@ def parse_args(argv):
         start: float(rate) for start, rate in (given.rsplit("=", 1) for given in args.rates)
     }
     args.work = args.work or args.output / "work"
+    args.recall_rows, args.text = RECALL_ROWS, SIZES["tiny"].text
     if args.smoke:
         args.starts, args.seeds, args.tokens, args.lambda_tokens = ["copy", "blend"], [], 8192, 4096
-        args.held_out_tokens, args.evaluations = 2048, 2
+        args.held_out_tokens, args.evaluations, args.recall_rows, args.text = 2048, 2, 2, "smoke"
     return args
 
 
