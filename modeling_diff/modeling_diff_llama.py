@@ -62,12 +62,12 @@ for name, mask_function in (
     AttentionMaskInterface.register(name, mask_function)
 
 
-# The fastest exact path measured, by device (examples/benchmark_attention.py, examples/results).
+# The fastest exact path by device, where it has been measured (examples/benchmark_attention.py).
 DEFAULT_ATTENTION = {
-    # sdpa with padded queries and four calls take twice LLaMA's time; values twice as wide as queries leave torch's
-    # fast CPU kernel, the worse the longer the text; flex_attention has no backward pass, flash attention no kernel.
+    # The one standard call and four calls take twice LLaMA's time; values twice as wide as queries leave torch's fast
+    # CPU kernel, the worse the longer the text; flex_attention has no backward pass there, flash attention no kernel.
     "cpu": "diff_chunked",
-    # Not measured: sdpa is what every backend has. diff_triton is to take its place once it has been timed.
+    # Not measured: sdpa is what every GPU has. diff_triton is to take its place once it has been timed.
     "cuda": "sdpa",
 }
 
