@@ -1,9 +1,10 @@
 """Heals V1 conversions of the small LLaMA from several starts, at equal tokens: how little healing wins back the rest.
 
 Starts: the plain permuted copy (the control), heads paired and o_proj refit, the whole calibration, and the exact
-start of blended_attention.py; beside them the exact V2 and the LLaMA itself, trained on the same rows. Then, from the
-refit start and over several seeds, what becomes of lambda: free, held at its floor, annealed to the paper's schedule;
-`without second maps` is the loss of the healed model with lambda set to 0, its norm still at work.
+start of blended_attention.py; beside them the exact V2, trained on the same rows as text (compare_continuations.py
+does that to the LLaMA as well). Then, from the refit start and over several seeds, what becomes of lambda: free, held
+at its floor, annealed to the paper's schedule; `without second maps` is the loss of the healed model with lambda set
+to 0, its norm still at work.
 
     python examples/compare_healing.py --output examples/results/healing      # half an hour on one thread
     python examples/compare_healing.py --smoke --output out/healing-smoke
@@ -41,10 +42,9 @@ STARTS = {
     "calibrated": {"stages": list(Stage)},
     "blend": {"norm": "neutral"},
     "V2": {"variant": "v2"},
-    "LLaMA": {"layers": []},  # V1's weights without a differential layer
 }
 # The nearer the start, the smaller the steps: the calibrated start loses by 2e-4; it is hardly back 200K tokens later.
-RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4, "LLaMA": 2e-4}
+RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4}
 LAMBDA_MODES = ("free", "floor", "paper")
 
 
@@ -129,11 +129,11 @@ class Comparison:
         student = DiffLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         if start not in self.before:
             self.before[start] = self.look(student)
-        stage = "lm" if start in ("V2", "LLaMA") else "kl"
+        stage = "lm" if start == "V2" else "kl"
         options = HealingOptions(
             stage=stage, tokens=tokens, context=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
-            evaluations=args.evaluations, learning_rate=args.learning_rates[start], norm_share=args.blend_share,
-            **choices,
+            learning_rate=args.learning_rates[start], norm_share=args.blend_share,
+            **({"evaluations": args.evaluations} | choices),
         )  # fmt: skip
         shutil.rmtree(output, ignore_errors=True)
         report = heal_checkpoint(
@@ -227,7 +227,7 @@ def main(argv=None):
     print(f"LLaMA: loss {llama['loss']:.3f}, agreement with itself {comparison.own:.1%}", flush=True)
     starts = [comparison.heal(start) for start in args.starts]
     lambdas = [
-        comparison.heal("paired and refit", mode, seed, args.lambda_tokens, lambda_learning_rate=1e-3)
+        comparison.heal("paired and refit", mode, seed, args.lambda_tokens, lambda_learning_rate=1e-3, evaluations=2)
         for seed in args.seeds
         for mode in LAMBDA_MODES
     ]
