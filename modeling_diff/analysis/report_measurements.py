@@ -52,10 +52,10 @@ def default_effort(context: int, tokenizer: Any, **overrides: Any) -> Effort:
     Raises `ValueError` for a context that six needles do not fit.
     """
     context = min(context, 4096)
-    lengths: Any = overrides.get("lengths_tokens") or tuple(context * share // 32 for share in (12, 20, 29))
+    lengths = tuple(context * share // 32 for share in (12, 20, 29))
     fact = max(count_tokens(tokenizer, Template().fact.format(city=city, number=1234)) for city in CITIES)
-    if 7 * fact > min(lengths):
-        raise ValueError(f"a prompt of {min(lengths)} tokens: six needles do not fit; context is {context}")
+    if "lengths_tokens" not in overrides and 7 * fact > lengths[0]:
+        raise ValueError(f"context of {context} tokens: six needles do not fit its shortest prompt of {lengths[0]}")
     line = count_tokens(tokenizer, OrderTask(8).demonstration.format(word="Copenhagen", label=1234))
     shots = tuple(count for count in (8, 16, 24, 32, 48, 64) if (count + 2) * line <= context) or (4,)
     return Effort(**({"lengths_tokens": lengths, "shots": shots[-4:]} | overrides))
