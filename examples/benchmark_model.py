@@ -7,6 +7,7 @@ Prefill, decode of one token after it, and a training step, each in milliseconds
 best stock attention (sdpa), rounds interleaved in one process. `v1 sdpa` is our model through one standard call,
 what every backend of transformers gives; `v1` takes the default path of the device. Before any time is printed, logits
 and gradients of the default path are compared with the definition (`eager`); if they differ, no speed is printed.
+Weights of equal shape are the same tensors in all models: where they lie in memory is worth 5 % of a decoding step.
 `--memory` measures the peak of a training step, each model in a process of its own.
 """
 
@@ -58,6 +59,18 @@ def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str) -> 
         chosen = {"attn_implementation": implementation} if implementation else {}
         model = DiffLlamaForCausalLM._from_config(config, dtype=dtype, **chosen)
     return model.to(device)
+
+
+def build_all(shape: dict[str, int], dtype: torch.dtype, device: str) -> dict[str, PreTrainedModel]:
+    """Every model of MODELS; weights that have the same name and shape in LLaMA are LLaMA's tensors."""
+    models = {name: build(name, shape, dtype, device) for name in MODELS}
+    llama = models["llama"].state_dict()
+    for name, model in models.items():
+        if name != "llama":
+            own = model.state_dict()
+            equal = {key: value for key, value in llama.items() if key in own and own[key].shape == value.shape}
+            model.load_state_dict(equal, strict=False, assign=True)
+    return models
 
 
 def check(shape: dict[str, int], device: str) -> float:
@@ -177,7 +190,7 @@ def main() -> None:
         record["peak_training_bytes"] = memory_table(arguments)
         rows = {"peak of a training step (MiB)": {k: v / 2**20 for k, v in record["peak_training_bytes"].items()}}
     else:
-        models = {name: build(name, shape, getattr(torch, arguments.dtype), arguments.device) for name in MODELS}
+        models = build_all(shape, getattr(torch, arguments.dtype), arguments.device)
         record["seconds"] = measure(models, arguments.length, arguments.rounds, arguments.device)
         rows = {f"{phase} (ms)": {k: 1000 * v for k, v in times.items()} for phase, times in record["seconds"].items()}
     report(rows, record, arguments.output)

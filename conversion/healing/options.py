@@ -156,7 +156,7 @@ class HealingOptions:
             raise ConversionError(
                 "cached_logits keeps logits, and hidden states are needed (stage local, hidden_weight): leave it out"
             )
-        if self.lora and self.optimizer == HealOptimizer.MUON and self.stage == HealStage.LOCAL:
+        if self.lora and self.stage == HealStage.LOCAL:
             raise ConversionError("lora with the stage local trains little of little; leave lora out there")
 
 

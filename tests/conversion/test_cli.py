@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from healing_toys import CONTEXT, write_rows
 from random_llamas import random_diffllama, random_llama, saved
 from typer.testing import CliRunner
 
@@ -26,7 +27,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("command", ["convert", "verify", "export", "inspect"])
+@pytest.mark.parametrize("command", ["convert", "heal", "verify", "export", "inspect", "push"])
 def test_help_names_every_command_and_argument(command):
     assert command in run("--help").stdout
     assert "--json" in run(command, "--help").stdout
@@ -92,6 +93,33 @@ def test_bad_input_exits_1_and_target_faults_exit_3_in_one_line(tmp_path, llama)
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert "Traceback" not in result.stderr
     assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_heal_trains_reports_and_goes_on(tmp_path, llama):
+    run("convert", llama, tmp_path / "v1")
+    data = write_rows(tmp_path / "rows.jsonl")
+    held_out = write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
+    command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data, "--held-out", held_out]
+    command += ["--context", CONTEXT, "--batch-rows", 4, "--steps", 3, "--lambda-floor", 0.04]
+    shown = run(*command)
+    assert shown.exit_code == 0, shown.stderr
+    assert "recovered" in shown.stdout and "lambda a layer" in shown.stdout
+    record = json.loads((tmp_path / "healed" / "conversion.json").read_text())["healing"][0]
+    assert (record["tokens"], record["options"]["lambda_floor"]) == (3 * 4 * CONTEXT, 0.04)
+    assert min(record["table"][-1]["lambda"]) >= 0.04 - 1e-7
+    again = run(*command)
+    assert again.exit_code == 3 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+    replaced = run(*command, "--overwrite", "--json")
+    assert json.loads(replaced.stdout)["record"]["healing"][0]["table"] == record["table"]
+
+
+def test_heal_refuses_in_one_line(tmp_path, llama):
+    run("convert", llama, tmp_path / "v1")
+    data = write_rows(tmp_path / "rows.jsonl")
+    result = run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--context", CONTEXT)
+    assert result.exit_code == 1 and "learns from a teacher" in result.stderr and result.stderr.count("\n") == 1
+    assert run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--lambda", "high").exit_code == 2
+    assert not (tmp_path / "healed").exists()
 
 
 def test_verbose_shows_the_traceback(tmp_path):

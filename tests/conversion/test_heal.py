@@ -211,6 +211,7 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
         ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
         ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
         ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
+        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "leave lora out there"),
         ({"norm_share": 1.5}, "a share from 0 to 1"),
     ],
 )
