@@ -8,7 +8,7 @@ R rows, T tokens a row, C hidden, H LLaMA heads, K LLaMA KV heads, d map_dim.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,9 @@ class LayerWeights:
     sub_norm_eps: float
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
 
-    def replaced(self, tensors: Mapping[str, torch.Tensor], sub_norm_eps: float | None = None) -> "LayerWeights":
-        """With `tensors` laid over those that are there."""
-        eps = self.sub_norm_eps if sub_norm_eps is None else sub_norm_eps
-        return LayerWeights(self.pairing, self.lambda_init, eps, {**self.tensors, **tensors})
+    def replaced(self, tensors: Mapping[str, torch.Tensor], **changes: float) -> "LayerWeights":
+        """With `tensors` laid over those that are there, and other values of `changes`."""
+        return replace(self, tensors={**self.tensors, **tensors}, **changes)
 
 
 class LlamaLayers:

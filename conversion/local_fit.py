@@ -37,8 +37,14 @@ class LocalFit:
 def fit_layer(
     problem: LayerProblem, weights: LayerWeights, options: LocalFit, progress: Callable[[int], None]
 ) -> LayerWeights:
-    """The weights after `options.steps` steps, lambda held at its floor; whether they are better, the caller sees."""
-    from modeling_diff.training.lambda_values import hold_lambda  # its package takes seconds to import
+    """
+    The weights after `options.steps` steps, lambda held at its floor; whether they are better, the caller sees.
+
+    What lambda became is its new constant part, and its vectors are those of the start, whose exponentials cancel:
+    the fit leaves them of very unequal lengths, and healing would move lambda by leaps.
+    """
+    # Its package takes seconds to import.
+    from modeling_diff.training.lambda_values import hold_lambda, layer_lambda
 
     layer = problem.diff_layer(weights)
     attention = layer.self_attn.requires_grad_(True)
@@ -61,7 +67,12 @@ def fit_layer(
         hold_lambda(diff_lambda, options.lambda_floor)
         progress(step + 1)
     tensors = {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
-    return weights.replaced(tensors=tensors)
+    lambda_init = layer_lambda(diff_lambda)
+    if not 0 <= lambda_init < 1:
+        return weights.replaced(tensors)
+    tensors |= {name: tensor for name, tensor in weights.tensors.items() if name.startswith("diff_lambda")}
+    tensors["sub_norm.weight"] *= (1 - weights.lambda_init) / (1 - lambda_init)
+    return weights.replaced(tensors, lambda_init=lambda_init)
 
 
 def build_optimizers(attention: nn.Module, options: LocalFit) -> list[torch.optim.Optimizer]:

@@ -2,11 +2,11 @@
 
 Starts: the plain permuted copy (the control), heads paired and o_proj refit, the whole calibration, and the exact
 start of blended_attention.py; beside them the exact V2, trained on the same rows as text (compare_continuations.py
-does that to the LLaMA as well). Then, from the refit start and over several seeds, what becomes of lambda: free, held
-at its floor, annealed to the paper's schedule; `without second maps` is the loss of the healed model with lambda set
-to 0, its norm still at work.
+does that to the LLaMA as well). Then, from the calibrated start and over several seeds, what becomes of lambda: free,
+held at its floor, annealed to the paper's schedule, at a rate at which it can go where it wants; `without second maps`
+is the loss of the healed model with lambda set to 0, its norm still at work.
 
-    python examples/compare_healing.py --output examples/results/healing      # half an hour on one thread
+    python examples/compare_healing.py --output examples/results/healing      # an hour on one thread
     python examples/compare_healing.py --smoke --output out/healing-smoke
 
 `agreement_share` is greedy agreement with LLaMA over LLaMA's agreement with itself when the first half of the prompt
@@ -46,6 +46,7 @@ STARTS = {
 # The nearer the start, the smaller the steps: the calibrated start loses by 2e-4; it is hardly back 200K tokens later.
 RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4}
 LAMBDA_MODES = ("free", "floor", "paper")
+LAMBDA_STUDY = {"learning_rate": 1e-3, "lambda_learning_rate": 1e-3, "batch_rows": 4, "evaluations": 2}
 
 
 def write_rows(path, tokenizer, num_rows, seed, text):
@@ -130,10 +131,10 @@ class Comparison:
         if start not in self.before:
             self.before[start] = self.look(student)
         stage = "lm" if start == "V2" else "kl"
+        defaults = {"learning_rate": args.learning_rates[start], "evaluations": args.evaluations}
         options = HealingOptions(
             stage=stage, tokens=tokens, context=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
-            learning_rate=args.learning_rates[start], norm_share=args.blend_share,
-            **({"evaluations": args.evaluations} | choices),
+            norm_share=args.blend_share, **(defaults | choices),
         )  # fmt: skip
         shutil.rmtree(output, ignore_errors=True)
         report = heal_checkpoint(
@@ -198,7 +199,7 @@ def parse_args(argv):
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="LLaMA with calibration.txt and heldout.txt")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--tokens", type=int, default=262_144, help="of healing")
-    parser.add_argument("--lambda-tokens", type=int, default=98_304, help="of healing in the comparison of lambdas")
+    parser.add_argument("--lambda-tokens", type=int, default=131_072, help="of healing in the comparison of lambdas")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the comparison of lambdas")
     parser.add_argument("--blend-share", type=float, default=0.6, help="of the steps in which the blend becomes V1")
     parser.add_argument("--rate", dest="rates", action="append", default=[], metavar="START=RATE", help="peak rate")
@@ -227,7 +228,7 @@ def main(argv=None):
     print(f"LLaMA: loss {llama['loss']:.3f}, agreement with itself {comparison.own:.1%}", flush=True)
     starts = [comparison.heal(start) for start in args.starts]
     lambdas = [
-        comparison.heal("paired and refit", mode, seed, args.lambda_tokens, lambda_learning_rate=1e-3, evaluations=2)
+        comparison.heal("calibrated", mode, seed, args.lambda_tokens, **LAMBDA_STUDY)
         for seed in args.seeds
         for mode in LAMBDA_MODES
     ]

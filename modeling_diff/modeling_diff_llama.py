@@ -113,14 +113,19 @@ class DiffLambda(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
+def normalize_heads(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm in the heads' dtype, whatever the weight's."""
+    return nn.functional.rms_norm(hidden_states, weight.shape, eps=eps) * weight
+
+
 class NormalizeHeads(torch.autograd.Function):
-    """RMSNorm that keeps only its input for the gradient, where torch's own keeps the normalised heads as well."""
+    """`normalize_heads` that keeps only its input for the gradient, where torch would keep the normalised heads too."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
         ctx.save_for_backward(hidden_states, weight)
         ctx.eps = eps
-        return nn.functional.rms_norm(hidden_states, weight.shape, eps=eps) * weight
+        return normalize_heads(hidden_states, weight, eps)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -138,6 +143,8 @@ class SubRMSNorm(nn.RMSNorm):
     """RMSNorm over a head's output in the dtype that it comes in, float32 or wider, whatever the weight's dtype."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # in a step of decoding, a Function takes longer than the norm
+            return normalize_heads(hidden_states, self.weight, self.eps)
         return NormalizeHeads.apply(hidden_states, self.weight, self.eps)
 
 

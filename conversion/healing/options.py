@@ -77,7 +77,7 @@ class HealingOptions:
     micro_rows: int | None = None
     optimizer: HealOptimizer = HealOptimizer.MUON
     learning_rate: float | None = None
-    lambda_learning_rate: float = 2e-4
+    lambda_learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup_share: float = 0.05
     train: Trained = Trained.ALL

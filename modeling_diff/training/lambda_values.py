@@ -42,17 +42,27 @@ def layer_lambda(diff_lambda: Any) -> float:
 @torch.no_grad()
 def hold_lambda(diff_lambda: Any, floor: float) -> None:
     """
-    If V1's lambda is below `floor`, the smallest step of lambda_q1 that brings it there.
+    If V1's lambda is below `floor`, the smallest step of its four vectors that brings it there, by Newton's method.
 
-    exp(q1 . k1) must grow by `floor - lambda`, so q1 moves along k1 by the growth of the exponent over |k1|^2.
+    All four move, as an optimiser moves them all: were it lambda_q1 alone, it would grow as long as lambda is held.
     """
-    short = floor - layer_lambda(diff_lambda)
-    if not short > 0:
+    if not layer_lambda(diff_lambda) < floor:
         return
-    q1, k1 = whole(diff_lambda.lambda_q1), whole(diff_lambda.lambda_k1)
-    exponent = float(q1.dot(k1))
-    growth = math.log(math.exp(exponent) + short + 1e-6) - exponent  # the margin outweighs rounding
-    diff_lambda.lambda_q1.add_(diff_lambda.lambda_k1, alpha=growth / float(k1.square().sum()))
+    margin = 1e-6  # outweighs rounding
+    for _ in range(20):  # three or four suffice
+        short = floor + margin - layer_lambda(diff_lambda)
+        if abs(short) < margin:
+            return
+        slopes, size = [], 0.0
+        for sign, index in ((1.0, 1), (-1.0, 2)):
+            q, k = getattr(diff_lambda, f"lambda_q{index}"), getattr(diff_lambda, f"lambda_k{index}")
+            slope = sign * float(whole(q).dot(whole(k)).exp())
+            slopes += [(q, k.clone(), slope), (k, q.clone(), slope)]
+            size += slope**2 * float(whole(q).square().sum() + whole(k).square().sum())
+        if not 0 < size < math.inf:
+            return  # all vectors zero, or not finite: nothing can be held
+        for vector, direction, slope in slopes:
+            vector.add_(direction, alpha=short * slope / size)
 
 
 class RunningLambda:

@@ -71,6 +71,11 @@ def test_every_stage_comes_nearer_under_the_strict_norm(saved):
         assert residuals == sorted(residuals, reverse=True) and residuals[-1] < 0.9 * residuals[0]
         assert record["lambda"] > fit.lambda_floor - 1e-6 > 0
     assert result.sub_norm_eps == (1e-5, 1e-5)
+    # The fit moved lambda; its vectors are as unmoved as those of a start, so that healing moves it by little steps.
+    assert result.lambda_init == pytest.approx([record["lambda"] for record in result.records], abs=1e-6)
+    for layer in calibrated_model(llama, result).model.layers:
+        vectors = layer.self_attn.diff_lambda
+        assert torch.equal(vectors.lambda_q1, vectors.lambda_q2) and torch.equal(vectors.lambda_k1, vectors.lambda_k2)
     ladder = [(Stage.COPY,), (Stage.PAIRING,), CLOSED_FORM]
     models = [calibrated_model(llama, calibrate(folder, llama.config, tokens, stages=stages)) for stages in ladder]
     kl = [kl_nats(llama, model, held_out) for model in (*models, calibrated_model(llama, result))]
