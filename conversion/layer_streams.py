@@ -37,7 +37,7 @@ class LayerWeights:
     sub_norm_eps: float
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
 
-    def replaced(self, tensors: Mapping[str, torch.Tensor], **changes: float) -> "LayerWeights":
+    def replaced(self, tensors: Mapping[str, torch.Tensor], **changes: Any) -> "LayerWeights":
         """With `tensors` laid over those that are there, and other values of `changes`."""
         return replace(self, tensors={**self.tensors, **tensors}, **changes)
 

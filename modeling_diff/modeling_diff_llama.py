@@ -119,7 +119,7 @@ def normalize_heads(hidden_states: torch.Tensor, weight: torch.Tensor, eps: floa
 
 
 class NormalizeHeads(torch.autograd.Function):
-    """`normalize_heads` that keeps only its input for the gradient, where torch would keep the normalised heads too."""
+    """`normalize_heads` that keeps its input for the gradient, where torch would keep the normalised heads too."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):

@@ -99,8 +99,8 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
     run("convert", llama, tmp_path / "v1")
     data = write_rows(tmp_path / "rows.jsonl")
     held_out = write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
-    command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data, "--held-out", held_out]
-    command += ["--context", CONTEXT, "--batch-rows", 4, "--steps", 3, "--lambda-floor", 0.04]
+    command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data]
+    command += ["--held-out", held_out, "--context", CONTEXT, "--batch-rows", 4, "--steps", 3, "--lambda-floor", 0.04]
     shown = run(*command)
     assert shown.exit_code == 0, shown.stderr
     assert "recovered" in shown.stdout and "lambda a layer" in shown.stdout
