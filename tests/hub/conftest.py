@@ -125,9 +125,6 @@ def put_in_hub_cache():
     return put
 
 
-LICENCE_TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n"
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     """A tiny random LLaMA under a licence of Meta's, with tokenizer, licence files and card."""
@@ -137,7 +134,7 @@ def llama(tmp_path_factory) -> Path:
     config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, rms_norm_eps=1e-5)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
-    (folder / "LICENSE.txt").write_text(LICENCE_TEXT)
+    (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n")
     (folder / "USE_POLICY.md").write_text("policy")
     (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: en\n---\nA model.\n")
     return folder
