@@ -196,6 +196,7 @@ def plot(rows: list[dict], record: dict, path: Path) -> None:
         print("no plot: matplotlib is not installed")
         return
     phases, map_dims = (list(dict.fromkeys(row[field] for row in rows)) for field in ("phase", "map_dim"))
+    lengths = sorted({row["length"] for row in rows})
     size = (4 * len(phases), 3.6 * len(map_dims))
     figure, axes = pyplot.subplots(
         len(map_dims), len(phases), figsize=size, sharey=True, squeeze=False, layout="constrained"
@@ -205,8 +206,10 @@ def plot(rows: list[dict], record: dict, path: Path) -> None:
             chosen = [row for row in rows if (row["phase"], row["form"], row["map_dim"]) == (phase, form, map_dim)]
             axis.plot([r["length"] for r in chosen], [r["ratio_to_llama"] for r in chosen], marker="o", label=form)
         axis.set(title=f"{phase}, maps {map_dim} wide", xlabel="length (tokens)", ylabel="time / LLaMA", xscale="log")
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(f"{record['environment']['machine']}, {record['dtype']}")
     figure.savefig(path, dpi=120)
 
