@@ -116,7 +116,7 @@ def check(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def with_gradients(function: Callable, inputs: Tensors) -> Callable[[], object]:
-    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
     grad = torch.randn_like(function(*leaves))
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 

@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from compare_lora import adapter
+from peft import get_peft_model
 from timing import environment, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
-from modeling_diff.training import LORA_TARGETS, lora_config
 
 
 EXAMPLES = Path(__file__).parent
@@ -105,8 +105,7 @@ def fine_tuning(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             model.gradient_checkpointing_enable()
             if method == "lora":
                 model.enable_input_require_grads()
-                plain = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS)
-                model = get_peft_model(model, plain if name == "llama" else lora_config(model))
+                model = get_peft_model(model, adapter(model, rank=16))
             label = f"{method} {name} {implementation or 'default'}"
             rate = 1e-3 if method == "lora" or arguments.smoke else 2e-5
             results[label] = fine_tune(model, ids, batch_size, length, steps, rate)

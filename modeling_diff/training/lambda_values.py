@@ -46,13 +46,12 @@ def hold_lambda(diff_lambda: Any, floor: float) -> None:
 
     All four move, as an optimiser moves them all: were it lambda_q1 alone, it would grow as long as lambda is held.
     """
-    if not layer_lambda(diff_lambda) < floor:
+    short = floor - layer_lambda(diff_lambda)
+    if not short > 0:
         return
     margin = 1e-6  # outweighs rounding
+    short += margin
     for _ in range(20):  # three or four suffice
-        short = floor + margin - layer_lambda(diff_lambda)
-        if abs(short) < margin:
-            return
         slopes, size = [], 0.0
         for sign, index in ((1.0, 1), (-1.0, 2)):
             q, k = getattr(diff_lambda, f"lambda_q{index}"), getattr(diff_lambda, f"lambda_k{index}")
@@ -63,6 +62,9 @@ def hold_lambda(diff_lambda: Any, floor: float) -> None:
             return  # all vectors zero, or not finite: nothing can be held
         for vector, direction, slope in slopes:
             vector.add_(direction, alpha=short * slope / size)
+        short = floor + margin - layer_lambda(diff_lambda)
+        if abs(short) < margin:
+            return
 
 
 class RunningLambda:

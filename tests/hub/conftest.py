@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hub_models import HEADS, VARIANTS, greedy_tokens, head_output
+from hub_models import HEADS, LICENCE_TEXT, VARIANTS, greedy_tokens, head_output
 from loopback_hub import TOKEN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -134,7 +134,7 @@ def llama(tmp_path_factory) -> Path:
     config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, rms_norm_eps=1e-5)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
-    (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n")
+    (folder / "LICENSE.txt").write_text(LICENCE_TEXT)
     (folder / "USE_POLICY.md").write_text("policy")
     (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: en\n---\nA model.\n")
     return folder
