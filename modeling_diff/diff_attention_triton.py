@@ -23,11 +23,11 @@ from .diff_attention_kernels import (
 LOG2E = 1.4426950408889634
 DECODE_MAX_QUERIES = 8
 DECODE_MAX_ROWS = 64  # T * G, the rows of one decode tile
-# What each kernel runs with on sm_90: (BLOCK_M, BLOCK_N, warps, stages), by BLOCK_d; the first key is V1 (one key a
-# map, values 2d wide) or V2 (shared keys, values d wide). The tile whose fp32 accumulators stay in registers (BLOCK_M
-# in fwd and dq, BLOCK_N in dkdv) has 16 rows a warp: fewer, and two groups of four warps repeat each other's scores
-# and exponentials; more, and the accumulators do not fit into 255 registers a thread.
-TILES = {
+# What each kernel runs with, (BLOCK_M, BLOCK_N, warps, stages), by BLOCK_d; the first key is V1 (one key a map, values
+# 2d wide) or V2 (shared keys, values d wide). On sm_90, where groups of four warps multiply out of shared memory, the
+# tile whose fp32 accumulators stay in registers (BLOCK_M in fwd and dq, BLOCK_N in dkdv) has 16 rows a warp: with
+# fewer, two groups repeat each other's scores and exponentials; more do not fit into 255 registers a thread.
+TILES_SM_90 = {
     ("v1", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
     ("v1", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
     ("v1", 128): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 32, 8, 2), "decode": (32, 4, 2)},
@@ -35,6 +35,17 @@ TILES = {
     ("v2", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
     ("v2", 128): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
     ("v2", 256): {"fwd": (128, 32, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 8, 2), "decode": (32, 4, 2)},
+}
+# Everywhere else operands of a product are in registers, too, and consumer GPUs have 99 KiB of shared memory a program
+# instead of 227: tiles that fit both, without spills in the loops over keys.
+TILES = {
+    ("v1", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
+    ("v1", 64): {"fwd": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 32, 4, 2), "decode": (64, 4, 2)},
+    ("v1", 128): {"fwd": (64, 32, 8, 2), "dkdv": (32, 64, 8, 1), "dq": (64, 32, 8, 1), "decode": (32, 4, 2)},
+    ("v2", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
+    ("v2", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 4, 2), "decode": (64, 4, 2)},
+    ("v2", 128): {"fwd": (64, 64, 8, 2), "dkdv": (32, 32, 4, 2), "dq": (64, 32, 8, 2), "decode": (64, 4, 2)},
+    ("v2", 256): {"fwd": (64, 32, 8, 1), "dkdv": (16, 32, 8, 1), "dq": (32, 32, 8, 1), "decode": (32, 4, 2)},
 }
 # Too wide for two accumulators: fwd takes one map after the other (v is read twice, no product is repeated), dkdv runs
 # once for dk and once for dv (10 products instead of 8).
@@ -57,15 +68,21 @@ def _widths(map_dim, head_dim):
     return max(16, 1 << (map_dim - 1).bit_length()), max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _tiles(share_k, block_d, dtype):
+def _tiles(share_k, block_d, dtype, sm_90):
     """This shape's row of the table, and whether one accumulator is all that fits."""
     shape = ("v2" if share_k else "v1", max(32, block_d))
-    return TILES_FP32 if dtype == torch.float32 else TILES[shape], shape in ONE_ACCUMULATOR
+    table = TILES_SM_90 if sm_90 else TILES
+    return TILES_FP32 if dtype == torch.float32 else table[shape], shape in ONE_ACCUMULATOR
 
 
 @functools.lru_cache
 def _multiprocessors(index):
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache
+def _is_sm_90(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def triton_can_run(device) -> str | None:
@@ -145,7 +162,7 @@ def _forward(
     H = query.shape[1] // flags["MAPS"]
     out, o, o2, stats = _forward_empty(query, value, flags["MAPS"], norm_weight is not None, keep)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype)
+    tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype, _is_sm_90(query.device))
     if not keep and seq_start is None and T <= DECODE_MAX_QUERIES and T * H // K <= DECODE_MAX_ROWS:
         block_n, warps, stages = tiles["decode"]
         splits = _decode_splits(query.device, B * K, S, block_n)
@@ -224,7 +241,7 @@ def _backward(
     masks = (key_start, key_length, seq_start, seq_end, sliding_window)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     sizes = (B, H, H // K, T, S, scaling * LOG2E, scaling)
-    tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype)
+    tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype, _is_sm_90(query.device))
     block_m, block_n, warps, stages = tiles["dkdv"]
     for dk_now, dv_now in ((True, False), (False, True)) if one_accumulator else ((True, True),):
         bwd_dkdv_kernel[(_cdiv(S, block_n) * B * K,)](

@@ -104,6 +104,12 @@ else:
         assert_close(Case(T=length, S=length, H=1, d=32, norm=length > 1, dtype=torch.float16))
         assert_close(Case("v2", T=length, S=length, H=1, d=32, dtype=torch.float16))
 
+    @pytest.mark.parametrize("is_sm_90", [True, False], ids=["sm_90", "others"])
+    @pytest.mark.parametrize(("variant", "map_dim"), kernels.TILES)
+    def test_shipped_tiles_of_every_width_match_float64(variant, map_dim, is_sm_90, monkeypatch):
+        monkeypatch.setattr(kernels, "_is_sm_90", lambda device: is_sm_90)
+        assert_close(Case(variant, T=70, S=70, H=1, d=map_dim, norm=variant == "v1", dtype=torch.float16))
+
     DECODE = {
         "v1": Case(B=2, H=4, K=2, T=1, S=130, norm=True),
         "v2": Case("v2", H=4, T=1, S=127),
