@@ -122,7 +122,7 @@ def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch
     """
     wide = attn_output.to(torch.promote_types(attn_output.dtype, torch.float32))
     first, second = wide.unflatten(2, (-1, 2)).unbind(3)
-    return first - diff_lambda[..., None] * second
+    return torch.addcmul(first, diff_lambda[..., None], second, value=-1)
 
 
 def standard_attention_forward(

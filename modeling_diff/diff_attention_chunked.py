@@ -1,15 +1,17 @@
 """
 Differential attention in blocks of queries: exact, from plain matrix products, and memory linear in the length.
 
-B batch, T queries, S keys, H heads, K key-value heads, G = H / K heads a key-value head, d map_dim, D head_dim;
-N = B K, and R the rows of a block: its queries for each of G heads.
+B batch, T queries, S keys, H heads, K key-value heads, G = H / K heads a key-value head, d map_dim, D head_dim.
+A block has N key-value heads, of one or more rows of the batch, and R queries of each, those of G heads.
 
 For one block both maps' scores are computed against every key that the block can see, softmaxed in float32,
 subtracted, and multiplied with V once: as many multiplications as LLaMA's two heads, and no score outlives its block.
 Training keeps only its inputs and computes each block's maps again for the gradient.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,8 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .diff_attention import cast_for_autocast, place_queries, subtract_maps
 
 
-# Rows a block: its scores stay in a CPU's caches, and the loop costs little beside its products.
+# Rows and scores a block: enough for products to run at full speed, and its maps, of 2 MiB, stay in a CPU's caches.
 BLOCK_ROWS = 128
+BLOCK_SCORES = 2**19
 # Up to here keys are read as they lie in the cache, by queries padded with zeros; beyond, splitting them is cheaper.
 FEW_QUERIES = 8
 
@@ -72,10 +75,10 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
     if query.dtype in (torch.float16, torch.bfloat16):
         outputs = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     else:
-        scores = torch.matmul(key, (scaling * rows).transpose(2, 3)).transpose(2, 3)  # (B, K, 2 G T, S)
+        scores = torch.bmm(key.flatten(0, 1), (scaling * rows).flatten(0, 1).transpose(1, 2))  # (B K, S, 2 G T)
         if attention_mask is not None:
-            scores = _mask(scores, attention_mask)
-        outputs = torch.matmul(scores.softmax(-1), value)
+            _mask(scores.transpose(1, 2).unflatten(0, (batch_size, -1)), attention_mask)
+        outputs = torch.bmm(scores.transpose(1, 2).softmax(-1), value.flatten(0, 1))
     return subtract_maps(outputs.view(batch_size, -1, num_queries, head_dim).transpose(1, 2), diff_lambda)
 
 
@@ -86,74 +89,114 @@ class ChunkedDiffAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, diff_lambda, attention_mask, scaling, is_causal):
         ctx.save_for_backward(query, key, value, diff_lambda, attention_mask)
         ctx.scaling, ctx.is_causal = scaling, is_causal
-        blocks = QueryBlocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
+        blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
         output = value.new_empty(query.shape[0], query.shape[2], query.shape[1] // 2, value.shape[-1])
-        output_by_head = blocks.by_head(output)
-        for queries, num_keys in blocks:
-            weights = blocks.weights(blocks.maps(queries, num_keys), queries)
-            product = torch.bmm(weights, blocks.value[:, :num_keys])  # (N, R, D)
-            output_by_head[:, :, :, queries] = product.view_as(output_by_head[:, :, :, queries])
+        for block in blocks:
+            weights = blocks.weights(block, blocks.maps(block))
+            output_block = blocks.by_head(output)[block.rows, block.heads, :, block.queries]
+            output_block.copy_(torch.bmm(weights, blocks.values(block)).view_as(output_block))
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'diff_chunked has no second derivatives: create_graph=True needs set_attn_implementation("eager")'
+            )
         query, key, value, diff_lambda, attention_mask = ctx.saved_tensors
-        blocks = QueryBlocks(query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal)
+        blocks = Blocks(query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal)
         grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
         # Sums over blocks, so not narrower than float32.
-        grad_keys = torch.zeros_like(blocks.keys, dtype=blocks.wide)
-        grad_value = torch.zeros_like(blocks.value, dtype=blocks.wide)
-        for queries, num_keys in blocks:
-            maps = blocks.maps(queries, num_keys)  # (N, 2, R, S)
-            grad_rows = blocks.by_head(grad_output)[:, :, :, queries].reshape(len(blocks.value), -1, value.shape[-1])
-            grad_weights = torch.bmm(grad_rows, blocks.value[:, :num_keys].transpose(1, 2))  # (N, R, S)
-            grad_scores = maps * grad_weights.unsqueeze(1)
+        grad_keys = torch.zeros_like(blocks.all_keys, dtype=blocks.wide)
+        grad_values = torch.zeros_like(blocks.all_values, dtype=blocks.wide)
+        for block in blocks:
+            maps, keys, values = blocks.maps(block), blocks.keys(block), blocks.values(block)
+            grad_rows = blocks.head_rows(grad_output, block)
+            grad_weights = blocks.scratch("grad_weights", query.dtype, len(values), grad_rows.shape[1], block.num_keys)
+            torch.bmm(grad_rows, values.transpose(1, 2), out=grad_weights)
+            grad_scores = blocks.scratch("grad_scores", blocks.wide, *maps.shape)  # (N, 2, R, S)
+            torch.mul(maps, grad_weights.unsqueeze(1), out=grad_scores)
             row_sums = grad_scores.sum(-1, keepdim=True)  # (N, 2, R, 1)
             grad_scores.addcmul_(maps, row_sums, value=-1)
-            grad_scores[:, 1] *= -blocks.lambda_rows(queries)
-            blocks.add_lambda_gradient(grad_lambda, row_sums[:, 1], queries)
+            grad_scores[:, 1] *= -blocks.lambda_rows(block)
+            blocks.add_lambda_gradient(grad_lambda, row_sums[:, 1], block)
 
-            weights = blocks.weights(maps, queries)
-            _add_product(grad_value[:, :num_keys], weights.transpose(1, 2), grad_rows)
-            grad_scores = grad_scores.to(query.dtype).view(len(blocks.keys), -1, num_keys)
-            _add_product(grad_keys[:, :num_keys], grad_scores.transpose(1, 2), blocks.query_rows(queries), ctx.scaling)
-            grad_rows = torch.bmm(grad_scores, blocks.keys[:, :num_keys]).mul_(ctx.scaling)
-            grad_block = blocks.by_map(grad_query)[..., queries, :]
-            grad_block.copy_(grad_rows.view_as(grad_block))
-        grad_key = blocks.join_keys(grad_keys).to(key.dtype)
-        return grad_query, grad_key, grad_value.view_as(value).to(value.dtype), grad_lambda, None, None, None
+            weights = blocks.weights(block, maps)
+            _add_product(blocks.values(block, grad_values), weights.transpose(1, 2), grad_rows)
+            grad_scores = blocks.narrow("scores", grad_scores).view(len(keys), -1, block.num_keys)
+            grad_keys_block = blocks.keys(block, grad_keys)
+            _add_product(grad_keys_block, grad_scores.transpose(1, 2), blocks.query_rows(block), ctx.scaling)
+            grad_block = blocks.by_map(grad_query)[block.rows, block.heads, :, :, block.queries]
+            grad_block.copy_(torch.bmm(grad_scores, keys).mul_(ctx.scaling).view_as(grad_block))
+        grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
+        return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda, None, None, None
 
 
-class QueryBlocks:
+@dataclass
+class Block:
+    """What is computed at once."""
+
+    rows: slice  # of the batch
+    heads: slice  # of the key-value heads; all of them where there are several rows
+    queries: slice
+    num_keys: int  # from the first on, which hold all that the block can see
+
+
+class Blocks:
     """The inputs laid out for the products of one block, and these products. The keys of V1 are split into maps'."""
 
     def __init__(self, query, key, value, diff_lambda, attention_mask, scaling, is_causal):
-        self.num_queries, self.num_keys, self.num_key_value_heads = query.shape[2], key.shape[2], key.shape[1]
-        self.diff_lambda, self.attention_mask = diff_lambda, attention_mask
-        self.scaling, self.is_causal = scaling, is_causal
+        self.batch_size, self.num_key_value_heads, self.num_keys, _ = key.shape
+        self.num_queries = query.shape[2]
+        self.diff_lambda, self.scaling, self.is_causal = diff_lambda, scaling, is_causal
+        self.attention_mask = None if attention_mask is None else attention_mask.expand(self.batch_size, -1, -1, -1)
         self.wide = torch.promote_types(query.dtype, torch.float32)
-        self.value = value.flatten(0, 1)  # (N, S, D)
-        self.keys = key.unflatten(-1, (-1, query.shape[-1])).transpose(2, 3).flatten(0, 2)  # (2N in V1 or N, S, d)
         self.query = self.by_map(query)
+        self.all_values = value.contiguous()  # (B, K, S, D)
+        self.all_keys = key.unflatten(-1, (-1, query.shape[-1])).transpose(2, 3).contiguous()  # (B, K, 2 or 1, S, d)
+        self.queries_at_once = max(1, BLOCK_ROWS // self.query.shape[3])
+        self.future = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).triu_(1)
+        self._scratch: dict[str, torch.Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[slice, int]]:
-        """Each block's queries, and the number of keys from the first on that hold all it can see."""
-        step = max(1, BLOCK_ROWS // self.query.shape[3])
-        for start in range(0, self.num_queries, step):
-            stop = min(start + step, self.num_queries)
-            yield slice(start, stop), stop if self.is_causal else self._num_visible_keys(slice(start, stop))
+    def __iter__(self) -> Iterator[Block]:
+        """The longest blocks come first, so that the scratch memory hardly has to grow."""
+        for start in reversed(range(0, self.num_queries, self.queries_at_once)):
+            queries = slice(start, min(start + self.queries_at_once, self.num_queries))
+            longest = queries.stop if self.is_causal else self.num_keys
+            heads = self._heads_at_once(2 * self.query.shape[3] * (queries.stop - start) * longest)
+            heads_at_once = min(heads, self.num_key_value_heads)
+            rows_at_once = heads // heads_at_once
+            for row in range(0, self.batch_size, rows_at_once):
+                rows = slice(row, min(row + rows_at_once, self.batch_size))
+                num_keys = longest if self.is_causal else self._num_visible_keys(rows, queries)
+                for head in range(0, self.num_key_value_heads, heads_at_once):
+                    yield Block(rows, slice(head, head + heads_at_once), queries, num_keys)
 
-    def _num_visible_keys(self, queries: slice) -> int:
+    def _heads_at_once(self, num_scores: int) -> int:
+        """How many key-value heads, of `num_scores` each, make a block."""
+        if self.query.device.type != "cpu" or torch.compiler.is_compiling():  # no such caches; a loop to be unrolled
+            return self.batch_size * self.num_key_value_heads
+        return max(1, BLOCK_SCORES // num_scores)
+
+    def _num_visible_keys(self, rows: slice, queries: slice) -> int:
         mask = self.attention_mask
-        if (
-            mask is None
-            or mask.dtype != torch.bool
-            or self.num_queries <= FEW_QUERIES
-            or torch.compiler.is_compiling()
-        ):
+        if mask is None or mask.dtype != torch.bool or torch.compiler.is_compiling():
             return self.num_keys
-        visible = mask[:, :, queries].flatten(0, 2).any(0).nonzero()
+        visible = mask[rows, :, queries].flatten(0, 2).any(0).nonzero()
         return int(visible[-1]) + 1 if len(visible) else 1
+
+    def scratch(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """Memory that every block writes anew: the first touch of fresh pages takes longer than their softmax."""
+        size = math.prod(shape)
+        if name not in self._scratch or len(self._scratch[name]) < size:
+            self._scratch[name] = self.query.new_empty(size, dtype=dtype)
+        return self._scratch[name][:size].view(shape)
+
+    def narrow(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the inputs' dtype."""
+        if tensor.dtype == self.query.dtype:
+            return tensor
+        return self.scratch(name, self.query.dtype, *tensor.shape).copy_(tensor)
 
     def by_map(self, query: torch.Tensor) -> torch.Tensor:
         """(B, 2H, T, d) seen as (B, K, 2, G, T, d)."""
@@ -163,46 +206,62 @@ class QueryBlocks:
         """(B, T, H, D) seen as (B, K, G, T, D)."""
         return output.unflatten(2, (self.num_key_value_heads, -1)).permute(0, 2, 3, 1, 4)
 
-    def join_keys(self, keys: torch.Tensor) -> torch.Tensor:
-        """(2N or N, S, d) back to (B, K, S, D)."""
-        keys = keys.view(-1, self.num_key_value_heads, len(keys) // len(self.value), *keys.shape[1:])
-        return keys.transpose(2, 3).flatten(3)
+    def keys(self, block: Block, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """(2N, S, d) in V1, (N, S, d) in V2: a view of the keys, or of what has their shape."""
+        tensor = self.all_keys if tensor is None else tensor
+        return tensor[block.rows, block.heads].flatten(0, 2)[:, : block.num_keys]
 
-    def query_rows(self, queries: slice) -> torch.Tensor:
+    def values(self, block: Block, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, S, D): a view of the values, or of what has their shape."""
+        tensor = self.all_values if tensor is None else tensor
+        return tensor[block.rows, block.heads].flatten(0, 1)[:, : block.num_keys]
+
+    def query_rows(self, block: Block) -> torch.Tensor:
         """(2N, R, d) in V1, (N, 2R, d) in V2."""
-        return self.query[..., queries, :].reshape(len(self.keys), -1, self.keys.shape[-1])
+        queries = self.query[block.rows, block.heads, :, :, block.queries]
+        return queries.reshape(queries.shape[:2].numel() * self.all_keys.shape[2], -1, queries.shape[-1])
 
-    def lambda_rows(self, queries: slice) -> torch.Tensor:
+    def head_rows(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
+        """(N, R, D) of (B, T, H, D)."""
+        heads = self.by_head(tensor)[block.rows, block.heads, :, block.queries]
+        return heads.reshape(heads.shape[:2].numel(), -1, heads.shape[-1])
+
+    def lambda_rows(self, block: Block) -> torch.Tensor:
         """() in V1, (N, R, 1) in V2."""
         if self.diff_lambda.dim() == 0:
             return self.diff_lambda.to(self.wide)
-        rows = self.by_head(self.diff_lambda.unsqueeze(-1))[:, :, :, queries]
-        return rows.reshape(len(self.value), -1, 1).to(self.wide)
+        return self.head_rows(self.diff_lambda.unsqueeze(-1), block).to(self.wide)
 
-    def add_lambda_gradient(self, grad_lambda: torch.Tensor, row_sums: torch.Tensor, queries: slice) -> None:
+    def add_lambda_gradient(self, grad_lambda: torch.Tensor, row_sums: torch.Tensor, block: Block) -> None:
         """dlambda = -sum of dP A2 over keys: `row_sums` (N, R, 1), summed further in V1."""
         if grad_lambda.dim() == 0:
             grad_lambda -= row_sums.sum()
         else:
-            rows = self.by_head(grad_lambda.unsqueeze(-1))[:, :, :, queries]
-            rows -= row_sums.view_as(rows)
+            grad_block = self.by_head(grad_lambda.unsqueeze(-1))[block.rows, block.heads, :, block.queries]
+            grad_block -= row_sums.view_as(grad_block)
 
-    def maps(self, queries: slice, num_keys: int) -> torch.Tensor:
+    def maps(self, block: Block) -> torch.Tensor:
         """Both softmax maps of a block, (N, 2, R, S) in float32 or wider."""
-        rows, keys = self.query_rows(queries), self.keys[:, :num_keys].transpose(1, 2)
-        scores = torch.baddbmm(rows.new_empty(()), rows, keys, beta=0, alpha=self.scaling)
-        num_rows = queries.stop - queries.start
-        by_query = scores.view(-1, *self.query.shape[1:4], num_rows, num_keys)  # (B, K, 2, G, queries, S)
+        rows, keys = self.query_rows(block), self.keys(block)
+        scores = self.scratch("scores", rows.dtype, *rows.shape[:2], block.num_keys)
+        scores.baddbmm_(rows, keys.transpose(1, 2), beta=0, alpha=self.scaling)
+        num_queries = block.queries.stop - block.queries.start
         if self.is_causal:
-            _mask(by_query[..., queries], scores.new_ones(num_rows, num_rows, dtype=torch.bool).tril_())
+            future = self.future[:num_queries, :num_queries]
+            by_query = scores.view(-1, num_queries, block.num_keys)
+            by_query[..., block.queries].masked_fill_(future, torch.finfo(scores.dtype).min)
         elif self.attention_mask is not None:
-            _mask(by_query, self.attention_mask[:, :, None, None, queries, :num_keys])
-        return scores.view(len(self.value), 2, -1, num_keys).softmax(-1, dtype=self.wide)
+            mask = self.attention_mask[block.rows, :, block.queries, : block.num_keys]
+            _mask(scores.view(len(mask), -1, num_queries, block.num_keys), mask)
+        scores = scores.view(-1, 2, self.query.shape[3] * num_queries, block.num_keys)
+        if scores.dtype != self.wide:
+            scores = self.scratch("wide scores", self.wide, *scores.shape).copy_(scores)
+        return torch.softmax(scores, -1, out=self.scratch("maps", self.wide, *scores.shape))
 
-    def weights(self, maps: torch.Tensor, queries: slice) -> torch.Tensor:
+    def weights(self, block: Block, maps: torch.Tensor) -> torch.Tensor:
         """A1 - lambda A2 of a block, (N, R, S) in the values' dtype; overwrites the first map."""
         first, second = maps.unbind(1)
-        return first.addcmul_(self.lambda_rows(queries), second, value=-1).to(self.value.dtype)
+        return self.narrow("weights", first.addcmul_(self.lambda_rows(block), second, value=-1))
 
 
 def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

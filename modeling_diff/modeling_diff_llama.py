@@ -113,9 +113,17 @@ class DiffLambda(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
+def inverse_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean of squares + eps) over the last dimension, which is kept; float32 or wider."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)
+    return (norms.square() / hidden_states.shape[-1] + eps).rsqrt()
+
+
 def normalize_heads(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm in the heads' dtype, whatever the weight's."""
-    return nn.functional.rms_norm(hidden_states, weight.shape, eps=eps) * weight
+    """RMSNorm in the heads' dtype, whatever the weight's, in fewer passes than torch's takes on a CPU. No gradient."""
+    normalized = hidden_states * inverse_root_mean_square(hidden_states, eps)
+    return normalized.to(hidden_states.dtype).mul_(weight)
 
 
 class NormalizeHeads(torch.autograd.Function):
@@ -131,7 +139,7 @@ class NormalizeHeads(torch.autograd.Function):
     def backward(ctx, grad_output):
         hidden_states, weight = ctx.saved_tensors
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        inverse_rms = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        inverse_rms = inverse_root_mean_square(wide, ctx.eps)
         normalized, grad_normalized = wide * inverse_rms, grad_output * weight
         along = (grad_normalized * normalized).mean(-1, keepdim=True)
         grad_states = (grad_normalized - normalized * along) * inverse_rms

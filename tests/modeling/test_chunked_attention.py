@@ -8,17 +8,19 @@ import pytest
 import torch
 from diff_llama_by_definition import attention_by_definition
 
-from modeling_diff import diff_attention_reference
+from modeling_diff import diff_attention_chunked, diff_attention_reference
 from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward
 
 
 CAUSAL = SimpleNamespace(is_causal=True)
 
 
-def random_inputs(variant, num_key_value_heads, groups, num_queries, num_keys, dtype=torch.float64, map_dim=6):
+def random_inputs(
+    variant, num_key_value_heads, groups, num_queries, num_keys, dtype=torch.float64, map_dim=6, batch_size=2
+):
     """query (B, 2H, T, d), key and value (B, K, S, D), lambda, in the memory order in which the model makes them."""
     torch.manual_seed(num_queries + num_keys)
-    batch_size, num_heads = 2, num_key_value_heads * groups
+    num_heads = num_key_value_heads * groups
     head_dim = 2 * map_dim if variant == "v1" else map_dim
     query = torch.randn(batch_size, num_queries, 2 * num_heads, map_dim, dtype=torch.float64).transpose(1, 2)
     key = torch.randn(batch_size, num_keys, num_key_value_heads, head_dim, dtype=torch.float64).transpose(1, 2)
@@ -65,6 +67,32 @@ def test_chunked_gives_outputs_and_gradients_of_the_reference(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("mask_kind", ["causal", "padded"])
+@pytest.mark.parametrize("block_scores", [1, 400, 700, 1500], ids=lambda scores: f"{scores} scores a block")
+def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, mask_kind, monkeypatch):
+    """
+    Three rows of three key-value heads, of which each has 2 x 2 queries x 2 maps x 20 keys = 160 scores in the largest
+    blocks: blocks of one head, of two and a rest, of one row, of several and a rest.
+    """
+    query, key, value, diff_lambda = random_inputs(variant, 3, 2, 20, 20, batch_size=3)
+    visible = torch.ones(3, 1, 20, 20, dtype=torch.bool).tril()
+    visible[1, :, 3:, :3] = False
+    visible = visible if mask_kind == "padded" else torch.ones(3, 1, 20, 20, dtype=torch.bool).tril()
+    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    inputs = (query, key, value, diff_lambda)
+    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=additive)
+    grad_output = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
+
+    monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", block_scores)
+    mask = visible if mask_kind == "padded" else None
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)  # float64: see above
+    for ours, theirs in zip(torch.autograd.grad(output, inputs, grad_output), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
 def test_chunked_attends_everywhere_where_the_module_is_not_causal(variant):
     query, key, value, diff_lambda = random_inputs(variant, 2, 2, 11, 11)
     output, _ = chunked_attention_forward(SimpleNamespace(is_causal=False), query, key, value, None, 0.4, diff_lambda)
@@ -90,6 +118,13 @@ def test_chunked_gradients_pass_gradcheck(variant, length):
         return chunked_attention_forward(CAUSAL, query, key, value, None, 0.5, diff_lambda)[0]
 
     assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_chunked_refuses_second_derivatives(variant):
+    inputs = random_inputs(variant, 1, 2, FEW_QUERIES + 1, FEW_QUERIES + 1)
+    output, _ = chunked_attention_forward(CAUSAL, *inputs[:3], None, 0.5, inputs[3])
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(output.sum(), inputs, create_graph=True)
 
 
 @pytest.mark.parametrize("length", [FEW_QUERIES, FEW_QUERIES + 4])
