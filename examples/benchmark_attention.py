@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from timing import environment, time_interleaved
+from timing import environment, keep_freed_memory, time_interleaved
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from modeling_diff import diff_attention_reference
@@ -151,6 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.lengths, arguments.map_dims, arguments.rounds = [128], [64], 2
+    keep_freed_memory()
     dtype = getattr(torch, arguments.dtype)
     differences = check(dtype, arguments.device)
     wrong = {name: f"{value:.1e}" for name, value in differences.items() if not value <= TOLERANCE[dtype]}

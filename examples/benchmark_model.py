@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import environment, time_interleaved
+from timing import environment, keep_freed_memory, time_interleaved
 from transformers import DiffLlamaConfig as StockDiffLlamaConfig
 from transformers import DiffLlamaForCausalLM as StockDiffLlama
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -190,6 +190,7 @@ def main() -> None:
         record["peak_training_bytes"] = memory_table(arguments)
         rows = {"peak of a training step (MiB)": {k: v / 2**20 for k, v in record["peak_training_bytes"].items()}}
     else:
+        keep_freed_memory()
         models = build_all(shape, getattr(torch, arguments.dtype), arguments.device)
         record["seconds"] = measure(models, arguments.length, arguments.rounds, arguments.device)
         rows = {f"{phase} (ms)": {k: 1000 * v for k, v in times.items()} for phase, times in record["seconds"].items()}

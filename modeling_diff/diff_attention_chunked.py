@@ -107,10 +107,11 @@ class ChunkedDiffAttention(torch.autograd.Function):
         blocks = Blocks(query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal)
         grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
         # Sums over blocks, so not narrower than float32.
-        grad_keys = torch.zeros_like(blocks.all_keys, dtype=blocks.wide)
+        keys = split_keys(key, query.shape[-1]).contiguous()  # (B, K, 2 or 1, S, d)
+        grad_keys = torch.zeros_like(keys, dtype=blocks.wide)
         grad_values = torch.zeros_like(blocks.all_values, dtype=blocks.wide)
         for block in blocks:
-            maps, keys, values = blocks.maps(block), blocks.keys(block), blocks.values(block)
+            maps, values = blocks.maps(block), blocks.values(block)
             grad_rows = blocks.head_rows(grad_output, block)
             grad_weights = blocks.scratch("grad_weights", query.dtype, len(values), grad_rows.shape[1], block.num_keys)
             torch.bmm(grad_rows, values.transpose(1, 2), out=grad_weights)
@@ -123,11 +124,12 @@ class ChunkedDiffAttention(torch.autograd.Function):
 
             weights = blocks.weights(block, maps)
             _add_product(blocks.values(block, grad_values), weights.transpose(1, 2), grad_rows)
-            grad_scores = blocks.narrow("scores", grad_scores).view(len(keys), -1, block.num_keys)
-            grad_keys_block = blocks.keys(block, grad_keys)
-            _add_product(grad_keys_block, grad_scores.transpose(1, 2), blocks.query_rows(block), ctx.scaling)
+            key_rows = blocks.key_rows(block, keys)
+            grad_scores = blocks.narrow("scores", grad_scores).view(len(key_rows), -1, block.num_keys)
+            grad_key_rows = blocks.key_rows(block, grad_keys)
+            _add_product(grad_key_rows, grad_scores.transpose(1, 2), blocks.query_rows(block), ctx.scaling)
             grad_block = blocks.by_map(grad_query)[block.rows, block.heads, :, :, block.queries]
-            grad_block.copy_(torch.bmm(grad_scores, keys).mul_(ctx.scaling).view_as(grad_block))
+            grad_block.copy_(torch.bmm(grad_scores, key_rows).mul_(ctx.scaling).view_as(grad_block))
         grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
         return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda, None, None, None
 
@@ -153,7 +155,7 @@ class Blocks:
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.query = self.by_map(query)
         self.all_values = value.contiguous()  # (B, K, S, D)
-        self.all_keys = key.unflatten(-1, (-1, query.shape[-1])).transpose(2, 3).contiguous()  # (B, K, 2 or 1, S, d)
+        self.all_keys = split_keys(key, query.shape[-1]).transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
         self.queries_at_once = max(1, BLOCK_ROWS // self.query.shape[3])
         self.future = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).triu_(1)
         self._scratch: dict[str, torch.Tensor] = {}
@@ -206,9 +208,12 @@ class Blocks:
         """(B, T, H, D) seen as (B, K, G, T, D)."""
         return output.unflatten(2, (self.num_key_value_heads, -1)).permute(0, 2, 3, 1, 4)
 
-    def keys(self, block: Block, tensor: torch.Tensor | None = None) -> torch.Tensor:
-        """(2N, S, d) in V1, (N, S, d) in V2: a view of the keys, or of what has their shape."""
-        tensor = self.all_keys if tensor is None else tensor
+    def key_columns(self, block: Block) -> torch.Tensor:
+        """(2N, d, S) in V1, (N, d, S) in V2: by columns the scores take 0.7 (16 bits) to 0.95 of the time by rows."""
+        return self.all_keys[block.rows, block.heads].flatten(0, 2)[..., : block.num_keys]
+
+    def key_rows(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
+        """(2N, S, d) in V1, (N, S, d) in V2, seen in (B, K, 2 or 1, S, d)."""
         return tensor[block.rows, block.heads].flatten(0, 2)[:, : block.num_keys]
 
     def values(self, block: Block, tensor: torch.Tensor | None = None) -> torch.Tensor:
@@ -242,9 +247,9 @@ class Blocks:
 
     def maps(self, block: Block) -> torch.Tensor:
         """Both softmax maps of a block, (N, 2, R, S) in float32 or wider."""
-        rows, keys = self.query_rows(block), self.keys(block)
+        rows = self.query_rows(block)
         scores = self.scratch("scores", rows.dtype, *rows.shape[:2], block.num_keys)
-        scores.baddbmm_(rows, keys.transpose(1, 2), beta=0, alpha=self.scaling)
+        scores.baddbmm_(rows, self.key_columns(block), beta=0, alpha=self.scaling)
         num_queries = block.queries.stop - block.queries.start
         if self.is_causal:
             future = self.future[:num_queries, :num_queries]
@@ -262,6 +267,11 @@ class Blocks:
         """A1 - lambda A2 of a block, (N, R, S) in the values' dtype; overwrites the first map."""
         first, second = maps.unbind(1)
         return self.narrow("weights", first.addcmul_(self.lambda_rows(block), second, value=-1))
+
+
+def split_keys(key: torch.Tensor, map_dim: int) -> torch.Tensor:
+    """(B, K, S, D) seen as (B, K, 2, S, d) in V1, as (B, K, 1, S, d) in V2."""
+    return key.unflatten(-1, (-1, map_dim)).transpose(2, 3)
 
 
 def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
