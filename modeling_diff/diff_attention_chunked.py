@@ -63,7 +63,8 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
     The same for a step of decoding: the heads of a key-value head ask together, and nothing cached is copied.
 
     Written for few operations rather than few multiplications, as a step of decoding is as long as its list of them.
-    Not narrower than float32, two products take 0.7 of sdpa's time, with the keys on the left, as they lie.
+    Not narrower than float32, two products, with the keys on the left as they lie, take sdpa's time for 1,024 keys and
+    0.7 of it for 4,096.
     """
     batch_size, num_key_value_heads, num_keys, head_dim = key.shape
     num_queries = query.shape[2]
