@@ -180,5 +180,6 @@ def test_kernel_with_left_padding_or_another_width_fits_sm_90(name, variant, map
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fwd", "dkdv", "dq", "decode"])
-def test_float32_kernel_fits_sm_90(name, tmp_path):
-    check(name, "v1", 128, torch.float32, (), tmp_path)
+@pytest.mark.parametrize("architecture", [89, 90])
+def test_float32_kernel_fits(name, architecture, tmp_path):
+    check(name, "v1", 128, torch.float32, (), tmp_path, architecture)
