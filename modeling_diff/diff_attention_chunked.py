@@ -92,9 +92,10 @@ class ChunkedDiffAttention(torch.autograd.Function):
         ctx.scaling, ctx.is_causal = scaling, is_causal
         blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
         output = value.new_empty(query.shape[0], query.shape[2], query.shape[1] // 2, value.shape[-1])
+        output_by_head = blocks.by_head(output)
         for block in blocks:
             weights = blocks.weights(block, blocks.maps(block))
-            output_block = blocks.by_head(output)[block.rows, block.heads, :, block.queries]
+            output_block = block.of_heads(output_by_head)
             output_block.copy_(torch.bmm(weights, blocks.values(block)).view_as(output_block))
         return output
 
@@ -129,7 +130,7 @@ class ChunkedDiffAttention(torch.autograd.Function):
             grad_scores = blocks.narrow("scores", grad_scores).view(len(key_rows), -1, block.num_keys)
             grad_key_rows = blocks.key_rows(block, grad_keys)
             _add_product(grad_key_rows, grad_scores.transpose(1, 2), blocks.query_rows(block), ctx.scaling)
-            grad_block = blocks.by_map(grad_query)[block.rows, block.heads, :, :, block.queries]
+            grad_block = block.of_maps(blocks.by_map(grad_query))
             grad_block.copy_(torch.bmm(grad_scores, key_rows).mul_(ctx.scaling).view_as(grad_block))
         grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
         return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda, None, None, None
@@ -143,6 +144,14 @@ class Block:
     heads: slice  # of the key-value heads; all of them where there are several rows
     queries: slice
     num_keys: int  # from the first on, which hold all that the block can see
+
+    def of_maps(self, by_map: torch.Tensor) -> torch.Tensor:
+        """Its part of (B, K, 2, G, T, d), a view."""
+        return by_map[self.rows, self.heads, :, :, self.queries]
+
+    def of_heads(self, by_head: torch.Tensor) -> torch.Tensor:
+        """Its part of (B, K, G, T, D), a view."""
+        return by_head[self.rows, self.heads, :, self.queries]
 
 
 class Blocks:
@@ -158,7 +167,7 @@ class Blocks:
         self.all_values = value.contiguous()  # (B, K, S, D)
         self.all_keys = split_keys(key, query.shape[-1]).transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
         self.queries_at_once = max(1, BLOCK_ROWS // self.query.shape[3])
-        self.future = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).triu_(1)
+        self.past = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).tril_()
         self._scratch: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Block]:
@@ -224,12 +233,12 @@ class Blocks:
 
     def query_rows(self, block: Block) -> torch.Tensor:
         """(2N, R, d) in V1, (N, 2R, d) in V2."""
-        queries = self.query[block.rows, block.heads, :, :, block.queries]
+        queries = block.of_maps(self.query)
         return queries.reshape(queries.shape[:2].numel() * self.all_keys.shape[2], -1, queries.shape[-1])
 
     def head_rows(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
         """(N, R, D) of (B, T, H, D)."""
-        heads = self.by_head(tensor)[block.rows, block.heads, :, block.queries]
+        heads = block.of_heads(self.by_head(tensor))
         return heads.reshape(heads.shape[:2].numel(), -1, heads.shape[-1])
 
     def lambda_rows(self, block: Block) -> torch.Tensor:
@@ -243,7 +252,7 @@ class Blocks:
         if grad_lambda.dim() == 0:
             grad_lambda -= row_sums.sum()
         else:
-            grad_block = self.by_head(grad_lambda.unsqueeze(-1))[block.rows, block.heads, :, block.queries]
+            grad_block = block.of_heads(self.by_head(grad_lambda.unsqueeze(-1)))
             grad_block -= row_sums.view_as(grad_block)
 
     def maps(self, block: Block) -> torch.Tensor:
@@ -253,9 +262,8 @@ class Blocks:
         scores.baddbmm_(rows, self.key_columns(block), beta=0, alpha=self.scaling)
         num_queries = block.queries.stop - block.queries.start
         if self.is_causal:
-            future = self.future[:num_queries, :num_queries]
             by_query = scores.view(-1, num_queries, block.num_keys)
-            by_query[..., block.queries].masked_fill_(future, torch.finfo(scores.dtype).min)
+            _mask(by_query[..., block.queries], self.past[:num_queries, :num_queries])
         elif self.attention_mask is not None:
             mask = self.attention_mask[block.rows, :, block.queries, : block.num_keys]
             _mask(scores.view(len(mask), -1, num_queries, block.num_keys), mask)

@@ -37,12 +37,10 @@ TILES_SM_90 = {
     ("v2", 256): {"fwd": (128, 32, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 8, 2), "decode": (32, 4, 2)},
 }
 # Everywhere else operands of a product are in registers, too, and consumer GPUs have 99 KiB of shared memory a program
-# instead of 227: tiles that fit both, without spills in the loops over keys.
-TILES = {
-    ("v1", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
+# instead of 227: where the tiles are wide, others fit both, without spills in the loops over keys.
+TILES = TILES_SM_90 | {
     ("v1", 64): {"fwd": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 32, 4, 2), "decode": (64, 4, 2)},
     ("v1", 128): {"fwd": (64, 32, 8, 2), "dkdv": (32, 64, 8, 1), "dq": (64, 32, 8, 1), "decode": (32, 4, 2)},
-    ("v2", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
     ("v2", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 4, 2), "decode": (64, 4, 2)},
     ("v2", 128): {"fwd": (64, 64, 8, 2), "dkdv": (32, 32, 4, 2), "dq": (64, 32, 8, 2), "decode": (64, 4, 2)},
     ("v2", 256): {"fwd": (64, 32, 8, 1), "dkdv": (16, 32, 8, 1), "dq": (32, 32, 8, 1), "decode": (32, 4, 2)},

@@ -121,7 +121,7 @@ def inverse_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.T
 
 
 def normalize_heads(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm in the heads' dtype, whatever the weight's, in fewer passes than torch's takes on a CPU. No gradient."""
+    """RMSNorm in the heads' dtype, whatever the weight's, in fewer passes than torch's takes on a CPU."""
     normalized = hidden_states * inverse_root_mean_square(hidden_states, eps)
     return normalized.to(hidden_states.dtype) * weight  # a new tensor: torch 2.11 compiles others into wrong gradients
 

@@ -29,13 +29,29 @@ def random_inputs(
     return [tensor.to(dtype).requires_grad_() for tensor in (query, key, value, diff_lambda)]
 
 
-def visible_keys(kind, num_queries, num_keys):
+def visible_keys(kind, num_queries, num_keys, batch_size=2):
     """Boolean (B, 1, T, S): causal to the bottom right, the second row also padded on the left."""
-    visible = torch.ones(2, 1, num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    visible = torch.ones(batch_size, 1, num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     if kind == "padded" and num_queries > 1:
         visible[1, :, :, :3] = False
         visible[1, :, :3, 0] = True  # rows of padding see something, so that float64 has a value to compare
     return visible
+
+
+def assert_gives_the_reference(inputs, mask, additive):
+    """Output and every gradient under `mask`, against the reference under the same mask as `additive`."""
+    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=additive)
+    grad_output = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
+    query, key, value, diff_lambda = inputs
+    output, maps = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
+    gradients = torch.autograd.grad(output, inputs, grad_output)
+
+    assert maps is None
+    # float64: sums of up to 257 terms near 1 lose two of 16 digits.
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for name, ours, theirs in zip(("query", "key", "value", "lambda"), gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "padded", "additive"])
@@ -53,18 +69,7 @@ def test_chunked_gives_outputs_and_gradients_of_the_reference(
     needs_mask = mask_kind != "causal" or num_queries not in (1, num_keys)
     mask = additive if mask_kind == "additive" else visible if needs_mask else None
 
-    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=additive)
-    grad_output = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
-    query, key, value, diff_lambda = inputs
-    output, maps = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
-    gradients = torch.autograd.grad(output, inputs, grad_output)
-
-    assert maps is None
-    # float64: sums of up to 257 terms near 1 lose two of 16 digits.
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
-    for name, ours, theirs in zip(("query", "key", "value", "lambda"), gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+    assert_gives_the_reference(inputs, mask, additive)
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "padded"])
@@ -74,23 +79,12 @@ def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, mask_ki
     Three rows of three key-value heads, of which each has 2 x 2 queries x 2 maps x 20 keys = 160 scores in the largest
     blocks: blocks of one head, of two and a rest, of one row, of several and a rest.
     """
-    query, key, value, diff_lambda = random_inputs(variant, 3, 2, 20, 20, batch_size=3)
-    visible = torch.ones(3, 1, 20, 20, dtype=torch.bool).tril()
-    visible[1, :, 3:, :3] = False
-    visible = visible if mask_kind == "padded" else torch.ones(3, 1, 20, 20, dtype=torch.bool).tril()
+    visible = visible_keys(mask_kind, 20, 20, batch_size=3)
     additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
-    inputs = (query, key, value, diff_lambda)
-    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=additive)
-    grad_output = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
-
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 4)
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", block_scores)
     mask = visible if mask_kind == "padded" else None
-    output, _ = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)  # float64: see above
-    for ours, theirs in zip(torch.autograd.grad(output, inputs, grad_output), expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert_gives_the_reference(random_inputs(variant, 3, 2, 20, 20, batch_size=3), mask, additive)
 
 
 def test_chunked_attends_everywhere_where_the_module_is_not_causal(variant):
