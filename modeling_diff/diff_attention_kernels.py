@@ -32,7 +32,7 @@ def _jit(kernel):
 
 
 @_jit
-def _visible(rows, batch, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL: tl.constexpr):
+def _visible(rows, batch, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL: tl.constexpr):
     """Interval [lo, hi) of the keys that `rows` (a scalar or a vector, each < T) see."""
     length = S
     if length_ptr is not None:
@@ -42,9 +42,10 @@ def _visible(rows, batch, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_pt
     hi = rows * 0 + length
     if start_ptr is not None:
         lo += tl.load(start_ptr + batch)
-    if seq_start_ptr is not None:
-        lo = tl.load(seq_start_ptr + rows)
-        hi = tl.load(seq_end_ptr + rows)
+    if bounds_ptr is not None:
+        bounds_ptr += (batch * T + rows) * 2
+        lo = tl.load(bounds_ptr)
+        hi = tl.load(bounds_ptr + 1)
     if window is not None:
         lo = tl.maximum(lo, position - (window - 1))
     if CAUSAL:
@@ -54,7 +55,7 @@ def _visible(rows, batch, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_pt
 
 @_jit
 def _walk(
-    row0, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window,
+    row0, b, T, S, start_ptr, length_ptr, bounds_ptr, window,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Intervals of a block of rows, their union [first, last), and the ends of its three phases of key tiles.
@@ -62,10 +63,10 @@ def _walk(
     Phase 1 holds the tiles that every row sees whole; the tiles of phases 0 and 2 need the comparison.
     """
     rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), T - 1)
-    lo, hi = _visible(rows, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL)
-    first, full_end = _visible(row0, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL)
+    lo, hi = _visible(rows, b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL)
+    first, full_end = _visible(row0, b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL)
     row = tl.minimum(row0 + BLOCK_M, T) - 1
-    full_begin, last = _visible(row, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL)
+    full_begin, last = _visible(row, b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL)
     begin = first // BLOCK_N * BLOCK_N
     full_begin = tl.cdiv(tl.minimum(full_begin, last), BLOCK_N) * BLOCK_N
     full_begin = tl.maximum(full_begin, begin)
@@ -141,7 +142,7 @@ def _attend(
 @_jit
 def fwd_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, weight_ptr, out_ptr, o_ptr, o2_ptr, lse1_ptr, lse2_ptr, rstd_ptr, scratch_ptr,
-    start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window,
+    start_ptr, length_ptr, bounds_ptr, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     B, H, G, T, S, scale, eps, norm_scale,
     MAPS: tl.constexpr, SHARE_K: tl.constexpr, LAM_ROW: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr,
@@ -156,7 +157,7 @@ def fwd_kernel(
     rows = row0 + offsets
     valid = rows < T
     lo, hi, first, last, ends = _walk(
-        row0, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL, BLOCK_M, BLOCK_N
+        row0, b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL, BLOCK_M, BLOCK_N
     )
     q_ptr += b * stride_qb + h * MAPS * stride_qh + row0.to(tl.int64) * stride_qt
     k_ptr += b * stride_kb + (h // G) * stride_kh
@@ -264,7 +265,7 @@ def bwd_pre_kernel(
 @_jit
 def _dkdv_rows(
     dk1, dk2, dv, k1, k2, v, keys, q_ptr, do_ptr, lam_ptr, lse1_ptr, lse2_ptr, delta1_ptr, delta2_ptr,
-    start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, b, stride_qh, stride_qt, begin, end, H, T, S, scale,
+    start_ptr, length_ptr, bounds_ptr, window, b, stride_qh, stride_qt, begin, end, H, T, S, scale,
     MAPS: tl.constexpr, SHARE_K: tl.constexpr, LAM_ROW: tl.constexpr, CAUSAL: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, BLOCK_d: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -282,9 +283,7 @@ def _dkdv_rows(
         lse1 = tl.load(lse1_ptr + rows, mask=valid, other=float("inf"))
         p = tl.exp2(tl.dot(k1, tl.trans(q1), input_precision=PRECISION) * scale - lse1[None, :])
         if MASKED:
-            lo, hi = _visible(
-                tl.minimum(rows, T - 1), b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL
-            )
+            lo, hi = _visible(tl.minimum(rows, T - 1), b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL)
             seen = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :])
             p = tl.where(seen, p, 0.0)
         if DK:
@@ -318,7 +317,7 @@ def _dkdv_rows(
 @_jit
 def bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, do_ptr, dk_ptr, dv_ptr, lse1_ptr, lse2_ptr, delta1_ptr, delta2_ptr,
-    start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window,
+    start_ptr, length_ptr, bounds_ptr, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, B, H, G, T, S, scale, scaling,
     MAPS: tl.constexpr, SHARE_K: tl.constexpr, LAM_ROW: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr,
@@ -337,10 +336,11 @@ def bwd_dkdv_kernel(
         length = tl.load(length_ptr + b)
     key_end = tl.minimum(length, S)
     begin, end = key0 * 0, key0 * 0 + T  # rows that see any key of the tile
-    if seq_start_ptr is not None:
-        begin = tl.load(seq_start_ptr + key0)
-        end = tl.load(seq_end_ptr + tl.minimum(key0 + BLOCK_N, T) - 1)
-        key_end = tl.load(seq_end_ptr + T - 1)
+    if bounds_ptr is not None:
+        end_ptr = bounds_ptr + b * T * 2 + 1
+        begin = tl.load(end_ptr + key0 * 2 - 1)
+        end = tl.load(end_ptr + (tl.minimum(key0 + BLOCK_N, T) - 1) * 2)
+        key_end = tl.load(end_ptr + (T - 1) * 2)
     if CAUSAL:
         begin = tl.maximum(begin, key0 - (length - T))
     if window is not None:
@@ -378,14 +378,14 @@ def bwd_dkdv_kernel(
             lam_head += b * T * H + h
         dk1, dk2, dv = _dkdv_rows(
             dk1, dk2, dv, k1, k2, v, keys, q_head, do_head, lam_head, lse1_ptr + stat, lse2_ptr + stat,
-            delta1_ptr + stat, delta2_ptr + stat, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, b,
+            delta1_ptr + stat, delta2_ptr + stat, start_ptr, length_ptr, bounds_ptr, window, b,
             stride_qh, stride_qt, begin, masked_end, H, T, S, scale, MAPS, SHARE_K, LAM_ROW, CAUSAL, d, D, BLOCK_d,
             BLOCK_D, BLOCK_M, DK, DV, True, PRECISION,
         )  # fmt: skip
         if not LOWER:
             dk1, dk2, dv = _dkdv_rows(
                 dk1, dk2, dv, k1, k2, v, keys, q_head, do_head, lam_head, lse1_ptr + stat, lse2_ptr + stat,
-                delta1_ptr + stat, delta2_ptr + stat, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, b,
+                delta1_ptr + stat, delta2_ptr + stat, start_ptr, length_ptr, bounds_ptr, window, b,
                 stride_qh, stride_qt, masked_end, end, H, T, S, scale, MAPS, SHARE_K, LAM_ROW, CAUSAL, d, D, BLOCK_d,
                 BLOCK_D, BLOCK_M, DK, DV, False, PRECISION,
             )  # fmt: skip
@@ -438,7 +438,7 @@ def _dq_keys(
 @_jit
 def bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, do_ptr, dq_ptr, lse1_ptr, lse2_ptr, delta1_ptr, delta2_ptr,
-    start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window,
+    start_ptr, length_ptr, bounds_ptr, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dqb, stride_dqh, stride_dqt, B, H, G, T, S, scale, scaling,
     MAPS: tl.constexpr, SHARE_K: tl.constexpr, LAM_ROW: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr,
@@ -453,7 +453,7 @@ def bwd_dq_kernel(
     rows = row0 + offsets
     valid = rows < T
     lo, hi, first, last, ends = _walk(
-        row0, b, T, S, start_ptr, length_ptr, seq_start_ptr, seq_end_ptr, window, CAUSAL, BLOCK_M, BLOCK_N
+        row0, b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL, BLOCK_M, BLOCK_N
     )
     q_ptr += b * stride_qb + h * MAPS * stride_qh + row0.to(tl.int64) * stride_qt
     k_ptr += b * stride_kb + (h // G) * stride_kh
@@ -503,9 +503,9 @@ def decode_kernel(
     offsets = tl.arange(0, BLOCK_M)
     valid = offsets < G * T
     query = tl.minimum(offsets, G * T - 1) % T
-    lo, hi = _visible(query, b, T, S, start_ptr, length_ptr, None, None, window, CAUSAL)
-    first, _ = _visible(split * 0, b, T, S, start_ptr, length_ptr, None, None, window, CAUSAL)
-    _, last = _visible(split * 0 + T - 1, b, T, S, start_ptr, length_ptr, None, None, window, CAUSAL)
+    lo, hi = _visible(query, b, T, S, start_ptr, length_ptr, None, window, CAUSAL)
+    first, _ = _visible(split * 0, b, T, S, start_ptr, length_ptr, None, window, CAUSAL)
+    _, last = _visible(split * 0 + T - 1, b, T, S, start_ptr, length_ptr, None, window, CAUSAL)
     # The splits share the keys that are there, not the buffer that could hold them.
     per_split = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), SPLITS) * BLOCK_N
     begin = first + split * per_split

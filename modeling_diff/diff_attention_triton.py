@@ -92,6 +92,8 @@ def triton_can_run(device) -> str | None:
         return None  # TRITON_INTERPRET=1: any device
     if device.type != "cuda":
         return f"the kernels need a CUDA device, the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA's GPUs, this torch is built for AMD's"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
@@ -100,7 +102,12 @@ def triton_can_run(device) -> str | None:
     return None
 
 
-def _flags(query, key, value, diff_lambda, is_causal, key_start, seq_start, sliding_window):
+def widths_fit(map_dim: int, key_dim: int, head_dim: int) -> bool:
+    """Whether there are tiles for queries, keys and values of these widths."""
+    return max(_widths(key_dim, head_dim)) <= 256 and key_dim in (map_dim, 2 * map_dim)
+
+
+def _flags(query, key, value, diff_lambda, is_causal, key_start, bounds, sliding_window):
     """Sizes and constexpr flags that every kernel shares."""
     maps = 1 if diff_lambda is None else 2
     map_dim, head_dim = query.shape[-1], value.shape[-1]
@@ -110,7 +117,7 @@ def _flags(query, key, value, diff_lambda, is_causal, key_start, seq_start, slid
         "SHARE_K": key.shape[-1] == map_dim,
         "LAM_ROW": maps == 2 and diff_lambda.dim() == 3,
         "CAUSAL": is_causal,
-        "LOWER": key_start is not None or seq_start is not None or sliding_window is not None,
+        "LOWER": key_start is not None or bounds is not None or sliding_window is not None,
         "d": map_dim,
         "D": head_dim,
         "BLOCK_d": block_d,
@@ -145,8 +152,7 @@ def _forward(
     norm_weight: torch.Tensor | None,
     key_start: torch.Tensor | None,
     key_length: torch.Tensor | None,
-    seq_start: torch.Tensor | None,
-    seq_end: torch.Tensor | None,
+    bounds: torch.Tensor | None,
     scaling: float,
     is_causal: bool,
     sliding_window: int | None,
@@ -155,13 +161,13 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, and with `keep` what the backward reads: o before the norm, o2, (lse1, lse2, rstd); else empty tensors."""
-    flags = _flags(query, key, value, diff_lambda, is_causal, key_start, seq_start, sliding_window)
+    flags = _flags(query, key, value, diff_lambda, is_causal, key_start, bounds, sliding_window)
     (B, _, T, _), (_, K, S, D) = query.shape, value.shape
     H = query.shape[1] // flags["MAPS"]
     out, o, o2, stats = _forward_empty(query, value, flags["MAPS"], norm_weight is not None, keep)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype, _is_sm_90(query.device))
-    if not keep and seq_start is None and T <= DECODE_MAX_QUERIES and T * H // K <= DECODE_MAX_ROWS:
+    if not keep and bounds is None and T <= DECODE_MAX_QUERIES and T * H // K <= DECODE_MAX_ROWS:
         block_n, warps, stages = tiles["decode"]
         splits = _decode_splits(query.device, B * K, S, block_n)
         parts = query.new_empty(B, K, splits, flags["MAPS"], T * H // K, D, dtype=torch.float32)
@@ -183,7 +189,7 @@ def _forward(
     block_m, block_n, warps, stages = tiles["fwd"]
     fwd_kernel[(_cdiv(T, block_m) * B * H,)](
         query, key, value, diff_lambda, norm_weight, out, o if keep else None, o2 if keep else None, lse1, lse2, rstd,
-        scratch, key_start, key_length, seq_start, seq_end, sliding_window, *strides,
+        scratch, key_start, key_length, bounds, sliding_window, *strides,
         B, H, H // K, T, S, scaling * LOG2E, norm_eps, norm_scale, **flags,
         BLOCK_M=block_m, BLOCK_N=block_n, TWO_PASS=two_pass, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -211,15 +217,14 @@ def _backward(
     norm_weight: torch.Tensor | None,
     key_start: torch.Tensor | None,
     key_length: torch.Tensor | None,
-    seq_start: torch.Tensor | None,
-    seq_end: torch.Tensor | None,
+    bounds: torch.Tensor | None,
     scaling: float,
     is_causal: bool,
     sliding_window: int | None,
     norm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and (empty where they have no use) dlambda and dweight in fp32."""
-    flags = _flags(query, key, value, diff_lambda, is_causal, key_start, seq_start, sliding_window)
+    flags = _flags(query, key, value, diff_lambda, is_causal, key_start, bounds, sliding_window)
     (B, _, T, _), (_, K, S, D) = query.shape, value.shape
     H = query.shape[1] // flags["MAPS"]
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -236,7 +241,7 @@ def _backward(
         **{name: flags[name] for name in ("MAPS", "LAM_ROW", "D", "BLOCK_D")},
         BLOCK_M=pre_rows, TILES=pre_tiles, num_warps=4,
     )  # fmt: skip
-    masks = (key_start, key_length, seq_start, seq_end, sliding_window)
+    masks = (key_start, key_length, bounds, sliding_window)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     sizes = (B, H, H // K, T, S, scaling * LOG2E, scaling)
     tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype, _is_sm_90(query.device))
@@ -270,26 +275,24 @@ def _backward_fake(grad, query, key, value, o, o2, stats, diff_lambda, norm_weig
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, diff_lambda, norm_weight, *masks = inputs[:9]
+    query, key, value, diff_lambda, norm_weight, *masks = inputs[:8]
     out, o, o2, stats = output
     ctx.save_for_backward(
         query, key, value, out if norm_weight is None else o, o2, stats, diff_lambda, norm_weight, *masks
     )
-    ctx.scalars = (*inputs[9:12], inputs[13])
+    ctx.scalars = (*inputs[8:11], inputs[12])
     ctx.set_materialize_grads(False)  # or zeros as large as o and o2 would be made for outputs nobody differentiates
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 15
-    *tensors, key_start, key_length, seq_start, seq_end = ctx.saved_tensors
+        return (None,) * 14
+    *tensors, key_start, key_length, bounds = ctx.saved_tensors
     diff_lambda, norm_weight = tensors[6:8]
-    dq, dk, dv, dlambda, dweight = _backward_op(
-        grad, *tensors, key_start, key_length, seq_start, seq_end, *ctx.scalars
-    )
+    dq, dk, dv, dlambda, dweight = _backward_op(grad, *tensors, key_start, key_length, bounds, *ctx.scalars)
     dlambda = None if diff_lambda is None else dlambda
     dweight = None if norm_weight is None else dweight.to(norm_weight.dtype)
-    return (dq, dk, dv, dlambda, dweight, *(None,) * 10)
+    return (dq, dk, dv, dlambda, dweight, *(None,) * 9)
 
 
 # Opaque operators (custom_op, not triton_op): one path for compiled, captured, interpreted and eager calls, and the
@@ -301,7 +304,7 @@ _backward_op.register_fake(_backward_fake)
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _check(query, key, value, diff_lambda, is_causal, sliding_window, key_start, key_length, cu_seqlens, scaling):
+def _check(query, key, value, diff_lambda, is_causal, sliding_window, scaling):
     maps = 1 if diff_lambda is None else 2
     map_dim, head_dim = query.shape[-1], value.shape[-1]
     if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
@@ -312,13 +315,10 @@ def _check(query, key, value, diff_lambda, is_causal, sliding_window, key_start,
         raise ValueError(
             f"key is {key.shape[-1]} wide and query {map_dim}: give keys {map_dim} (V2) or {2 * map_dim} (V1) wide"
         )
-    share_k = key.shape[-1] == map_dim
-    block_d, block_D = _widths(map_dim, head_dim)
-    most = 256 if share_k else 128
-    if block_d > most or block_D > 256:
+    if not widths_fit(map_dim, key.shape[-1], head_dim):
         raise ValueError(
-            f"map_dim={map_dim} with head_dim={head_dim} does not fit the kernels: at most {most} and 256 here, since "
-            "fp32 accumulators head_dim wide stay in registers; use another attn_implementation"
+            f"map_dim={map_dim} with head_dim={head_dim} does not fit the kernels: at most 256 each, and 128 for V1's "
+            "maps, since fp32 accumulators head_dim wide stay in registers; use another attn_implementation"
         )
     if query.shape[1] % (maps * value.shape[1]) or key.shape[:3] != value.shape[:3]:
         raise ValueError(
@@ -329,12 +329,29 @@ def _check(query, key, value, diff_lambda, is_causal, sliding_window, key_start,
         raise ValueError(f"scaling={scaling} must be positive: the maximum is taken before it is applied")
     if sliding_window is not None and not is_causal:
         raise ValueError(f"sliding_window={sliding_window} needs is_causal=True")
-    if cu_seqlens is not None:
-        if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-            raise ValueError("cu_seqlens needs batch size 1 and as many keys as queries, got "
-                             f"query {tuple(query.shape)} and key {tuple(key.shape)}")  # fmt: skip
-        if key_start is not None or key_length is not None:
-            raise ValueError("cu_seqlens cannot be combined with key_start or key_length: cut the sequences instead")
+
+
+def _check_masks(query, key, key_start, key_length, cu_seqlens, sequence_bounds):
+    if cu_seqlens is None and sequence_bounds is None:
+        return
+    if query.shape[2] != key.shape[2] or (cu_seqlens is not None and query.shape[0] != 1):
+        raise ValueError("packed sequences need as many keys as queries, and cu_seqlens batch size 1, got "
+                         f"query {tuple(query.shape)} and key {tuple(key.shape)}")  # fmt: skip
+    if cu_seqlens is not None and sequence_bounds is not None:
+        raise ValueError("give cu_seqlens or sequence_bounds, not both")
+    bounds_shape = (query.shape[0], query.shape[2], 2)
+    if sequence_bounds is not None and sequence_bounds.shape != bounds_shape:
+        raise ValueError(f"sequence_bounds must be {bounds_shape}, is {tuple(sequence_bounds.shape)}")
+    if key_start is not None or key_length is not None:
+        raise ValueError("packed sequences cannot be combined with key_start or key_length: cut the sequences instead")
+
+
+def _bounds_of_tokens(cu_seqlens, num_tokens):
+    """First and end (1, T, 2) of the sequence each token is in; past the last boundary an empty one."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    boundaries = torch.cat((cu_seqlens, cu_seqlens[-1:]))
+    index = torch.searchsorted(boundaries[1:-1].contiguous(), tokens, right=True)
+    return torch.stack((boundaries[index], boundaries[index + 1]), dim=-1)[None]
 
 
 def diff_attention_triton(
@@ -349,6 +366,7 @@ def diff_attention_triton(
     key_start: torch.Tensor | None = None,
     key_length: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    sequence_bounds: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     norm_scale: float = 1.0,
@@ -363,10 +381,13 @@ def diff_attention_triton(
     key_start: (B,) first visible key of each row of the batch (left padding).
     key_length: (B,) or () number of valid keys (static caches); the rest of `key` and `value` is not read.
     cu_seqlens: (N + 1,) boundaries of packed sequences, batch size 1; tokens after the last boundary see nothing.
+    sequence_bounds: (B, T, 2) the same in any batch: the first token of each token's sequence, and the one after its
+        last; neither falls along a row.
 
     Raises ValueError where shapes, dtypes or head sizes do not fit, RuntimeError where triton cannot run.
     """
-    _check(query, key, value, diff_lambda, is_causal, sliding_window, key_start, key_length, cu_seqlens, scaling)
+    _check(query, key, value, diff_lambda, is_causal, sliding_window, scaling)
+    _check_masks(query, key, key_start, key_length, cu_seqlens, sequence_bounds)
     reason = triton_can_run(query.device)
     if reason is not None:
         raise RuntimeError(f"diff_triton cannot run: {reason}")
@@ -377,16 +398,14 @@ def diff_attention_triton(
         key_start = key_start.to(torch.int32).contiguous()
     if key_length is not None:
         key_length = key_length.to(torch.int32).expand(query.shape[0]).contiguous()
-    seq_start = seq_end = None
     if cu_seqlens is not None:
-        tokens = torch.arange(query.shape[2], device=query.device, dtype=torch.int32)
-        bounds = torch.cat((cu_seqlens, cu_seqlens[-1:])).to(torch.int32)
-        index = torch.searchsorted(bounds[1:-1].contiguous(), tokens, right=True)
-        seq_start, seq_end = bounds[index], bounds[index + 1]
+        sequence_bounds = _bounds_of_tokens(cu_seqlens, query.shape[2])
+    if sequence_bounds is not None:
+        sequence_bounds = sequence_bounds.to(torch.int32).contiguous()
     tensors = (query, key, value, diff_lambda, norm_weight)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     out, *_ = _forward_op(
-        *tensors, key_start, key_length, seq_start, seq_end, scaling, is_causal, sliding_window, norm_eps, norm_scale,
+        *tensors, key_start, key_length, sequence_bounds, scaling, is_causal, sliding_window, norm_eps, norm_scale,
         keep,
     )  # fmt: skip
     return out

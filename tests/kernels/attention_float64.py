@@ -4,6 +4,7 @@ B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim.
 """
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -22,6 +23,7 @@ class Case:
     key_start: tuple[int, ...] | None = None
     key_length: tuple[int, ...] | int | None = None
     cu_seqlens: tuple[int, ...] | None = None
+    boundaries: tuple[tuple[int, ...], ...] | None = None  # as cu_seqlens, a row each, up to the last token
     norm: bool = False
     diff_lambda: float = 0.6
     dtype: torch.dtype = torch.float32
@@ -36,6 +38,12 @@ class Case:
         for name in ("key_start", "key_length", "cu_seqlens"):
             given = getattr(self, name)
             options[name] = None if given is None else torch.tensor(given, dtype=torch.int32, device=device)
+        if self.boundaries is not None:
+            rows = [
+                [(begin, end) for begin, end in itertools.pairwise(row) for _ in range(begin, end)]
+                for row in self.boundaries
+            ]
+            options["sequence_bounds"] = torch.tensor(rows, dtype=torch.int32, device=device)
         return options | {"norm_eps": 1e-5, "norm_scale": 0.7}
 
     def tensors(self, device="cpu"):
@@ -78,9 +86,10 @@ class Case:
                 seen &= s <= position
             if self.sliding_window is not None:
                 seen &= s > position - self.sliding_window
-            if self.cu_seqlens is not None:
+            boundaries = self.cu_seqlens if self.boundaries is None else self.boundaries[b]
+            if boundaries is not None:
                 segment = torch.full((self.S,), -1)
-                for number, (begin, end) in enumerate(zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)):
+                for number, (begin, end) in enumerate(itertools.pairwise(boundaries)):
                     segment[begin:end] = number
                 seen &= (segment[:, None] == segment[None, :]) & (segment[:, None] >= 0)
             mask[b] = seen

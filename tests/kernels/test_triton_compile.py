@@ -28,7 +28,7 @@ MAX_SPILLS, MAX_SPILLS_ONE_ACCUMULATOR = 160, 600
 IN_MODEL_DTYPE = {"q", "k", "v", "out", "o", "o2", "do", "dk", "dv", "dq", "grad", "weight"}
 
 
-MASKS = {"start_ptr", "length_ptr", "seq_start_ptr", "seq_end_ptr", "window"}
+MASKS = {"start_ptr", "length_ptr", "bounds_ptr", "window"}
 SIZES = {"B", "H", "K", "G", "T", "S", "SPLITS"}
 
 
@@ -142,7 +142,7 @@ def test_kernel_fits_sm_90(name, variant, map_dim, tmp_path):
 
 
 OPTIONS = {
-    "packed": {"masks": ("seq_start_ptr", "seq_end_ptr", "window")},
+    "packed": {"masks": ("bounds_ptr", "window")},
     "static cache": {"masks": ("start_ptr", "length_ptr"), "causal": False},
     "one map": {"maps": 1},
     "sizes of one": {"masks": ("length_ptr", "window"), "ones": SIZES},

@@ -82,6 +82,8 @@ else:
         "packed with tail": Case(cu_seqlens=(0, 17, 40), T=65),
         "packed full with tail": Case(cu_seqlens=(0, 17, 40), is_causal=False),
         "packed window": Case("v2", cu_seqlens=(0, 40, 65), sliding_window=9),
+        "packed rows": Case(B=2, H=4, K=2, boundaries=((0, 1, 30, 65), (0, 47, 64, 65)), norm=True),
+        "packed rows full": Case("v2", B=2, T=40, S=40, boundaries=((0, 40), (0, 17, 40)), is_causal=False),
     }
 
     @pytest.mark.parametrize("name", CASES)
@@ -170,7 +172,7 @@ else:
         found = errors(case, compiled)
         assert max(found.values()) <= TOLERANCE[case.dtype], found
         tensors = [tensor.detach() for tensor in case.tensors().values()]
-        options = (None, None, None, None, 0.25, True, None, 1e-5, 0.7, True)
+        options = (None, None, None, 0.25, True, None, 1e-5, 0.7, True)
         for tensor in tensors:
             tensor.requires_grad_()
         torch.library.opcheck(
@@ -188,6 +190,9 @@ else:
             (Case(T=4, S=4, is_causal=False), {"sliding_window": 2}, "sliding_window=2"),
             (Case(B=2, T=4, S=4, cu_seqlens=(0, 4)), {}, "batch size 1"),
             (Case(T=4, S=4, cu_seqlens=(0, 4)), {"key_start": torch.tensor([0])}, "key_start"),
+            (Case(T=4, S=4, cu_seqlens=(0, 4), boundaries=((0, 4),)), {}, "not both"),
+            (Case(T=4, S=5, boundaries=((0, 4),)), {}, "as many keys as queries"),
+            (Case(B=2, T=4, S=4, boundaries=((0, 4),)), {}, r"sequence_bounds must be \(2, 4, 2\), is \(1, 4, 2\)"),
         ],
     )
     def test_what_does_not_fit_is_refused_by_name(case, change, message):
