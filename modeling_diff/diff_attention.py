@@ -106,12 +106,19 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     return by_place.flatten(1, 2).flatten(3)
 
 
+def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """What attention on states of `dtype` is computed in: autocast's dtype where it is on."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch 2.11 has torch.compiler.is_exporting() be true of all that it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The states in autocast's dtype where it is on, as it casts them before scaled_dot_product_attention."""
-    device_type = states[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return states
-    return tuple(state.to(torch.get_autocast_dtype(device_type)) for state in states)
+    """The states as autocast, where it is on, casts them before scaled_dot_product_attention."""
+    return tuple(state.to(computing_dtype(state.dtype, state.device.type)) for state in states)
 
 
 def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
 
 from .configuration_diff_llama import DiffLlamaConfig
-from .diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
+from .diff_attention import eager_attention_forward, is_exporting, standard_attention_forward, subtract_maps
+from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fastest_path
 from .diff_attention_chunked import chunked_attention_forward
 from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
@@ -53,29 +54,15 @@ DIFFERENTIAL_ATTENTION_FUNCTIONS: dict[str, Callable] = {
     "diff_chunked": chunked_attention_forward,
     "diff_triton": fused_attention_forward,
 }
+DEFAULT_ATTENTION = "diff_auto"
 # Without a mask function of its own, a name gets no mask at all, even for a padded batch.
-for name, mask_function in (
-    ("diff_chunked", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]),
-    ("diff_triton", fused_attention_mask),
+for name, function, mask_function in (
+    ("diff_auto", auto_attention_forward, auto_attention_mask),
+    ("diff_chunked", chunked_attention_forward, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]),
+    ("diff_triton", fused_attention_forward, fused_attention_mask),
 ):
-    AttentionInterface.register(name, DIFFERENTIAL_ATTENTION_FUNCTIONS[name])
+    AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
-
-
-# The fastest exact path by device, where it has been measured (examples/benchmark_attention.py).
-DEFAULT_ATTENTION = {
-    # The one standard call and four calls take twice LLaMA's time; values twice as wide as queries leave torch's fast
-    # CPU kernel, the worse the longer the text; flex_attention has no backward pass there, flash attention no kernel.
-    "cpu": "diff_chunked",
-    # Not measured: sdpa is what every GPU has. diff_triton is to take its place once it has been timed.
-    "cuda": "sdpa",
-}
-
-
-def default_attention() -> str:
-    """The name for the device at hand; the one standard call on those that are in no row of the table."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return DEFAULT_ATTENTION.get(accelerator.type if accelerator else "cpu", "sdpa")
 
 
 class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -219,15 +206,19 @@ class DiffLlamaAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Heads' outputs (B, T, H, D) and, from `eager`, the weights A1 - lambda A2 (B, H, T, S)."""
         diff_lambda = self.compute_lambda(hidden_states)
-        states = (self, query_states, key_states, value_states, attention_mask)
         implementation = self.config._attn_implementation
         if implementation != "eager" and kwargs.get("attention_maps_by_layer") is not None:
             raise ValueError(
                 f"attention_maps_by_layer: attn_implementation={implementation!r} never holds whole maps; call "
                 'set_attn_implementation("eager") first.'
             )
-        if implementation == "diff_chunked" and torch.compiler.is_exporting():
+        if implementation == DEFAULT_ATTENTION:
+            implementation, attention_mask = fastest_path(
+                self, query_states, key_states, value_states, attention_mask, 2, kwargs.get("is_causal")
+            )
+        if implementation == "diff_chunked" and is_exporting():
             implementation = "sdpa"  # equal, and without a loop over blocks that would fix the exported length
+        states = (self, query_states, key_states, value_states, attention_mask)
         norm = self.fusable_norm() if implementation == "diff_triton" else {}
         if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS:
             attn_output, attn_weights = DIFFERENTIAL_ATTENTION_FUNCTIONS[implementation](
@@ -315,7 +306,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == "diff_triton" and (reason := triton_can_run("cuda")) is not None:
             raise ImportError(f'attn_implementation="diff_triton" cannot run here: {reason}.')
-        return super().get_correct_attn_implementation(requested_attention or default_attention(), is_init_check)
+        return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):
@@ -357,7 +348,7 @@ class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged caches are written inside transformers' attention calls, so batches run through the standard call."""
-        if self.config._attn_implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS.keys() - {"eager"}:
+        if self.config._attn_implementation.startswith("diff_"):
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)
 

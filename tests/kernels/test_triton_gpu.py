@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_float64 import Case, errors, expected
 
+from modeling_diff.diff_attention_check import kernels_agree
 from modeling_diff.diff_attention_triton import diff_attention_triton, triton_can_run
 
 
@@ -29,6 +30,7 @@ CASES = {
     "key length": Case("v2", B=2, key_length=(130, 400), T=100, S=500, d=128),
     "window": Case(sliding_window=100, T=400, S=400, d=64),
     "packed": Case(cu_seqlens=(0, 1, 130, 300, 400), T=420, S=420, d=64, norm=True),
+    "packed rows": Case(B=2, boundaries=((0, 1, 130, 420), (0, 300, 400, 420)), T=420, S=420, d=64, norm=True),
 }
 
 
@@ -87,6 +89,13 @@ def test_bfloat16_error_is_no_larger_than_that_of_two_calls_and_a_subtraction(va
 
     ours, theirs = errors(case, diff_attention_triton, "cuda"), errors(case, two_calls, "cuda")
     assert all(ours[name] <= 1.05 * theirs[name] for name in ours), (ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [(64, 128, 128, 2), (128, 256, 256, 2), (64, 64, 64, 2), (128, 128, 128, 1)])
+def test_default_path_trusts_the_kernels_here(widths, dtype, training):
+    assert kernels_agree(torch.device("cuda", torch.cuda.current_device()), dtype, *widths, training)
 
 
 def test_backward_gives_the_same_bits_every_time():

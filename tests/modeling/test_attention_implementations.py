@@ -60,6 +60,14 @@ def test_flex_attention_training_on_the_cpu_is_refused(tiny_model, variant, rand
         model(random_ids(1, 5), labels=random_ids(1, 5)).loss.backward()
 
 
+def test_default_on_the_cpu_is_diff_chunked(tiny_model, variant, random_ids):
+    model, input_ids = tiny_model(variant), random_ids(2, 20)
+    assert model.config._attn_implementation == "diff_auto"
+    logits = model(input_ids).logits
+    model.set_attn_implementation("diff_chunked")
+    assert torch.equal(model(input_ids).logits, logits)
+
+
 def test_implementation_set_at_run_time_is_the_one_that_runs(tiny_model, variant, random_ids):
     model, input_ids = tiny_model(variant, attn_implementation="sdpa"), random_ids(2, 9)
     expected = model(input_ids).logits

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 FLOAT32_ATOL = 2e-5
 
 
-@pytest.fixture(params=["eager", "sdpa", "diff_chunked"])
+@pytest.fixture(params=["eager", "sdpa", "diff_auto"])
 def model(request, tiny_model, variant):
     torch._dynamo.reset()
     return tiny_model(variant, attn_implementation=request.param, num_hidden_layers=1)

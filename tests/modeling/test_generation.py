@@ -9,7 +9,7 @@ from transformers.generation import ContinuousBatchingConfig
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
-@pytest.fixture(params=["eager", "sdpa", "diff_chunked"])
+@pytest.fixture(params=["eager", "sdpa", "diff_auto"])
 def model(request, tiny_model, variant):
     return tiny_model(variant, attn_implementation=request.param)
 
@@ -108,7 +108,7 @@ def generate_batch(model, prompts):
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "paged|eager", "eager", "diff_chunked"])
+@pytest.mark.parametrize("implementation", ["sdpa", "paged|eager", "eager", "diff_chunked", "diff_auto"])
 def test_continuous_batching_equals_generate_token_by_token(tiny_model, variant, random_ids, implementation):
     model = tiny_model(variant, attn_implementation="sdpa")
     prompts = [random_ids(1, length, seed=length) for length in (13, 7, 1, 40)]  # 40: more than a batch's tokens

@@ -9,7 +9,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 FLOAT32_ATOL = 2e-5
 
 
-@pytest.fixture(params=["eager", "sdpa", "diff_chunked"])
+@pytest.fixture(params=["eager", "sdpa", "diff_auto"])
 def model(request, tiny_model, variant):
     return tiny_model(variant, attn_implementation=request.param)
 

@@ -6,7 +6,7 @@ import torch
 from modeling_diff import DiffLlamaForCausalLM
 
 
-@pytest.fixture(params=["eager", "sdpa", "diff_chunked"])
+@pytest.fixture(params=["eager", "sdpa", "diff_auto"])
 def model(request, tiny_model, variant):
     return tiny_model(variant, attn_implementation=request.param).train()
 

@@ -1,0 +1,119 @@
+"""
+The path of each call when none was asked for: `attn_implementation="diff_auto"`, the default.
+
+B batch, T queries, S keys, H heads, d map_dim, D head_dim.
+
+Chosen by the call's device and dtype, not by the machine's: a model may lie on a CPU beside a GPU, or on both.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .diff_attention import computing_dtype, is_exporting
+from .diff_attention_check import kernels_agree
+from .diff_attention_fused import is_stretches, mask_of_stretches, visible_stretches
+from .diff_attention_triton import widths_fit
+
+
+# By device; anything else takes the one standard call, `sdpa`.
+FASTEST = {
+    # Measured (examples/benchmark_attention.py): the one standard call and four calls take twice LLaMA's time; values
+    # twice as wide as queries leave torch's fast CPU kernel, the worse the longer the text; flex_attention has no
+    # backward pass there, flash attention no kernel.
+    "cpu": "diff_chunked",
+    # Counted, not measured: in V1 6 matrix products where the one standard call takes 8, and 10 for 20 backward; in V2
+    # 8 for 8 and 16 for 20; no queries padded with zeros, and lambda and the norm in the same pass. In 16 bits only:
+    # in float32 each product is three, of small tiles.
+    "cuda": "diff_triton",
+}
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def auto_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    mask_function: Callable | None = None,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config=None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """
+    Stretches of visible keys where the kernels are likely to take the call and can read the mask, else `sdpa`'s mask.
+
+    A compiled call with a padding mask gets `sdpa`'s, as whether it is one stretch a row is in its data.
+    """
+    device_type = torch.device(device).type
+    fused = FASTEST.get(device_type) == "diff_triton" and computing_dtype(dtype, device_type) in FUSED_DTYPES
+    if fused and (attention_mask is None or not torch.compiler.is_compiling()):
+        stretches, refusal = visible_stretches(
+            batch_size, q_length, kv_length, q_offset, mask_function, attention_mask, local_size, allow_is_causal_skip,
+            use_vmap, getattr(config, "is_causal", True), device,
+        )  # fmt: skip
+        if stretches is None and refusal is None and q_length not in (1, kv_length):
+            # Without one, the last query stands on the last key for the kernels, but the first on the first for sdpa.
+            stretches = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 1, 2)
+        if refusal is None:
+            return stretches
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
+        attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap, device=device, dtype=dtype, config=config, **kwargs,
+    )  # fmt: skip
+
+
+def fastest_path(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    num_maps: int,
+    is_causal: bool | None = None,
+) -> tuple[str, torch.Tensor | None]:
+    """
+    The implementation for this call, and the mask as that one reads it.
+
+    `query` (B, num_maps H, T, d), `key` and `value` (B, K, S, .), `attention_mask` as from `auto_attention_mask` or by
+    hand. Everything `sdpa` takes is taken; what the kernels do not take goes through the one standard call.
+    """
+    num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
+    dtype, widths = computing_dtype(query.dtype, device.type), (query.shape[-1], key.shape[-1], value.shape[-1])
+    stretches = attention_mask is not None and is_stretches(attention_mask)
+    fastest = FASTEST.get(device.type, "sdpa")
+    if is_exporting():
+        fastest = "sdpa"  # without a loop over blocks, which would fix the length, or kernels that others lack
+    elif fastest == "diff_triton":
+        training = torch.is_grad_enabled() and query.requires_grad
+        readable = num_queries in (1, num_keys) if attention_mask is None else stretches
+        fits = readable and dtype in FUSED_DTYPES and widths_fit(*widths)
+        if not (fits and kernels_agree(device, dtype, *widths, num_maps, training)):
+            fastest = "sdpa"
+    if stretches and fastest != "diff_triton":
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        attention_mask = mask_of_stretches(attention_mask, num_queries, num_keys, is_causal)
+    return fastest, attention_mask
+
+
+def auto_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Plain attention, for layers that kept LLaMA's, by the path that `fastest_path` names."""
+    name, attention_mask = fastest_path(module, query, key, value, attention_mask, 1, is_causal)
+    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
