@@ -112,8 +112,8 @@ def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces; torch 2.11 has torch.compiler.is_exporting() be true of all that it compiles."""
-    return torch.compiler._is_exporting_flag
+    """What torch.compiler.is_exporting() says, but for torch 2.11, where that is true of all that it compiles."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,8 +6,6 @@ B batch, T queries, S keys, H heads, d map_dim, D head_dim.
 Chosen by the call's device and dtype, not by the machine's: a model may lie on a CPU beside a GPU, or on both.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -37,39 +35,29 @@ def auto_attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    mask_function: Callable | None = None,
     attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    config=None,
-    **kwargs,
+    device: torch.device | str = "cpu",
+    **mask_arguments,
 ) -> torch.Tensor | None:
     """
     Stretches of visible keys where the kernels are likely to take the call and can read the mask, else `sdpa`'s mask.
 
     A compiled call with a padding mask gets `sdpa`'s, as whether it is one stretch a row is in its data.
     """
+    mask_arguments |= {"attention_mask": attention_mask, "dtype": dtype, "device": device}
     device_type = torch.device(device).type
     fused = FASTEST.get(device_type) == "diff_triton" and computing_dtype(dtype, device_type) in FUSED_DTYPES
     if fused and (attention_mask is None or not torch.compiler.is_compiling()):
-        stretches, refusal = visible_stretches(
-            batch_size, q_length, kv_length, q_offset, mask_function, attention_mask, local_size, allow_is_causal_skip,
-            use_vmap, getattr(config, "is_causal", True), device,
-        )  # fmt: skip
+        stretches, refusal = visible_stretches(batch_size, q_length, kv_length, **mask_arguments)
         if stretches is None and refusal is None and q_length not in (1, kv_length):
             # Without one, the last query stands on the last key for the kernels, but the first on the first for sdpa.
             stretches = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 1, 2)
         if refusal is None:
             return stretches
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
-        attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap, device=device, dtype=dtype, config=config, **kwargs,
-    )  # fmt: skip
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, **mask_arguments
+    )
 
 
 def fastest_path(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .diff_attention import cast_for_autocast
 from .diff_attention_triton import diff_attention_triton
@@ -33,13 +34,15 @@ def visible_stretches(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
-    is_causal: bool = True,
+    config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
+    **kwargs,
 ) -> tuple[torch.Tensor | None, str | None]:
     """
     The stretches that transformers' mask arguments stand for, int32 as above or None for everything, and None; or
     None and the reason in words why they are no such stretches.
     """
+    is_causal = getattr(config, "is_causal", True)
     if local_size is not None:
         return None, f"sliding window {local_size}: LLaMA has none, and the kernels are given none"
     if use_vmap:
@@ -98,30 +101,14 @@ def is_stretches(attention_mask: torch.Tensor) -> bool:
     return attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2
 
 
-def fused_attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    config=None,
-    q_offset: int | torch.Tensor = 0,
-    mask_function: Callable | None = None,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs,
-) -> torch.Tensor | None:
+def fused_attention_mask(batch_size: int, q_length: int, kv_length: int, **mask_arguments) -> torch.Tensor | None:
     """
-    What each row sees beside causality: None for everything, or int32 as above.
+    What each row sees beside causality, from transformers' mask arguments: None for everything, or int32 as above.
 
     Raises `ValueError` for what the kernels cannot read: a sliding window, a mask function of one's own, padding
     between the tokens of a row.
     """
-    stretches, refusal = visible_stretches(
-        batch_size, q_length, kv_length, q_offset, mask_function, attention_mask, local_size, allow_is_causal_skip,
-        use_vmap, getattr(config, "is_causal", True), device,
-    )  # fmt: skip
+    stretches, refusal = visible_stretches(batch_size, q_length, kv_length, **mask_arguments)
     if refusal is not None:
         raise ValueError(f'{refusal}; use attn_implementation="sdpa" instead of diff_triton.')
     return stretches
