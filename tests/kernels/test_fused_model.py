@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, diff_attention_auto
+from modeling_diff.diff_attention_triton import triton_can_run
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
@@ -30,6 +31,21 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         model = DiffLlamaForCausalLM(DiffLlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
         with pytest.raises(ImportError, match=r'attn_implementation="diff_triton" cannot run here: .*CUDA'):
             model.set_attn_implementation("diff_triton")
+
+    def test_kernels_refuse_amd_gpus(monkeypatch):
+        """Which torch calls CUDA, with compute capabilities that read like NVIDIA's."""
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert "NVIDIA" in triton_can_run("cuda")
+
+    def test_default_takes_the_standard_call_where_triton_cannot_run(monkeypatch, caplog):
+        monkeypatch.setitem(diff_attention_auto.FASTEST, "cpu", "diff_triton")
+        monkeypatch.setattr(diff_attention_auto, "FUSED_DTYPES", (torch.float32,))
+        config = DiffLlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=96)
+        model = DiffLlamaForCausalLM(config).eval()
+        logits = model(torch.arange(9)[None]).logits
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(logits, model(torch.arange(9)[None]).logits)
+        assert not caplog.records  # it is what this machine has: nothing to warn of
 
 else:
     # float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
