@@ -75,22 +75,26 @@ def fastest_path(
     `query` (B, num_maps H, T, d), `key` and `value` (B, K, S, .), `attention_mask` as from `auto_attention_mask` or by
     hand. Everything `sdpa` takes is taken; what the kernels do not take goes through the one standard call.
     """
-    num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
-    dtype, widths = computing_dtype(query.dtype, device.type), (query.shape[-1], key.shape[-1], value.shape[-1])
-    stretches = attention_mask is not None and is_stretches(attention_mask)
-    fastest = FASTEST.get(device.type, "sdpa")
-    if is_exporting():
-        fastest = "sdpa"  # without a loop over blocks, which would fix the length, or kernels that others lack
-    elif fastest == "diff_triton":
-        training = torch.is_grad_enabled() and query.requires_grad
-        readable = num_queries in (1, num_keys) if attention_mask is None else stretches
-        fits = readable and dtype in FUSED_DTYPES and widths_fit(*widths)
-        if not (fits and kernels_agree(device, dtype, *widths, num_maps, training)):
-            fastest = "sdpa"
-    if stretches and fastest != "diff_triton":
+    # Not while exporting: a loop over blocks would fix the length, and others may lack the kernels.
+    fastest = "sdpa" if is_exporting() else FASTEST.get(query.device.type, "sdpa")
+    if fastest == "diff_triton" and not _kernels_take(query, key, value, attention_mask, num_maps):
+        fastest = "sdpa"
+    if fastest != "diff_triton" and attention_mask is not None and is_stretches(attention_mask):
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask = mask_of_stretches(attention_mask, num_queries, num_keys, is_causal)
+        attention_mask = mask_of_stretches(attention_mask, query.shape[2], key.shape[2], is_causal)
     return fastest, attention_mask
+
+
+def _kernels_take(query, key, value, attention_mask, num_maps) -> bool:
+    """Whether the kernels can read these inputs and this mask, and are to be trusted with them."""
+    dtype = computing_dtype(query.dtype, query.device.type)
+    widths = query.shape[-1], key.shape[-1], value.shape[-1]
+    if dtype not in FUSED_DTYPES or not widths_fit(*widths):
+        return False
+    if not (query.shape[2] in (1, key.shape[2]) if attention_mask is None else is_stretches(attention_mask)):
+        return False
+    training = torch.is_grad_enabled() and query.requires_grad
+    return kernels_agree(query.device, dtype, *widths, num_maps, training)
 
 
 def auto_attention_forward(
