@@ -106,6 +106,11 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     return by_place.flatten(1, 2).flatten(3)
 
 
+def attends_causally(module: Any, is_causal: bool | None) -> bool:
+    """Whether a call without a mask is causal: as it says, else as its module does."""
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
 def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What attention on states of `dtype` is computed in: autocast's dtype where it is on."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype

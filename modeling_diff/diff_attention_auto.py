@@ -11,7 +11,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .diff_attention import computing_dtype, is_exporting
+from .diff_attention import attends_causally, computing_dtype, is_exporting
 from .diff_attention_check import kernels_agree
 from .diff_attention_fused import is_stretches, mask_of_stretches, visible_stretches
 from .diff_attention_triton import widths_fit
@@ -75,13 +75,12 @@ def fastest_path(
     `query` (B, num_maps H, T, d), `key` and `value` (B, K, S, .), `attention_mask` as from `auto_attention_mask` or by
     hand. Everything `sdpa` takes is taken; what the kernels do not take goes through the one standard call.
     """
-    # Not while exporting: a loop over blocks would fix the length, and others may lack the kernels.
-    fastest = "sdpa" if is_exporting() else FASTEST.get(query.device.type, "sdpa")
+    fastest = FASTEST.get(query.device.type, "sdpa")
     if fastest == "diff_triton" and not _kernels_take(query, key, value, attention_mask, num_maps):
         fastest = "sdpa"
     if fastest != "diff_triton" and attention_mask is not None and is_stretches(attention_mask):
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask = mask_of_stretches(attention_mask, query.shape[2], key.shape[2], is_causal)
+        causal = attends_causally(module, is_causal)
+        attention_mask = mask_of_stretches(attention_mask, query.shape[2], key.shape[2], causal)
     return fastest, attention_mask
 
 
@@ -89,7 +88,7 @@ def _kernels_take(query, key, value, attention_mask, num_maps) -> bool:
     """Whether the kernels can read these inputs and this mask, and are to be trusted with them."""
     dtype = computing_dtype(query.dtype, query.device.type)
     widths = query.shape[-1], key.shape[-1], value.shape[-1]
-    if dtype not in FUSED_DTYPES or not widths_fit(*widths):
+    if is_exporting() or dtype not in FUSED_DTYPES or not widths_fit(*widths):  # where it is run may be no triton
         return False
     if not (query.shape[2] in (1, key.shape[2]) if attention_mask is None else is_stretches(attention_mask)):
         return False

@@ -55,13 +55,12 @@ def _kernels_agree(device, dtype, map_dim, key_dim, head_dim, num_maps, training
 
 def _disagreement(device, dtype, map_dim, key_dim, head_dim, num_maps, training):
     """What is wrong with the kernels in words, or None."""
-    inputs = _inputs(device, map_dim, key_dim, head_dim, num_maps)
-    grad_output = _normal(device, 2, NUM_TOKENS, 4, head_dim, seed=1)
-    rounded = {name: tensor.to(dtype) if tensor.dim() > 3 else tensor for name, tensor in inputs.items()}
-    expected = _outputs(_defined, {name: tensor.double() for name, tensor in rounded.items()}, grad_output, training)
+    inputs = _inputs(device, dtype, map_dim, key_dim, head_dim, num_maps)
+    grad_output = _normal(device, dtype, 2, NUM_TOKENS, 4, head_dim, seed=1)
+    in_float64 = {name: tensor.double() for name, tensor in inputs.items()}
+    expected = _outputs(_defined, in_float64, grad_output.double(), training)
     try:
-        given = {name: tensor.float() if tensor.dim() < 4 else tensor for name, tensor in rounded.items()}
-        ours = _outputs(_fused, given, grad_output.to(dtype), training)
+        ours = _outputs(_fused, inputs, grad_output, training)
     except Exception as error:  # whatever triton, its compiler or the driver may raise
         return f"{type(error).__name__}: {str(error).strip()[:300]}"
     for name, tensor in expected.items():
@@ -71,24 +70,25 @@ def _disagreement(device, dtype, map_dim, key_dim, head_dim, num_maps, training)
     return None
 
 
-def _normal(device, *shape, seed):
+def _normal(device, dtype, *shape, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
 
-def _inputs(device, map_dim, key_dim, head_dim, num_maps):
+def _inputs(device, dtype, map_dim, key_dim, head_dim, num_maps):
     """Two rows, four heads, two key-value heads: no size is 1, which triton would compile for."""
+    wide = torch.float32  # of lambda and the norm's weight
     inputs = {
-        "query": _normal(device, 2, 4 * num_maps, NUM_TOKENS, map_dim, seed=2),
-        "key": _normal(device, 2, 2, NUM_TOKENS, key_dim, seed=3),
-        "value": _normal(device, 2, 2, NUM_TOKENS, head_dim, seed=4),
+        "query": _normal(device, dtype, 2, 4 * num_maps, NUM_TOKENS, map_dim, seed=2),
+        "key": _normal(device, dtype, 2, 2, NUM_TOKENS, key_dim, seed=3),
+        "value": _normal(device, dtype, 2, 2, NUM_TOKENS, head_dim, seed=4),
     }
     if num_maps == 2 and key_dim == map_dim:
-        inputs["diff_lambda"] = _normal(device, 2, NUM_TOKENS, 4, seed=5).sigmoid()
+        inputs["diff_lambda"] = _normal(device, wide, 2, NUM_TOKENS, 4, seed=5).sigmoid()
     elif num_maps == 2:
         inputs |= {
-            "diff_lambda": torch.tensor(0.5, dtype=torch.float64, device=device),
-            "norm_weight": _normal(device, head_dim, seed=6),
+            "diff_lambda": torch.tensor(0.5, dtype=wide, device=device),
+            "norm_weight": _normal(device, wide, head_dim, seed=6),
         }
     return inputs
 

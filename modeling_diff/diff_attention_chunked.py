@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .diff_attention import cast_for_autocast, place_queries, subtract_maps
+from .diff_attention import attends_causally, cast_for_autocast, place_queries, subtract_maps
 
 
 # Rows and scores a block: enough for products to run at full speed, and its maps, of 2 MiB, stay in a CPU's caches.
@@ -51,8 +51,7 @@ def chunked_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
     query, key, value = cast_for_autocast(query, key, value)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_causal = bool(is_causal and attention_mask is None and query.shape[2] > 1)
+    is_causal = bool(attends_causally(module, is_causal) and attention_mask is None and query.shape[2] > 1)
     if query.shape[2] <= FEW_QUERIES:
         return attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None
     return ChunkedDiffAttention.apply(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .diff_attention import cast_for_autocast
+from .diff_attention import attends_causally, cast_for_autocast
 from .diff_attention_triton import diff_attention_triton
 
 
@@ -150,7 +150,7 @@ def fused_attention_forward(
     output = diff_attention_triton(
         query, key, value, diff_lambda,
         scaling=scaling,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        is_causal=attends_causally(module, is_causal),
         key_start=key_start, key_length=key_length, cu_seqlens=cu_seq_lens_q, sequence_bounds=sequence_bounds,
         norm_weight=norm_weight, norm_eps=norm_eps, norm_scale=norm_scale,
     )  # fmt: skip

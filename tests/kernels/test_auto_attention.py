@@ -6,32 +6,24 @@ interpreter stands for the GPU: the table is told that CPUs run the kernels, in 
 """
 
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from fused_models import assert_close, build_model, record_paths, with_eager
+from interpreter import INTERPRETED, assert_passes_interpreted
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff import diff_attention_auto as auto
 from modeling_diff import diff_attention_check as check
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
 
     def test_default_path_in_an_interpreter_process():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        process = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-        )
-        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
 else:
-    # float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
-    TOLERANCE = 5e-5
     CPU = torch.device("cpu")
 
     @pytest.fixture(autouse=True)
@@ -42,33 +34,20 @@ else:
 
     @pytest.fixture
     def paths(monkeypatch):
-        """The implementation of each call, as it was chosen."""
-        chosen, choose = [], auto.fastest_path
+        return record_paths(monkeypatch)
 
-        def record(*args):
-            chosen.append(choose(*args))
-            return chosen[-1]
-
-        monkeypatch.setattr(auto, "fastest_path", record)
-        monkeypatch.setattr("modeling_diff.modeling_diff_llama.fastest_path", record)
-        return lambda: {name for name, _ in chosen}
+    @pytest.fixture
+    def unchecked():
+        """The kernels are not checked yet, and what is found of them here is forgotten."""
+        check._kernels_agree.cache_clear()
+        yield
+        check._kernels_agree.cache_clear()
 
     @pytest.fixture(params=["v1", "v2"])
     def model(request):
         """One differential layer and one that kept LLaMA's attention."""
-        torch.manual_seed(0)
-        config = DiffLlamaConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            variant=request.param,
-            differential_layers=[1],
-        )
-        return DiffLlamaForCausalLM(config).eval()
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.3}
+        return build_model(request.param, differential_layers=[1], **sizes)
 
     @pytest.fixture
     def ids():
@@ -78,15 +57,11 @@ else:
         return (torch.arange(13) >= torch.tensor([[0], [4]])).long()
 
     def assert_equals_eager(model, function):
-        model.set_attn_implementation("diff_auto")
-        ours = function()
-        model.set_attn_implementation("eager")
-        expected = function()
-        for one, other in zip(ours, expected, strict=True):
-            assert (one - other).abs().max() <= TOLERANCE * other.abs().max()
+        for expected, ours in zip(*with_eager(model, "diff_auto", function), strict=True):
+            assert_close(ours, expected)
 
     def in_two_steps(model, ids):
-        """Logits of nine tokens, then of four more over the cache, then of one."""
+        """Logits of eight tokens, then of four more over the cache, then of one."""
         with torch.no_grad():
             start = model(ids[:, :8])
             more = model(ids[:, 8:12], past_key_values=start.past_key_values)
@@ -139,8 +114,7 @@ else:
         assert_equals_eager(model, lambda: [model.generate(ids, attention_mask=left_padding(ids), **settings)])
 
     @pytest.mark.filterwarnings("ignore")
-    def test_compiled_model_checks_the_kernels_and_runs_on_them(model, ids, paths):
-        check._kernels_agree.cache_clear()
+    def test_compiled_model_checks_the_kernels_and_runs_on_them(model, ids, unchecked):
         torch.compiler.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_equals_eager(model, lambda: logits_and_gradients(compiled, ids, use_cache=False))
@@ -149,8 +123,7 @@ else:
         holes[0, 6] = 0
         assert_equals_eager(model, lambda: [compiled(ids, attention_mask=holes, use_cache=False).logits[:, 7:]])
 
-    def test_first_step_under_checkpointing_autocast_and_inference_mode(model, ids):
-        check._kernels_agree.cache_clear()
+    def test_first_step_under_checkpointing_and_inference_mode(model, ids, unchecked):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
         model.train()
@@ -180,8 +153,9 @@ else:
             (True, lambda output, query: output * float("nan"), "output"),
         ],
     )
-    def test_unsound_kernels_fail_the_check_and_are_named(widths, training, broken, named, monkeypatch, caplog):
-        check._kernels_agree.cache_clear()
+    def test_unsound_kernels_fail_the_check_and_are_named(
+        widths, training, broken, named, unchecked, monkeypatch, caplog
+    ):
         sound = check.diff_attention_triton
         monkeypatch.setattr(
             check, "diff_attention_triton", lambda query, *args, **kwargs: broken(sound(query, *args, **kwargs), query)
@@ -190,17 +164,16 @@ else:
             for _ in range(2):
                 assert not check.kernels_agree(CPU, torch.float32, *WIDTHS[widths], training)
         assert len(caplog.records) == 1 and f"their {named} is off by" in caplog.text
-        check._kernels_agree.cache_clear()
 
-    def test_kernels_that_do_not_compile_are_not_used_and_the_reason_is_given(model, ids, paths, monkeypatch, caplog):
+    def test_kernels_that_do_not_compile_are_not_used_and_the_reason_is_given(
+        model, ids, paths, unchecked, monkeypatch, caplog
+    ):
         def fail(*args, **kwargs):
             raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
 
-        check._kernels_agree.cache_clear()
         monkeypatch.setattr(check, "diff_attention_triton", fail)
         assert_equals_eager(model, lambda: logits_and_gradients(model, ids))
         assert paths() == {"sdpa"} and "Hardware limit: 101376" in caplog.text
-        check._kernels_agree.cache_clear()
 
     def states(num_queries, num_keys, map_dim=16, dtype=torch.float32):
         query = torch.zeros(1, 4, num_queries, map_dim, dtype=dtype)

@@ -3,32 +3,26 @@
 As in test_triton_interpreter.py, collected without TRITON_INTERPRET this file holds the one test that sets it.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from fused_models import assert_close, build_model, with_eager
+from interpreter import INTERPRETED, assert_passes_interpreted
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, diff_attention_auto
+from modeling_diff import diff_attention_auto
 from modeling_diff.diff_attention_triton import triton_can_run
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
 
     def test_fused_models_in_an_interpreter_process():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        process = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-        )
-        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
     def test_diff_triton_without_a_gpu_raises_by_name():
         if torch.cuda.is_available():
             pytest.skip("there is a GPU, where diff_triton runs")
-        model = DiffLlamaForCausalLM(DiffLlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+        model = build_model("v1", hidden_size=32)
         with pytest.raises(ImportError, match=r'attn_implementation="diff_triton" cannot run here: .*CUDA'):
             model.set_attn_implementation("diff_triton")
 
@@ -40,16 +34,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_default_takes_the_standard_call_where_triton_cannot_run(monkeypatch, caplog):
         monkeypatch.setitem(diff_attention_auto.FASTEST, "cpu", "diff_triton")
         monkeypatch.setattr(diff_attention_auto, "FUSED_DTYPES", (torch.float32,))
-        config = DiffLlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=96)
-        model = DiffLlamaForCausalLM(config).eval()
+        model = build_model("v1", hidden_size=32)
         logits = model(torch.arange(9)[None]).logits
         model.set_attn_implementation("sdpa")
         assert torch.equal(logits, model(torch.arange(9)[None]).logits)
         assert not caplog.records  # it is what this machine has: nothing to warn of
 
 else:
-    # float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
-    TOLERANCE = 5e-5
     VARIANTS = {
         "v1": {"variant": "v1"},
         "v2": {"variant": "v2"},
@@ -59,19 +50,8 @@ else:
 
     @pytest.fixture(params=VARIANTS)
     def model(request):
-        torch.manual_seed(0)
-        config = DiffLlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.2,
-            pad_token_id=0,
-            **VARIANTS[request.param],
-        )
-        return DiffLlamaForCausalLM(config).eval()
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.2, "pad_token_id": 0}
+        return build_model(**sizes, **VARIANTS[request.param])
 
     @pytest.fixture
     def inputs():
@@ -80,16 +60,6 @@ else:
         mask = torch.ones_like(ids)
         mask[1, :4] = 0
         return {"input_ids": ids * mask, "attention_mask": mask}
-
-    def on_both_paths(model, function):
-        results = []
-        for implementation in ("eager", "diff_triton"):
-            model.set_attn_implementation(implementation)
-            results.append(function())
-        return results
-
-    def assert_close(ours, expected, name=""):
-        assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
 
     def test_fused_logits_and_gradients_equal_eager_with_left_padding(model, inputs):
         labels = inputs["input_ids"].clone()
@@ -102,7 +72,7 @@ else:
             logits = torch.cat((output.logits[0], output.logits[1, 4:])).detach()
             return {"logits": logits} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
-        expected, ours = on_both_paths(model, run)
+        expected, ours = with_eager(model, "diff_triton", run)
         for name, value in expected.items():
             assert_close(ours[name], value, name)
 
@@ -115,7 +85,7 @@ else:
                 packed = model(row, position_ids=positions, use_cache=False).logits
                 return packed, model(row[:, 9:], use_cache=False).logits
 
-        (expected, alone), (ours, ours_alone) = on_both_paths(model, run)
+        (expected, alone), (ours, ours_alone) = with_eager(model, "diff_triton", run)
         assert_close(ours, expected)
         assert_close(ours[:, 9:], alone)
         assert_close(ours_alone, alone)
@@ -128,13 +98,13 @@ else:
             with torch.no_grad():
                 return model(inputs["input_ids"], position_ids=positions, use_cache=False).logits
 
-        expected, ours = on_both_paths(model, run)
+        expected, ours = with_eager(model, "diff_triton", run)
         assert_close(ours, expected)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
     def test_fused_generation_equals_eager(model, inputs, cache):
         settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-        expected, ours = on_both_paths(model, lambda: model.generate(**inputs, **settings))
+        expected, ours = with_eager(model, "diff_triton", lambda: model.generate(**inputs, **settings))
         assert torch.equal(ours, expected)
 
     def test_fused_refuses_what_it_cannot_read(model, inputs):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from fused_models import build_model, record_paths
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
-from modeling_diff.diff_attention_auto import fastest_path
 from modeling_diff.diff_attention_check import kernels_agree
 
 
@@ -22,19 +21,9 @@ def test_check_before_the_first_call_trusts_the_kernels_here(widths, dtype, trai
 @pytest.fixture(params=["v1", "v2"])
 def model(request):
     """Two differential layers and one that kept LLaMA's attention, maps of 64."""
-    torch.manual_seed(0)
-    config = DiffLlamaConfig(
-        vocab_size=96,
-        hidden_size=512,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4 if request.param == "v1" else 8,
-        num_key_value_heads=2,
-        initializer_range=0.05,
-        variant=request.param,
-        differential_layers=[0, 2],
-    )
-    return DiffLlamaForCausalLM(config).eval().to(DEVICE)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 3, "initializer_range": 0.05}
+    heads = {"num_attention_heads": 4 if request.param == "v1" else 8, "num_key_value_heads": 2}
+    return build_model(request.param, differential_layers=[0, 2], **sizes, **heads).to(DEVICE)
 
 
 @pytest.fixture
@@ -64,18 +53,14 @@ def logits_and_gradients(model, batch, implementation, autocast=False):
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_default_errs_no_more_than_the_standard_call(model, batch, how, monkeypatch):
     """Logits and every gradient against float64, relative to their norm."""
-    chosen = []
-    monkeypatch.setattr(
-        "modeling_diff.modeling_diff_llama.fastest_path",
-        lambda *args: chosen.append(fastest_path(*args)) or chosen[-1],
-    )
+    paths = record_paths(monkeypatch)
     if how == "bfloat16":
         model = model.to(torch.bfloat16)
     ours, standard = (
         logits_and_gradients(model, batch, implementation, autocast=how == "autocast")
         for implementation in ("diff_auto", "sdpa")
     )
-    assert {name for name, _ in chosen} == {"diff_triton"}
+    assert paths() == {"diff_triton"}
     # Not `eager`: LLaMA's own, in the layer that kept it, gives NaN in float64 for rows of padding.
     expected = logits_and_gradients(model.double(), batch, "sdpa")
     for one, other, tensor in zip(ours, standard, expected, strict=True):
@@ -95,13 +80,12 @@ def test_generation_in_cuda_graphs_equals_eager_generation(model, batch):
 
 
 def test_compiled_training_step_equals_the_uncompiled_one(model, batch):
-    batch = {name: tensor[:1] for name, tensor in batch.items() if name != "attention_mask"}
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch = {name: tensor[:1] for name, tensor in batch.items()}  # the row without padding
     model = model.to(torch.bfloat16)
     expected = logits_and_gradients(model, batch, "diff_auto")
-    without_mask = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+    del batch["attention_mask"]
     model.zero_grad()
-    output = torch.compile(model, fullgraph=True)(**without_mask, use_cache=False)
+    output = torch.compile(model, fullgraph=True)(**batch, use_cache=False)
     output.loss.backward()
     ours = [output.logits.detach()[0].double(), *gradients(model)]
     for one, other in zip(ours, expected, strict=True):

@@ -4,25 +4,18 @@ TRITON_INTERPRET is read when kernels are decorated, so the tests run in a proce
 this file holds one test that starts that process.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETED, assert_passes_interpreted
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
     __test__ = True
 
     def test_kernels_in_an_interpreter_process():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        process = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-        )
-        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
 else:
     from attention_float64 import Case, errors, expected

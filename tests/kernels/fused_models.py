@@ -1,0 +1,44 @@
+"""Small models for the kernels, on two paths side by side, and which paths their calls took."""
+
+import torch
+
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.diff_attention_auto import fastest_path
+
+
+# float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
+TOLERANCE = 5e-5
+
+
+def build_model(variant, **settings):
+    """Seeded, in evaluation mode, with a vocabulary of 96; two heads of one key-value head if not said otherwise."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return DiffLlamaForCausalLM(DiffLlamaConfig(variant=variant, **sizes | settings)).eval()
+
+
+def with_eager(model, implementation, function):
+    """What `function` gives with `eager`, and with `implementation`."""
+    results = []
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        results.append(function())
+    return results
+
+
+def assert_close(ours, expected, name=""):
+    assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+
+
+def record_paths(monkeypatch):
+    """A function that gives the implementations of all calls by default since, as they were chosen."""
+    chosen = set()
+
+    def record(*args):
+        name, mask = fastest_path(*args)
+        chosen.add(name)
+        return name, mask
+
+    monkeypatch.setattr("modeling_diff.diff_attention_auto.fastest_path", record)
+    monkeypatch.setattr("modeling_diff.modeling_diff_llama.fastest_path", record)
+    return lambda: chosen
