@@ -3,12 +3,16 @@ Time of differential attention alone, in every form, against LLaMA's attention w
 
     python examples/benchmark_attention.py --dtype bfloat16 --lengths 1024 4096 --output out/attention
 
-Forms: `triton` the fused kernels, `chunked` the query-chunked path, `one call` queries padded to the key's width (what
-any backend of transformers gets), `two calls` one a map with values twice as wide, `four calls` one a map and half of
-the value (as the authors' first release), `stock diffllama` one of all maps for each half (as transformers' own
-DiffLlama, in its layout). LLaMA runs through torch's best backend (`llama`) and, where triton runs, through the same
-kernel with one map (`llama, same kernel`). Every form is first compared with the definition in float64, and nothing is
-timed if one is off. Rounds are interleaved, medians reported.
+Forms: `triton` the fused kernels, `chunked` the query-chunked path of CPUs, `one call` queries padded to the key's
+width (what any backend of transformers gets), `two calls` one a map with values twice as wide, `four calls` one a map
+and half of the value (as the authors' first release), `stock diffllama` one of all maps for each half (as in
+transformers' own DiffLlama, in its layout). LLaMA runs through torch's choice of backend (`llama`) and, where triton
+runs, through the same kernel with one map (`llama, same kernel`). On a GPU cuDNN is asked for by name as well, and
+with `--flex` compiled FlexAttention; the ratio to LLaMA is to the fastest of its backends.
+
+Every form is first compared with the definition in float64, and nothing is timed if one is off; backends that refuse
+are named with their reason. Rounds are interleaved, medians reported; on a GPU of the time that it computes, on 16,384
+tokens at a width of 2,048.
 """
 
 import argparse
@@ -16,12 +20,15 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from timing import environment, keep_freed_memory, time_interleaved
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from modeling_diff import diff_attention_reference
@@ -33,18 +40,27 @@ from modeling_diff.diff_attention_triton import diff_attention_triton, triton_ca
 # Of values near 1: bfloat16 keeps 8 bits, and scores, weights and output are each rounded; float16 11, float32 24.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 MODULE = SimpleNamespace(is_causal=True)
+SAME_KERNEL = "llama, same kernel"
 Tensors = tuple[torch.Tensor, ...]
+Job = tuple[Callable, Tensors]
+Seconds = dict[str, dict[str, float]]
 
 
 def make_inputs(length: int, queries: int, map_dim: int, dtype: torch.dtype, device: str) -> Tensors:
-    """V1 with 8 heads on 4 key-value heads: query (1, 16, T, d), key and value (1, 4, S, 2d), lambda ()."""
-    shapes = ((1, queries, 16, map_dim), (1, length, 4, 2 * map_dim), (1, length, 4, 2 * map_dim))
+    """
+    V1 with two heads a key-value head: query (B, 2H, T, d), key and value (B, H / 2, S, 2d), lambda ().
+
+    B = 1 and H = 8 on a CPU; what fills a GPU there.
+    """
+    batch_size, maps = (max(1, 16384 // length), 2048 // map_dim) if device == "cuda" else (1, 16)
+    key_shape = (batch_size, length, maps // 4, 2 * map_dim)
+    shapes = ((batch_size, queries, maps, map_dim), key_shape, key_shape)
     query, key, value = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2) for shape in shapes)
     return query, key.contiguous(), value.contiguous(), torch.tensor(0.3, device=device)
 
 
 def as_llama(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
-    """LLaMA's heads of the same parameters: (1, 16, T, d) queries on (1, 8, S, d) keys and values."""
+    """LLaMA's heads of the same parameters: queries (B, 2H, T, d) on keys and values (B, H, S, d)."""
     return query, *(x.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2).contiguous() for x in (key, value))
 
 
@@ -58,12 +74,34 @@ def as_stock(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, diff_l
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's attention, causal for a prompt; heads are repeated where its fast backends do not group them."""
     groups = query.shape[1] // key.shape[1]
-    if query.device.type == "cpu":
-        if query.shape[2] == 1:
-            return sdpa(query.unflatten(1, (-1, groups)).flatten(2, 3), key, value).reshape(*query.shape[:3], -1)
+    if query.device.type == "cpu" and query.shape[2] == 1:
+        return sdpa(query.unflatten(1, (-1, groups)).flatten(2, 3), key, value).reshape(*query.shape[:3], -1)
+    if query.device.type == "cpu" or key.shape[-1] != value.shape[-1]:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        groups = 1
-    return sdpa(query, key, value, is_causal=query.shape[2] > 1, enable_gqa=groups > 1, scale=query.shape[-1] ** -0.5)
+    return grouped(query, key, value)
+
+
+def grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    causal, groups = query.shape[2] > 1, query.shape[1] != key.shape[1]
+    return sdpa(query, key, value, is_causal=causal, enable_gqa=groups, scale=query.shape[-1] ** -0.5)
+
+
+def cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return grouped(query, key, value)
+
+
+compiled_flex_attention = torch.compile(flex_attention)
+
+
+@cache
+def causal_blocks(length: int, device: torch.device):
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
+
+
+def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    blocks = causal_blocks(query.shape[2], query.device) if query.shape[2] > 1 else None
+    return compiled_flex_attention(query, key, value, block_mask=blocks, enable_gqa=True)
 
 
 def one_call(query, key, value, diff_lambda):
@@ -72,10 +110,11 @@ def one_call(query, key, value, diff_lambda):
     return subtract_maps(plain(placed, key, value).transpose(1, 2), diff_lambda).to(query.dtype)
 
 
-def two_calls(query, key, value, diff_lambda):
+def two_calls(query, key, value, diff_lambda, attention=plain):
     first, second = query.unflatten(1, (-1, 2)).unbind(2)
     key1, key2 = key.chunk(2, dim=-1)
-    return (plain(first, key1, value) - diff_lambda * plain(second, key2, value)).transpose(1, 2).to(query.dtype)
+    output = attention(first, key1, value) - diff_lambda * attention(second, key2, value)
+    return output.transpose(1, 2).to(query.dtype)
 
 
 def four_calls(query, key, value, diff_lambda):
@@ -93,50 +132,102 @@ def chunked(query, key, value, diff_lambda):
     return chunked_attention_forward(MODULE, query, key, value, None, query.shape[-1] ** -0.5, diff_lambda)[0]
 
 
-def fused(query, key, value, diff_lambda):
+def fused(query, key, value, diff_lambda=None):
     return diff_attention_triton(query, key, value, diff_lambda, scaling=query.shape[-1] ** -0.5)
 
 
-def forms(inputs: Tensors) -> dict[str, tuple[Callable, Tensors]]:
+def llama_forms(inputs: Tensors, with_flex: bool) -> dict[str, Job]:
+    """LLaMA's attention through every backend, and through our kernels with one map."""
+    found: dict[str, Callable] = {"llama": plain} | stock_backends(inputs, with_flex)
+    if triton_can_run(inputs[0].device) is None:
+        found[SAME_KERNEL] = fused
+    return {name: (form, as_llama(*inputs[:3])) for name, form in found.items()}
+
+
+def forms(inputs: Tensors, with_flex: bool) -> dict[str, Job]:
     """Each form and tensors of its own: no layout changes while the clock runs, and no form warms another's cache."""
-    found = {"chunked": chunked, "one call": one_call, "two calls": two_calls, "four calls": four_calls}
+    found: dict[str, Callable] = {"one call": one_call, "two calls": two_calls, "four calls": four_calls}
+    if inputs[0].device.type == "cpu":
+        found["chunked"] = chunked
     if triton_can_run(inputs[0].device) is None:
         found["triton"] = fused
+    for name, attention in stock_backends(inputs, with_flex).items():
+        found[name.replace("llama", "two calls")] = partial(two_calls, attention=attention)
     own = {name: (form, tuple(x.clone() for x in inputs)) for name, form in found.items()}
     return own | {"stock diffllama": (stock, as_stock(*inputs))}
 
 
-def check(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Largest difference of each form from the definition in float64, on 257 tokens."""
-    inputs = make_inputs(257, 257, 64, dtype, device)
-    hidden = torch.full((257, 257), float("-inf"), dtype=torch.float64, device=device).triu(1)[None, None]
-    expected = diff_attention_reference(*(x.double() for x in inputs), 64**-0.5, hidden)
-    outputs = {name: form(*tensors) for name, (form, tensors) in forms(inputs).items()}
-    return {name: (output.double() - expected).abs().max().item() for name, output in outputs.items()}
+def stock_backends(inputs: Tensors, with_flex: bool) -> dict[str, Callable]:
+    """Those that torch does not choose by itself."""
+    found = {"llama, cudnn": cudnn} if inputs[0].device.type == "cuda" else {}
+    return found | ({"llama, flex": flex} if with_flex else {})
 
 
-def with_gradients(function: Callable, inputs: Tensors) -> Callable[[], object]:
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    grad = torch.randn_like(function(*leaves))
-    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
-
-
-def measure(length: int, map_dim: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds: forward and forward with backward of a prompt, and one step of decoding after it."""
-    seconds = {}
-    for phase, queries in (("forward", length), ("forward + backward", length), ("decode", 1)):
-        inputs = make_inputs(length, queries, map_dim, dtype, device)
-        calls: dict[str, tuple[Callable, Tensors]] = {"llama": (plain, as_llama(*inputs[:3]))}
-        if triton_can_run(device) is None:
-            calls["llama, same kernel"] = (lambda q, k, v: fused(q, k, v, None), as_llama(*inputs[:3]))
-        calls |= forms(inputs)
-        if phase == "forward + backward":
-            jobs = {name: with_gradients(form, tensors) for name, (form, tensors) in calls.items()}
+def that_run(jobs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """All but the stock backends that refuse, each with its reason; an error of any other form is one of ours."""
+    running = {}
+    for name, job in jobs.items():
+        try:
+            job()
+        except Exception as error:  # torch and its compiler raise what they like
+            if not name.endswith(("cudnn", "flex")):
+                raise
+            print(f"{name}: refused, {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
         else:
-            jobs = {name: (lambda f=form, t=tensors: f(*t)) for name, (form, tensors) in calls.items()}
-        with torch.set_grad_enabled(phase == "forward + backward"):
-            seconds[phase] = time_interleaved(jobs, rounds, device)
+            running[name] = job
+    return running
+
+
+def check(dtype: torch.dtype, device: str, with_flex: bool) -> dict[str, float]:
+    """Largest difference of each form from the definition in float64, on 257 tokens."""
+    query, *others = (x[:1] if x.dim() else x for x in make_inputs(257, 257, 64, dtype, device))
+    hidden = torch.full((257, 257), float("-inf"), dtype=torch.float64, device=device).triu(1)[None, None]
+    expected = diff_attention_reference(query.double(), *(x.double() for x in others), 64**-0.5, hidden)
+    calls = forms((query, *others), with_flex)
+    jobs = that_run({name: partial(form, *tensors) for name, (form, tensors) in calls.items()})
+    return {name: (job().double() - expected).abs().max().item() for name, job in jobs.items()}
+
+
+def with_forward(function: Callable, inputs: Tensors) -> Callable[[], object]:
+    """Forward and backward; what the output weighs the loss by is the output."""
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+
+    def forward_and_backward():
+        output = function(*leaves)
+        return torch.autograd.grad(output, leaves, output.detach())
+
+    return forward_and_backward
+
+
+def without_forward(function: Callable, inputs: Tensors) -> Callable[[], object]:
+    """The backward alone, of one forward."""
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    output = cache(lambda: function(*leaves))
+    return lambda: torch.autograd.grad(output(), leaves, output().detach(), retain_graph=True)
+
+
+PHASES: dict[str, Callable] = {
+    "forward": lambda function, inputs: partial(function, *inputs),
+    "backward": without_forward,
+    "forward + backward": with_forward,
+    "decode": lambda function, inputs: partial(function, *inputs),
+}
+
+
+def measure(length: int, map_dim: int, dtype: torch.dtype, arguments: argparse.Namespace) -> Seconds:
+    """Median seconds by phase and form: a prompt, and one step of decoding after it."""
+    seconds: Seconds = {}
+    for phase, job in PHASES.items():
+        inputs = make_inputs(length, 1 if phase == "decode" else length, map_dim, dtype, arguments.device)
+        calls = llama_forms(inputs, arguments.flex) | forms(inputs, arguments.flex)
+        with torch.set_grad_enabled("backward" in phase):
+            jobs = that_run({name: job(form, tensors) for name, (form, tensors) in calls.items()})
+            seconds[phase] = time_interleaved(jobs, arguments.rounds, arguments.device, gpu_only=True)
     return seconds
+
+
+def fastest_llama(times: dict[str, float]) -> float:
+    return min(value for name, value in times.items() if name.startswith("llama") and name != SAME_KERNEL)
 
 
 def main() -> None:
@@ -146,25 +237,28 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--map-dims", type=int, nargs="+", default=[64, 128], help="width of a map")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--flex", action="store_true", help="compiled FlexAttention as well, tens of seconds a shape")
     parser.add_argument("--output", type=Path, help="folder for attention_<dtype>.csv, .json and .png")
     parser.add_argument("--smoke", action="store_true", help="one short length, two rounds")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.lengths, arguments.map_dims, arguments.rounds = [128], [64], 2
+    if arguments.flex:
+        torch._dynamo.config.recompile_limit = 100  # past which it would run uncompiled, with every score at once
     keep_freed_memory()
     dtype = getattr(torch, arguments.dtype)
-    differences = check(dtype, arguments.device)
+    differences = check(dtype, arguments.device, arguments.flex)
     wrong = {name: f"{value:.1e}" for name, value in differences.items() if not value <= TOLERANCE[dtype]}
     if wrong:
         sys.exit(f"Off the float64 definition by more than {TOLERANCE[dtype]}: {wrong}; no speed is reported.")
     rows = []
     for map_dim in arguments.map_dims:
         for length in arguments.lengths:
-            for phase, times in measure(length, map_dim, dtype, arguments.device, arguments.rounds).items():
+            for phase, times in measure(length, map_dim, dtype, arguments).items():
                 rows += [
                     {"map_dim": map_dim, "length": length, "phase": phase, "form": form, "ms": 1000 * value,
-                     "ratio_to_llama": value / times["llama"],
-                     "ratio_to_same_kernel": value / times.get("llama, same kernel", float("nan"))}
+                     "ratio_to_llama": value / fastest_llama(times),
+                     "ratio_to_same_kernel": value / times.get(SAME_KERNEL, float("nan"))}
                     for form, value in times.items()
                 ]  # fmt: skip
     report(rows, {"environment": environment(arguments.device), "dtype": arguments.dtype, "differences": differences},

@@ -3,22 +3,28 @@ Everything worth doing on a GPU, in one command and under nine minutes: tests, a
 
     PYTHONPATH=. python examples/gpu_report.py --output examples/results/gpu
 
-1. `pytest -m gpu`: the kernels' outputs and gradients against float64, and what of transformers needs a GPU.
-2. benchmark_attention.py and benchmark_model.py in bfloat16: each checks correctness before it prints any time.
+1. `pytest -m gpu`, in several processes where pytest-xdist is installed, as most of its time is compilation: the
+   kernels' outputs and gradients against float64, and what of transformers needs a GPU.
+2. benchmark_attention.py and benchmark_model.py in bfloat16: each checks correctness before it prints any time. Their
+   ratios stand beside the limits that were counted for them.
 3. LoRA and full fine-tuning of a model of Llama-3.2-1B's shape with random weights, on Python's standard library read
    as bytes: loss, tokens a second and peak memory of DIFF V1, exact V2 and LLaMA. Every loss is to fall.
 4. compare_lora.py: what LoRA learns on the trained LLaMA of this repository and on its conversions.
 
-Prints a table and writes report.json; parts that failed say so and do not stop the others. `--smoke` tries all of it
-on a CPU in a minute or two with tiny models, where its times mean nothing.
+Prints a table and writes report.json after every part; parts that failed say so and do not stop the others, and none
+takes more than its share of the time that is left. `--parts` chooses. `--smoke` tries all of it on a CPU in a few
+minutes with tiny models, where its times mean nothing.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +37,11 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
 EXAMPLES = Path(__file__).parent
+# The parts in their order, and what share of the time they may take.
+SHARES = {"tests": 5, "attention": 2, "model": 3, "memory": 1, "lora": 1, "fine_tuning": 2}
+# Of V1 over LLaMA: time, counted from products, exponentials and bytes; for whole models tokens a second.
+ATTENTION_LIMITS = {"forward": 1.5, "backward": 1.1, "decode": 1.05}
+MODEL_LIMITS = {"prefill": 0.95, "decode": 0.97, "compiled decode": 0.97, "training": 0.97}
 ONE_BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32, "kv_heads": 8}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": 4, "kv_heads": 2}
 
@@ -116,51 +127,110 @@ def fine_tuning(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     return results
 
 
-def run(command: list[str], log: Path) -> str:
+def run(command: list[str], log: Path, seconds: float) -> str:
     """Runs a part in a process of its own, its output kept in `log`. Returns "ok" or how it ended."""
-    result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log.write_text(result.stdout)
-    print(result.stdout[-6000:])
-    return "ok" if result.returncode == 0 else f"failed with exit code {result.returncode}, see {log.name}"
+    with open(log, "w") as file:
+        # A session of its own, so that what it has started ends with it.
+        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = stop(process)
+    print(log.read_text()[-6000:], flush=True)
+    return "ok" if code == 0 else f"stopped after {seconds:.0f} s" if code is None else f"failed with exit code {code}"
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Interrupts the process and all that it started, ten seconds before it kills them."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def against_limits(output: Path) -> list[str]:
+    """A line for each ratio of times that has a limit: the least and largest of all shapes, and whether it holds."""
+    found: dict[str, tuple[list[float], float]] = {}
+    for path in output.glob("attention_*.json"):
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["form"] == "triton"]
+        for phase, limit in ATTENTION_LIMITS.items():
+            ratios = [row["ratio_to_same_kernel"] for row in rows if row["phase"] == phase]
+            found[f"attention, {phase}, over LLaMA through the same kernel"] = ratios, limit
+        ratios = [row["ratio_to_llama"] for row in rows if row["phase"] == "forward"]
+        found["attention, forward, over LLaMA's fastest backend"] = ratios, 2.0
+    for path in output.glob("model_time_*.json"):
+        for phase, times in json.loads(path.read_text())["seconds"].items():
+            found[f"model, {phase}, over LLaMA"] = [times["v1"] / times["llama"]], 1 / MODEL_LIMITS[phase]
+            found[f"model, {phase}, over transformers' DiffLlama"] = [times["v1"] / times["stock diffllama"]], 1.0
+    lines = []
+    for name, (ratios, limit) in found.items():
+        if ratios:
+            verdict = "kept" if max(ratios) <= limit else "MISSED"
+            lines.append(f"{name}: {min(ratios):.3f} to {max(ratios):.3f}, limit {limit:.3f}: {verdict}")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/gpu_report"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
     parser.add_argument("--smoke", action="store_true", help="tiny, and on a CPU as well")
+    parser.add_argument("--fine-tune-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cpu" and not arguments.smoke:
         sys.exit("There is no CUDA GPU here; --smoke tries the script on a CPU.")
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
     arguments.models = [("llama", None), ("v1", None), ("v2", None)]
     if arguments.device == "cuda":
         arguments.models += [("v1", "sdpa"), ("v2", "sdpa")]
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.fine_tune_only:
+        (output / "fine_tuning.json").write_text(json.dumps(fine_tuning(arguments), indent=1) + "\n")
+        return
 
-    smoke, out = (["--smoke"] if arguments.smoke else []), str(arguments.output)
-    dtype = ["--dtype", "float32" if arguments.smoke else "bfloat16", "--device", arguments.device, "--output", out]
-    attention, model = str(EXAMPLES / "benchmark_attention.py"), str(EXAMPLES / "benchmark_model.py")
-    parts = {
-        "tests": ["-m", "pytest", "-q", "-m", "gpu", str(EXAMPLES.parent / "tests")],
-        "attention": [attention, *dtype, "--lengths", "1024", "4096", "16384", *smoke],
-        "model": [model, *dtype, "--length", "4096", *smoke],
-        "memory": [model, *dtype, "--length", "4096", "--memory", *smoke],
-        "lora": [str(EXAMPLES / "compare_lora.py"), "--device", arguments.device, "--output", out, *smoke],
+    commands = part_commands(arguments)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    record: dict = {"environment": environment(arguments.device), "parts": {}, "seconds": {}, "fine_tuning": {}}
+    for index, name in enumerate(arguments.parts):
+        share = SHARES[name] / sum(SHARES[later] for later in arguments.parts[index:])
+        start = time.monotonic()
+        record["parts"][name] = run(commands[name], output / f"{name}.log", share * (deadline - start))
+        record["seconds"][name] = time.monotonic() - start
+        record["limits"] = against_limits(output)
+        if name == "fine_tuning" and record["parts"][name] == "ok":
+            record["fine_tuning"] = json.loads((output / "fine_tuning.json").read_text())
+        (output / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    report(record)
+
+
+def part_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What python runs for each part."""
+    out = ["--output", str(arguments.output), "--device", arguments.device] + ["--smoke"] * arguments.smoke
+    dtype = ["--dtype", "float32" if arguments.smoke else "bfloat16"]
+    model = [str(EXAMPLES / "benchmark_model.py"), *dtype, *out, "--length", "4096"]
+    attention = [str(EXAMPLES / "benchmark_attention.py"), *dtype, *out, "--lengths", "1024", "4096", "16384"]
+    in_parallel = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
+    return {
+        "tests": ["-m", "pytest", "-q", "-m", "gpu", *in_parallel, str(EXAMPLES.parent / "tests")],
+        "attention": attention,
+        "model": [*model, "--compile"],
+        "memory": [*model, "--memory"],
+        "lora": [str(EXAMPLES / "compare_lora.py"), *out],
+        "fine_tuning": [__file__, "--fine-tune-only", *out],
     }
-    record = {"environment": environment(arguments.device), "seconds": {}, "parts": {}}
-    for name, command in parts.items():
-        start = time.perf_counter()
-        record["parts"][name] = run(command, arguments.output / f"{name}.log")
-        record["seconds"][name] = time.perf_counter() - start
-    start = time.perf_counter()
-    record["fine_tuning"] = fine_tuning(arguments)
-    record["seconds"]["fine_tuning"] = time.perf_counter() - start
-    (arguments.output / "report.json").write_text(json.dumps(record, indent=1) + "\n")
 
+
+def report(record: dict) -> None:
+    """The tables, and exit code 1 if a part failed or a loss did not fall. Limits are for the reader."""
     print(f"{'':>24} {'first loss':>10} {'last loss':>10} {'tokens/s':>10} {'peak GiB':>9}")
     for label, r in record["fine_tuning"].items():
         print(f"{label:>24} {r['first_loss']:10.3f} {r['last_loss']:10.3f} {r['tokens_per_second']:10.0f} "
               f"{r['peak_bytes'] / 2**30:9.2f}")  # fmt: skip
+    print(*record["limits"], sep="\n")
     for name, outcome in record["parts"].items():
         print(f"{name}: {outcome}, {record['seconds'][name]:.0f} s")
     failed = [name for name, outcome in record["parts"].items() if outcome != "ok"]

@@ -35,7 +35,7 @@ def test_quickstart_converts_verifies_and_compares(tmp_path):
 def test_benchmark_attention_checks_and_writes_its_table(tmp_path):
     run_example(tmp_path, "benchmark_attention.py", "--smoke", "--output", "out")
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
-    assert {row["phase"] for row in record["rows"]} == {"forward", "forward + backward", "decode"}
+    assert {row["phase"] for row in record["rows"]} == {"forward", "backward", "forward + backward", "decode"}
     assert {"llama", "chunked", "one call", "two calls", "four calls"} <= {row["form"] for row in record["rows"]}
     assert record["environment"]["machine"]
     assert len(list((tmp_path / "out").glob("*.csv"))) == 1
@@ -70,23 +70,3 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     record = json.loads((tmp_path / "out/conversion.json").read_text())
     assert set(record["jobs"]) == {"copy", "convert v1", "convert v2"}
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
-
-
-@pytest.mark.slow
-def test_gpu_report_fine_tunes_every_model(tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed")
-    script = tmp_path / "fine_tuning.py"
-    # Only its own part: the tests and benchmarks that it starts as well have tests of their own here.
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport argparse, json, gpu_report\n"
-        "if __name__ == '__main__':\n"
-        "    models = [('llama', None), ('v1', None), ('v2', None)]\n"
-        "    arguments = argparse.Namespace(smoke=True, device='cpu', models=models)\n"
-        "    print(json.dumps(gpu_report.fine_tuning(arguments)))\n"
-    )
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    results = json.loads(result.stdout.splitlines()[-1])
-    assert len(results) == 6 and all(run["loss_fell"] for run in results.values())
-    # LoRA leaves the base alone: adapters and the few new tensors are all that trains.
-    assert results["lora v1 default"]["trainable_parameters"] < results["full v1 default"]["trainable_parameters"] / 2
