@@ -65,6 +65,14 @@ def test_benchmark_model_writes_ratios_to_llama(tmp_path):
 
 
 @pytest.mark.slow
+def test_benchmark_model_compiles_a_step_of_decoding(tmp_path):
+    run_example(tmp_path, "benchmark_model.py", "--smoke", "--compile", "--output", "out")
+    record = json.loads((tmp_path / "out/model_compiled_float32_64.json").read_text())
+    assert set(record["seconds"]) == {"compiled decode"}
+    assert all(seconds > 0 for seconds in record["seconds"]["compiled decode"].values())
+
+
+@pytest.mark.slow
 def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     run_example(tmp_path, "benchmark_conversion.py", "--smoke", "--output", "out")
     record = json.loads((tmp_path / "out/conversion.json").read_text())
