@@ -164,13 +164,13 @@ def stock_backends(inputs: Tensors, with_flex: bool) -> dict[str, Callable]:
 
 
 def that_run(jobs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """All but the stock backends that refuse, each with its reason; an error of any other form is one of ours."""
+    """All but the forms of torch's own attention that refuse or find no memory, each with its reason."""
     running = {}
     for name, job in jobs.items():
         try:
             job()
         except Exception as error:  # torch and its compiler raise what they like
-            if not name.endswith(("cudnn", "flex")):
+            if name in ("llama", "chunked", "triton", SAME_KERNEL):
                 raise
             print(f"{name}: refused, {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
         else:
@@ -251,7 +251,9 @@ def main() -> None:
     wrong = {name: f"{value:.1e}" for name, value in differences.items() if not value <= TOLERANCE[dtype]}
     if wrong:
         sys.exit(f"Off the float64 definition by more than {TOLERANCE[dtype]}: {wrong}; no speed is reported.")
-    rows = []
+    record = {"environment": environment(arguments.device), "dtype": arguments.dtype, "differences": differences}
+    print(json.dumps(record))
+    rows: list[dict] = []
     for map_dim in arguments.map_dims:
         for length in arguments.lengths:
             for phase, times in measure(length, map_dim, dtype, arguments).items():
@@ -261,18 +263,20 @@ def main() -> None:
                      "ratio_to_same_kernel": value / times.get(SAME_KERNEL, float("nan"))}
                     for form, value in times.items()
                 ]  # fmt: skip
-    report(rows, {"environment": environment(arguments.device), "dtype": arguments.dtype, "differences": differences},
-           arguments.output)  # fmt: skip
+            if arguments.output is not None:
+                write(rows, record, arguments.output)  # after every shape: what is measured is kept
+    show(rows)
 
 
-def report(rows: list[dict], record: dict, output: Path | None) -> None:
-    print(json.dumps(record))
+def show(rows: list[dict]) -> None:
     print(f"{'d':>4} {'length':>7} {'phase':>19} {'form':>19} {'ms':>9} {'/ llama':>8} {'/ same kernel':>14}")
     for row in rows:
         print(f"{row['map_dim']:4} {row['length']:7} {row['phase']:>19} {row['form']:>19} {row['ms']:9.3f} "
               f"{row['ratio_to_llama']:8.3f} {row['ratio_to_same_kernel']:14.3f}")  # fmt: skip
-    if output is None:
-        return
+
+
+def write(rows: list[dict], record: dict, output: Path) -> None:
+    """The rows as JSON with the record, as CSV and as a plot."""
     output.mkdir(parents=True, exist_ok=True)
     stem = f"attention_{record['environment']['machine'].split()[0].lower()}_{record['dtype']}"
     (output / f"{stem}.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
@@ -299,6 +303,7 @@ def plot(rows: list[dict], record: dict, path: Path) -> None:
     for (map_dim, phase), axis in zip(product(map_dims, phases), axes.flat, strict=True):
         for form in dict.fromkeys(row["form"] for row in rows):
             chosen = [row for row in rows if (row["phase"], row["form"], row["map_dim"]) == (phase, form, map_dim)]
+            chosen.sort(key=lambda row: row["length"])
             axis.plot([r["length"] for r in chosen], [r["ratio_to_llama"] for r in chosen], marker="o", label=form)
         axis.set(title=f"{phase}, maps {map_dim} wide", xlabel="length (tokens)", ylabel="time / LLaMA", xscale="log")
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -307,6 +312,7 @@ def plot(rows: list[dict], record: dict, path: Path) -> None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(f"{record['environment']['machine']}, {record['dtype']}")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

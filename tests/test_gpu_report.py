@@ -62,13 +62,14 @@ def test_ratios_are_read_against_their_limits(tmp_path):
 
 def test_no_part_may_take_more_than_its_share(tmp_path, monkeypatch, capsys):
     given = []
+    monkeypatch.setattr(gpu_report, "SHARES", {"tests": 5, "memory": 1, "lora": 1})
     monkeypatch.setattr(gpu_report, "run", lambda command, log, seconds: given.append(seconds) or "ok")
     arguments = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--minutes", "1"]
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments, "--parts", "tests", "memory", "lora"])
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()
     assert ended.value.code == 0
-    # Of 5 + 1 + 1 shares of a minute; what a part leaves over, here all of it, goes to the later ones.
+    # What a part leaves over of its share of the minute, here all of it, goes to the later ones.
     assert given == pytest.approx([60 * 5 / 7, 60 / 2, 60], rel=0.05)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["parts"] == {"tests": "ok", "memory": "ok", "lora": "ok"}
