@@ -138,7 +138,8 @@ def fused(query, key, value, diff_lambda=None):
 
 def llama_forms(inputs: Tensors, with_flex: bool) -> dict[str, Job]:
     """LLaMA's attention through every backend, and through our kernels with one map."""
-    found: dict[str, Callable] = {"llama": plain} | stock_backends(inputs, with_flex)
+    found: dict[str, Callable] = {"llama": plain}
+    found |= {f"llama, {name}": backend for name, backend in stock_backends(inputs, with_flex).items()}
     if triton_can_run(inputs[0].device) is None:
         found[SAME_KERNEL] = fused
     return {name: (form, as_llama(*inputs[:3])) for name, form in found.items()}
@@ -151,16 +152,16 @@ def forms(inputs: Tensors, with_flex: bool) -> dict[str, Job]:
         found["chunked"] = chunked
     if triton_can_run(inputs[0].device) is None:
         found["triton"] = fused
-    for name, attention in stock_backends(inputs, with_flex).items():
-        found[name.replace("llama", "two calls")] = partial(two_calls, attention=attention)
+    for name, backend in stock_backends(inputs, with_flex).items():
+        found[f"two calls, {name}"] = partial(two_calls, attention=backend)
     own = {name: (form, tuple(x.clone() for x in inputs)) for name, form in found.items()}
     return own | {"stock diffllama": (stock, as_stock(*inputs))}
 
 
 def stock_backends(inputs: Tensors, with_flex: bool) -> dict[str, Callable]:
     """Those that torch does not choose by itself."""
-    found = {"llama, cudnn": cudnn} if inputs[0].device.type == "cuda" else {}
-    return found | ({"llama, flex": flex} if with_flex else {})
+    found = {"cudnn": cudnn} if inputs[0].device.type == "cuda" else {}
+    return found | ({"flex": flex} if with_flex else {})
 
 
 def that_run(jobs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
@@ -188,29 +189,33 @@ def check(dtype: torch.dtype, device: str, with_flex: bool) -> dict[str, float]:
     return {name: (job().double() - expected).abs().max().item() for name, job in jobs.items()}
 
 
-def with_forward(function: Callable, inputs: Tensors) -> Callable[[], object]:
-    """Forward and backward; what the output weighs the loss by is the output."""
+def only_forward(function: Callable, inputs: Tensors) -> Callable[[], object]:
+    return partial(function, *inputs)
+
+
+def forward_and_backward(function: Callable, inputs: Tensors) -> Callable[[], object]:
+    """Both; what the output weighs the loss by is the output."""
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
 
-    def forward_and_backward():
+    def both():
         output = function(*leaves)
         return torch.autograd.grad(output, leaves, output.detach())
 
-    return forward_and_backward
+    return both
 
 
-def without_forward(function: Callable, inputs: Tensors) -> Callable[[], object]:
-    """The backward alone, of one forward."""
+def only_backward(function: Callable, inputs: Tensors) -> Callable[[], object]:
+    """The backward of one forward, which the first call takes."""
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
     output = cache(lambda: function(*leaves))
     return lambda: torch.autograd.grad(output(), leaves, output().detach(), retain_graph=True)
 
 
 PHASES: dict[str, Callable] = {
-    "forward": lambda function, inputs: partial(function, *inputs),
-    "backward": without_forward,
-    "forward + backward": with_forward,
-    "decode": lambda function, inputs: partial(function, *inputs),
+    "forward": only_forward,
+    "backward": only_backward,
+    "forward + backward": forward_and_backward,
+    "decode": only_forward,
 }
 
 

@@ -8,12 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
+
+from modeling_diff.diff_attention_triton import triton
 
 
 GPU_CALLS = 5  # at once: an event is exact to 0.5 us, a step of decoding takes 10
@@ -90,7 +90,7 @@ def environment(device: str) -> dict[str, str | int | float]:
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else "none",
+        "triton": "none" if triton is None else triton.__version__,
         "transformers": transformers.__version__,
     }
 
