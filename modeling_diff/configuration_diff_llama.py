@@ -90,11 +90,50 @@ class DiffLlamaConfig(LlamaConfig):
                 "weight order: here it is lambda_init_std, and checkpoints come over with `diff-llama convert`."
             )
         super().__post_init__(**kwargs)
+        self._check_variant()  # before what depends on it is filled in
+        if self.variant == "v1":
+            self._fill_v1()
+        self.check()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As LLaMA's, which sets fields given as keywords on the built config: here they are checked together after it.
+
+        Fewer layers keep the first values of each list. `variant` is also a keyword of `from_pretrained`, for names of
+        weight files: what is none of ours is passed on to it.
+        """
+        weights_variant = {} if kwargs.get("variant") in (None, "v1", "v2") else {"variant": kwargs.pop("variant")}
+        config_dict = config_dict | {name: kwargs[name] for name in ("variant", "num_hidden_layers") if name in kwargs}
+        if "num_hidden_layers" in kwargs:
+            config_dict = cls._first_layers(config_dict)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.check()
+        return (config, loaded[1] | weights_variant) if isinstance(loaded, tuple) else config
+
+    @staticmethod
+    def _first_layers(config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The same with its lists, of one value a layer, for no more than its `num_hidden_layers`."""
+        num_layers = config_dict["num_hidden_layers"]
+        lists = {name: config_dict.get(name) for name in ("lambda_init", "sub_norm_eps")}
+        cut = {name: values[:num_layers] for name, values in lists.items() if isinstance(values, list)}
+        if (layers := config_dict.get("differential_layers")) is not None:
+            cut["differential_layers"] = [layer for layer in layers if layer < num_layers]
+        return config_dict | cut
+
+    def validate_differential(self) -> None:
+        """What transformers runs before it saves: fields may have been set since the config was built."""
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` for a combination of fields that has no meaning."""
         self._check_variant()
         self._check_heads()
         self._check_layers()
         if self.variant == "v1":
-            self._fill_and_check_v1()
+            self._check_v1()
         else:
             self._check_v2()
         if self.attention_dropout:
@@ -103,7 +142,6 @@ class DiffLlamaConfig(LlamaConfig):
                 "set attention_dropout=0.0."
             )
         self._check_rope_type()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
 
     @property
     def map_dim(self) -> int:
@@ -171,11 +209,13 @@ class DiffLlamaConfig(LlamaConfig):
                 f"num_hidden_layers={self.num_hidden_layers}; leave it out for all layers."
             )
 
-    def _fill_and_check_v1(self) -> None:
+    def _fill_v1(self) -> None:
         if self.lambda_init is None:
             self.lambda_init = [paper_lambda_init(layer_idx) for layer_idx in range(self.num_hidden_layers)]
         if self.sub_norm_eps is None:
             self.sub_norm_eps = 1e-5
+
+    def _check_v1(self) -> None:
         if len(self.lambda_init) != self.num_hidden_layers:
             raise ValueError(
                 f"lambda_init has {len(self.lambda_init)} values for num_hidden_layers={self.num_hidden_layers}: give "

@@ -10,6 +10,7 @@ Training keeps only its inputs and computes each block's maps again for the grad
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ BLOCK_ROWS = 128
 BLOCK_SCORES = 2**19
 # Up to here keys are read as they lie in the cache, by queries padded with zeros; beyond, splitting them is cheaper.
 FEW_QUERIES = 8
+# Operators are named after the module: a bundle copy of this file and the package can then live in one process.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def chunked_attention_forward(
@@ -42,19 +45,28 @@ def chunked_attention_forward(
     O = (A1 - lambda A2) V as (B, T, H, D), before any norm, and no maps.
 
     `query` (B, 2H, T, d), `key` and `value` (B, K, S, D), `diff_lambda` () or (B, T, H), `attention_mask` as for
-    `sdpa`: boolean or additive (B, 1, T, S), or None for query t attending to keys 0 to t. In bfloat16 the scores are
-    rounded to bfloat16 before the softmax, as in `eager`. Without `diff_lambda` it is plain attention, for layers that
-    kept LLaMA's.
+    `sdpa`: boolean or additive (B, 1, T, S), or (B, 2H, T, S) for each map, or None for query t attending to keys 0 to
+    t. In bfloat16 the scores are rounded to bfloat16 before the softmax, as in `eager`. Without `diff_lambda` it is
+    plain attention, for layers that kept LLaMA's.
     """
     if diff_lambda is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
     query, key, value = cast_for_autocast(query, key, value)
-    is_causal = bool(attends_causally(module, is_causal) and attention_mask is None and query.shape[2] > 1)
-    if query.shape[2] <= FEW_QUERIES:
-        return attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None
-    return ChunkedDiffAttention.apply(query, key, value, diff_lambda, attention_mask, scaling, is_causal), None
+    num_queries = query.shape[2]
+    is_causal = bool(attends_causally(module, is_causal) and attention_mask is None and num_queries > 1)
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask of four dimensions is {attention_mask.dtype}: it must be boolean (True for visible) "
+                "or a floating-point number that is added to the scores."
+            )
+        attention_mask = attention_mask.expand(-1, -1, num_queries, key.shape[2])
+    inputs = (query, key, value, diff_lambda, attention_mask, scaling, is_causal)
+    if num_queries <= FEW_QUERIES or (attention_mask is not None and attention_mask.requires_grad):
+        return attend_few_queries(*inputs), None  # a learned mask is as large as the scores, so may they be kept
+    return _forward_op(*inputs), None
 
 
 def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, is_causal) -> torch.Tensor:
@@ -71,7 +83,9 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
     if is_causal:
         attention_mask = query.new_ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
     if attention_mask is not None:
-        attention_mask = attention_mask.repeat(1, 1, rows.shape[2] // num_queries, 1)
+        rows_of_a_head = rows.shape[2] // num_queries
+        attention_mask = attention_mask.expand(-1, max(attention_mask.shape[1], rows_of_a_head), -1, -1)
+        attention_mask = attention_mask.reshape(len(attention_mask), -1, rows.shape[2], num_keys)  # (B, K or 1, ., S)
     if query.dtype in (torch.float16, torch.bfloat16):
         outputs = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     else:
@@ -82,57 +96,96 @@ def attend_few_queries(query, key, value, diff_lambda, attention_mask, scaling, 
     return subtract_maps(outputs.view(batch_size, -1, num_queries, head_dim).transpose(1, 2), diff_lambda)
 
 
-class ChunkedDiffAttention(torch.autograd.Function):
-    """The loop over blocks, and its gradient in the shared form: dP = dO V^T serves both maps."""
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    diff_lambda: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """The loop over blocks."""
+    blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
+    output = _forward_empty(query, key, value)
+    output_by_head = blocks.by_head(output)
+    for block in blocks:
+        weights = blocks.weights(block, blocks.maps(block))
+        output_block = block.of_heads(output_by_head)
+        output_block.copy_(torch.bmm(weights, blocks.values(block)).view_as(output_block))
+    return output
 
-    @staticmethod
-    def forward(ctx, query, key, value, diff_lambda, attention_mask, scaling, is_causal):
-        ctx.save_for_backward(query, key, value, diff_lambda, attention_mask)
-        ctx.scaling, ctx.is_causal = scaling, is_causal
-        blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
-        output = value.new_empty(query.shape[0], query.shape[2], query.shape[1] // 2, value.shape[-1])
-        output_by_head = blocks.by_head(output)
-        for block in blocks:
-            weights = blocks.weights(block, blocks.maps(block))
-            output_block = block.of_heads(output_by_head)
-            output_block.copy_(torch.bmm(weights, blocks.values(block)).view_as(output_block))
-        return output
 
-    @staticmethod
-    def backward(ctx, grad_output):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'diff_chunked has no second derivatives: create_graph=True needs set_attn_implementation("eager")'
-            )
-        query, key, value, diff_lambda, attention_mask = ctx.saved_tensors
-        blocks = Blocks(query, key, value, diff_lambda, attention_mask, ctx.scaling, ctx.is_causal)
-        grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
-        # Sums over blocks, so not narrower than float32.
-        keys = split_keys(key, query.shape[-1]).contiguous()  # (B, K, 2 or 1, S, d)
-        grad_keys = torch.zeros_like(keys, dtype=blocks.wide)
-        grad_values = torch.zeros_like(blocks.all_values, dtype=blocks.wide)
-        for block in blocks:
-            maps, values = blocks.maps(block), blocks.values(block)
-            grad_rows = blocks.head_rows(grad_output, block)
-            grad_weights = blocks.scratch("grad_weights", query.dtype, len(values), grad_rows.shape[1], block.num_keys)
-            torch.bmm(grad_rows, values.transpose(1, 2), out=grad_weights)
-            grad_scores = blocks.scratch("grad_scores", blocks.wide, *maps.shape)  # (N, 2, R, S)
-            torch.mul(maps, grad_weights.unsqueeze(1), out=grad_scores)
-            row_sums = grad_scores.sum(-1, keepdim=True)  # (N, 2, R, 1)
-            grad_scores.addcmul_(maps, row_sums, value=-1)
-            grad_scores[:, 1] *= -blocks.lambda_rows(block)
-            blocks.add_lambda_gradient(grad_lambda, row_sums[:, 1], block)
+def _forward_empty(query, key, value, *_):
+    return value.new_empty(query.shape[0], query.shape[2], query.shape[1] // 2, value.shape[-1])
 
-            weights = blocks.weights(block, maps)
-            _add_product(blocks.values(block, grad_values), weights.transpose(1, 2), grad_rows)
-            key_rows = blocks.key_rows(block, keys)
-            grad_scores = blocks.narrow("scores", grad_scores).view(len(key_rows), -1, block.num_keys)
-            grad_key_rows = blocks.key_rows(block, grad_keys)
-            _add_product(grad_key_rows, grad_scores.transpose(1, 2), blocks.query_rows(block), ctx.scaling)
-            grad_block = block.of_maps(blocks.by_map(grad_query))
-            grad_block.copy_(torch.bmm(grad_scores, key_rows).mul_(ctx.scaling).view_as(grad_block))
-        grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
-        return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda, None, None, None
+
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    diff_lambda: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its gradients in the shared form: dP = dO V^T serves both maps."""
+    blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
+    grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
+    # Sums over blocks, so not narrower than float32.
+    keys = split_keys(key, query.shape[-1]).contiguous()  # (B, K, 2 or 1, S, d)
+    grad_keys = torch.zeros_like(keys, dtype=blocks.wide)
+    grad_values = torch.zeros_like(blocks.all_values, dtype=blocks.wide)
+    for block in blocks:
+        maps, values = blocks.maps(block), blocks.values(block)
+        grad_rows = blocks.head_rows(grad_output, block)
+        grad_weights = blocks.scratch("grad_weights", query.dtype, len(values), grad_rows.shape[1], block.num_keys)
+        torch.bmm(grad_rows, values.transpose(1, 2), out=grad_weights)
+        grad_scores = blocks.scratch("grad_scores", blocks.wide, *maps.shape)  # (N, 2, R, S)
+        torch.mul(maps, grad_weights.unsqueeze(1), out=grad_scores)
+        row_sums = grad_scores.sum(-1, keepdim=True)  # (N, 2, R, 1)
+        grad_scores.addcmul_(maps, row_sums, value=-1)
+        grad_scores[:, 1] *= -blocks.lambda_rows(block)
+        blocks.add_lambda_gradient(grad_lambda, row_sums[:, 1], block)
+
+        weights = blocks.weights(block, maps)
+        _add_product(blocks.values(block, grad_values), weights.transpose(1, 2), grad_rows)
+        key_rows = blocks.key_rows(block, keys)
+        grad_scores = blocks.narrow("scores", grad_scores).view(len(key_rows), -1, block.num_keys)
+        grad_key_rows = blocks.key_rows(block, grad_keys)
+        _add_product(grad_key_rows, grad_scores.transpose(1, 2), blocks.query_rows(block), scaling)
+        grad_block = block.of_maps(blocks.by_map(grad_query))
+        grad_block.copy_(torch.bmm(grad_scores, key_rows).mul_(scaling).view_as(grad_block))
+    grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
+    return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda
+
+
+def _backward_empty(grad_output, *inputs):
+    return tuple(torch.empty_like(tensor) for tensor in inputs[:4])
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.scaling, ctx.is_causal = inputs[5:]
+
+
+def _differentiate(ctx, grad_output):
+    gradients = _backward_op(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.is_causal)
+    return *gradients, None, None, None
+
+
+def _refuse_second_derivatives(ctx, *_):
+    raise RuntimeError('diff_chunked has no second derivatives: they need set_attn_implementation("eager")')
+
+
+# Opaque operators: a compiler that saw the loop would unroll it, and fix the length.
+_forward_op = torch.library.custom_op(f"{NAMESPACE}::forward", _forward, mutates_args=())
+_backward_op = torch.library.custom_op(f"{NAMESPACE}::backward", _backward, mutates_args=())
+_forward_op.register_fake(_forward_empty)
+_backward_op.register_fake(_backward_empty)
+_forward_op.register_autograd(_differentiate, setup_context=_save_inputs)
+_backward_op.register_autograd(_refuse_second_derivatives)
 
 
 @dataclass
@@ -185,13 +238,13 @@ class Blocks:
 
     def _heads_at_once(self, num_scores: int) -> int:
         """How many key-value heads, of `num_scores` each, make a block."""
-        if self.query.device.type != "cpu" or torch.compiler.is_compiling():  # no such caches; a loop to be unrolled
+        if self.query.device.type != "cpu":  # no such caches
             return self.batch_size * self.num_key_value_heads
         return max(1, BLOCK_SCORES // num_scores)
 
     def _num_visible_keys(self, rows: slice, queries: slice) -> int:
         mask = self.attention_mask
-        if mask is None or mask.dtype != torch.bool or torch.compiler.is_compiling():
+        if mask is None or mask.dtype != torch.bool:
             return self.num_keys
         visible = mask[rows, :, queries].flatten(0, 2).any(0).nonzero()
         return int(visible[-1]) + 1 if len(visible) else 1
@@ -240,6 +293,12 @@ class Blocks:
         heads = block.of_heads(self.by_head(tensor))
         return heads.reshape(heads.shape[:2].numel(), -1, heads.shape[-1])
 
+    def mask(self, block: Block) -> torch.Tensor:
+        """(rows, 1, R, S), or with a map's own (rows, maps, R, S)."""
+        if self.attention_mask.shape[1] == 1:
+            return self.attention_mask[block.rows, :, block.queries, : block.num_keys]
+        return block.of_maps(self.by_map(self.attention_mask))[..., : block.num_keys].flatten(1, 3)
+
     def lambda_rows(self, block: Block) -> torch.Tensor:
         """() in V1, (N, R, 1) in V2."""
         if self.diff_lambda.dim() == 0:
@@ -264,7 +323,7 @@ class Blocks:
             by_query = scores.view(-1, num_queries, block.num_keys)
             _mask(by_query[..., block.queries], self.past[:num_queries, :num_queries])
         elif self.attention_mask is not None:
-            mask = self.attention_mask[block.rows, :, block.queries, : block.num_keys]
+            mask = self.mask(block)
             _mask(scores.view(len(mask), -1, num_queries, block.num_keys), mask)
         scores = scores.view(-1, 2, self.query.shape[3] * num_queries, block.num_keys)
         if scores.dtype != self.wide:
@@ -286,7 +345,7 @@ def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Hides keys from `scores` in place; the lowest number, not -inf, keeps rows that see nothing finite."""
     if mask.dtype == torch.bool:
         return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    return scores.add_(mask)
+    return scores.add_(mask).clamp_(min=torch.finfo(scores.dtype).min)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0) -> None:

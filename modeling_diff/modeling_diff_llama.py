@@ -76,8 +76,8 @@ class DiffLambda(nn.Module):
     """
     lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, a scalar (arXiv:2410.05258, eq. 2).
 
-    A module of its own, as adapters can train modules but not bare parameters. It is never narrower than float32,
-    whatever the model is cast to: bfloat16 would round lambda, and the steps by which it learns, to 1/256.
+    A module of its own, as adapters can train modules but not bare parameters. It stays float32 when the model is cast
+    or loaded in less: bfloat16 would round lambda, and the steps by which it learns, to 1/256.
     """
 
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
@@ -89,7 +89,10 @@ class DiffLambda(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
-        first, second = self.lambda_q1.dot(self.lambda_k1), self.lambda_q2.dot(self.lambda_k2)
+        vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        if self.lambda_q1.dtype in (torch.float16, torch.bfloat16):  # put there by who sets parameters past `_apply`
+            vectors = tuple(vector.float() for vector in vectors)
+        first, second = vectors[0].dot(vectors[1]), vectors[2].dot(vectors[3])
         return first.exp() - second.exp() + self.lambda_init
 
     def _apply(self, fn, recurse=True):
@@ -116,11 +119,16 @@ def normalize_heads(hidden_states: torch.Tensor, weight: torch.Tensor, eps: floa
 class NormalizeHeads(torch.autograd.Function):
     """`normalize_heads` that keeps its input for the gradient, where torch would keep the normalised heads too."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, hidden_states, weight, eps):
-        ctx.save_for_backward(hidden_states, weight)
-        ctx.eps = eps
+    def forward(hidden_states, weight, eps):
         return normalize_heads(hidden_states, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        hidden_states, weight, ctx.eps = inputs
+        ctx.save_for_backward(hidden_states, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -130,7 +138,7 @@ class NormalizeHeads(torch.autograd.Function):
         normalized, grad_normalized = wide * inverse_rms, grad_output * weight
         along = (grad_normalized * normalized).mean(-1, keepdim=True)
         grad_states = (grad_normalized - normalized * along) * inverse_rms
-        grad_weight = (grad_output * normalized).flatten(0, -2).sum(0)
+        grad_weight = (grad_output * normalized).reshape(-1, len(weight)).sum(0)
         return grad_states.to(hidden_states.dtype), grad_weight.to(weight.dtype), None
 
 
@@ -324,6 +332,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
+        config.check()  # its fields may have been set since it was built
         super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -386,7 +395,8 @@ class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPr
         super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = DiffLlamaModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        dropouts = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in dropouts if rate is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -117,16 +117,53 @@ def test_chunked_gradients_pass_gradcheck(variant, length):
 def test_chunked_refuses_second_derivatives(variant):
     inputs = random_inputs(variant, 1, 2, FEW_QUERIES + 1, FEW_QUERIES + 1)
     output, _ = chunked_attention_forward(CAUSAL, *inputs[:3], None, 0.5, inputs[3])
+    gradients = torch.autograd.grad(output.sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(output.sum(), inputs, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
 
 
+@pytest.mark.parametrize("num_queries", [FEW_QUERIES - 2, FEW_QUERIES + 3])
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "boolean"])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (1, 1, None), (2, 12, None), (1, 12, 1)], ids=["a row", "a batch", "each map", "a map's row"]
+)
+def test_chunked_reads_masks_of_every_shape_that_broadcasts(variant, shape, additive, num_queries):
+    inputs = random_inputs(variant, 2, 3, num_queries, 20)
+    mask = torch.randn(*shape[:2], shape[2] or num_queries, 20, dtype=torch.float64)
+    if not additive:
+        mask = mask > -0.5
+        mask[..., 7] = True  # no row sees nothing
+    added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf")) if not additive else mask
+    assert_gives_the_reference(inputs, mask, added)
+
+
+@pytest.mark.parametrize("num_queries", [FEW_QUERIES - 2, FEW_QUERIES + 3])
+def test_chunked_gives_a_learned_mask_its_gradient(variant, num_queries):
+    inputs = random_inputs(variant, 2, 3, num_queries, 20)
+    mask = torch.randn(1, 12, num_queries, 20, dtype=torch.float64, requires_grad=True)
+    query, key, value, diff_lambda = inputs
+    expected = diff_attention_reference(*inputs, scaling=0.4, attention_mask=mask)
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
+    grad_output = torch.randn_like(output)
+    ours, theirs = (torch.autograd.grad(tensor, mask, grad_output)[0] for tensor in (output, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_chunked_refuses_a_mask_of_integers(variant):
+    query, key, value, diff_lambda = random_inputs(variant, 1, 2, 12, 12)
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"torch\.int64: it must be boolean"):
+        chunked_attention_forward(CAUSAL, query, key, value, mask, 0.4, diff_lambda)
+
+
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "boolean"])
 @pytest.mark.parametrize("length", [FEW_QUERIES, FEW_QUERIES + 4])
-def test_chunked_leaves_padding_rows_finite(variant, length):
+def test_chunked_leaves_padding_rows_finite(variant, length, additive):
     query, key, value, diff_lambda = random_inputs(variant, 1, 1, length, length, dtype=torch.float32)
     visible = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
     visible[1, :, :, :4] = False  # rows 0 to 3 see nothing at all
-    output, _ = chunked_attention_forward(CAUSAL, query, key, value, visible, 0.5, diff_lambda)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf")) if additive else visible
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, mask, 0.5, diff_lambda)
     gradients = torch.autograd.grad(output.sum(), (query, key, value, diff_lambda))
     assert all(tensor.isfinite().all() for tensor in (output, *gradients))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 
@@ -54,6 +55,20 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(model, random_
     for name, expected in gradients[0].items():
         tolerance = 1e-4 * expected.abs().max().item()  # float32, relative to the tensor's largest entry
         torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "diff_auto"])
+def test_training_compiles_to_one_graph_for_all_lengths(tiny_model, variant, implementation, random_ids):
+    """Two graphs, as LLaMA: one of the first length, one of any other."""
+    torch._dynamo.reset()
+    model = tiny_model(variant, attn_implementation=implementation).train()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for length in (12, 21, 30, 150):
+        input_ids = random_ids(2, length)
+        loss, expected = (forward(input_ids, labels=input_ids, use_cache=False).loss for forward in (compiled, model))
+        torch.testing.assert_close(loss, expected, rtol=0, atol=FLOAT32_ATOL)
+    assert graphs.frame_count == 2
 
 
 def export(model, input_ids):

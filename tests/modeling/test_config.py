@@ -6,9 +6,9 @@ import pytest
 import torch
 from diff_llama_by_definition import logits_by_definition
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from modeling_diff import DiffLlamaConfig
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
 def test_derived_widths_follow_the_variant(tiny_config):
@@ -121,6 +121,57 @@ INVALID = {
 def test_invalid_config_says_what_is_wrong(tiny_config, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**{"variant": "v1"} | settings)
+
+
+SET_AFTERWARDS = {
+    "more_layers": ({"num_hidden_layers": 4}, "lambda_init has 2 values for num_hidden_layers=4"),
+    "lambda_init_short": ({"lambda_init": [0.2]}, "lambda_init has 1 values"),
+    "layer_beyond": ({"differential_layers": [99]}, r"differential_layers=\[99\]"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1: the paper defines no dropout"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), SET_AFTERWARDS.values(), ids=SET_AFTERWARDS)
+def test_fields_set_on_a_config_are_checked_where_it_is_used(tiny_model, settings, message, tmp_path):
+    model = tiny_model("v1")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DiffLlamaForCausalLM.from_pretrained(tmp_path, **settings)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        DiffLlamaForCausalLM(model.config)
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        model.save_pretrained(tmp_path / "again")
+    assert not list(tmp_path.glob("again/*.safetensors"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"sub_norm_eps": [0.5, 0.02], "differential_layers": [0, 1]}], ids=str)
+def test_fewer_layers_are_loaded_with_the_values_of_the_first(tiny_model, settings, random_ids, tmp_path):
+    model, input_ids = tiny_model("v1", **settings), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+    model.model.layers = model.model.layers[:1]
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    assert loaded.config.lambda_init == model.config.lambda_init[:1]
+
+
+def test_variant_of_weight_files_is_not_taken_for_ours(tiny_model, variant, random_ids, tmp_path):
+    """`from_pretrained` has a keyword of our field's name, for files such as model.fp16.safetensors."""
+    model, input_ids = tiny_model(variant), random_ids(1, 9)
+    model.save_pretrained(tmp_path, variant="fp16")
+    for auto_class in (AutoModelForCausalLM, DiffLlamaForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path, variant="fp16")
+        assert loaded.config.variant == variant
+        assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    with pytest.raises(OSError, match=r"model\.bf16\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_variant_given_to_an_auto_config_is_ours(tiny_config, tmp_path):
+    tiny_config("v2").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, variant="v1")
+    assert (config.variant, config.map_dim, len(config.lambda_init)) == ("v1", 4, 2)
 
 
 def test_hidden_size_that_heads_do_not_divide_is_refused_as_llama_refuses_it(tiny_config):

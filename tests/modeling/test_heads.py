@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForTokenClassification
 
 from modeling_diff import (
     DiffLlamaForQuestionAnswering,
@@ -15,6 +16,7 @@ from modeling_diff import (
 HEADS = [DiffLlamaForSequenceClassification, DiffLlamaForTokenClassification, DiffLlamaForQuestionAnswering]
 # float32 logits of order 1; padding multiplies the same rows in other shapes.
 FLOAT32_ATOL = 2e-5
+SMALL = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(params=HEADS, ids=lambda head: head.__name__)
@@ -90,6 +92,15 @@ def test_token_classification_scores_every_token(tiny_model, variant, random_ids
     assert output.logits.shape == (2, 9, 5)
     expected = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize(
+    "dropouts", [{}, {"classifier_dropout": None}, {"hidden_dropout": 0.3}, {"classifier_dropout": 0.0}], ids=str
+)
+def test_token_classification_drops_out_as_llama(tiny_model, variant, dropouts):
+    model = tiny_model(variant, model_class=DiffLlamaForTokenClassification, **dropouts)
+    llama = LlamaForTokenClassification(LlamaConfig(**SMALL, **dropouts))
+    assert model.dropout.p == llama.dropout.p
 
 
 def test_question_answering_scores_starts_and_ends(tiny_model, variant, random_ids):

@@ -60,6 +60,17 @@ def test_lambda_is_built_in_float32_under_a_narrow_default(tiny_config):
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
+def test_lambda_assigned_narrow_is_still_computed_in_float32(model):
+    """accelerate sets parameters past everything that keeps them wide."""
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    diff_lambda = model.model.layers[0].self_attn.diff_lambda
+    vectors = [vector.detach().double() for vector in diff_lambda.parameters()]
+    expected = (vectors[0] @ vectors[1]).exp() - (vectors[2] @ vectors[3]).exp() + diff_lambda.lambda_init
+    assert diff_lambda().dtype == torch.float32
+    assert diff_lambda().item() == pytest.approx(expected.item(), abs=1e-6)  # bfloat16 would be off by 1e-3
+
+
 def test_lambda_follows_to_float64(model):
     assert {vector.dtype for vector in lambda_vectors(model.double()).values()} == {torch.float64}
 

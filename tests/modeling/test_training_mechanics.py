@@ -17,6 +17,28 @@ def gradients_of(model, input_ids):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gradients_by_example_equal_each_alone(tiny_model, variant, implementation, random_ids):
+    model, input_ids = tiny_model(variant, attn_implementation=implementation), random_ids(2, 9)
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row,), {"labels": row, "use_cache": False}).loss
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    by_example = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, input_ids.unsqueeze(1))
+    for row in range(2):
+        for name, expected in gradients_of(model, input_ids[row : row + 1]).items():
+            # float32, batched products in another order, relative to the tensor's largest entry.
+            tolerance = 1e-5 * expected.abs().max().item()
+            torch.testing.assert_close(by_example[name][row], expected, rtol=0, atol=tolerance, msg=name)
+
+
+def test_model_on_the_meta_device_gives_shapes(tiny_model, variant, random_ids):
+    with torch.device("meta"):
+        logits = tiny_model(variant).to("meta")(random_ids(2, 20).to("meta")).logits
+    assert logits.is_meta and logits.shape == (2, 20, 96)
+
+
 def enable_checkpointing(model, use_reentrant):
     # transformers 5.23 renamed the method and deprecates the name that 5.17 has.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
