@@ -113,7 +113,7 @@ def attends_causally(module: Any, is_causal: bool | None) -> bool:
 
 def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What attention on states of `dtype` is computed in: autocast's dtype where it is on."""
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to be asked there
     return torch.get_autocast_dtype(device_type) if autocast else dtype
 
 

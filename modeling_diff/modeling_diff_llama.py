@@ -89,9 +89,9 @@ class DiffLambda(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
-        vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
-        if self.lambda_q1.dtype in (torch.float16, torch.bfloat16):  # put there by who sets parameters past `_apply`
-            vectors = tuple(vector.float() for vector in vectors)
+        vectors = [self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2]
+        if self.lambda_q1.dtype in (torch.float16, torch.bfloat16):  # set so past `_apply`, as accelerate does
+            vectors = [vector.float() for vector in vectors]
         first, second = vectors[0].dot(vectors[1]), vectors[2].dot(vectors[3])
         return first.exp() - second.exp() + self.lambda_init
 
