@@ -26,7 +26,7 @@ class Measures:
 
     def recovered(self, start_loss: float) -> float | None:
         """r = (L_start - L_now) / (L_start - L_teacher); None without a teacher, or where there was nothing to win."""
-        if self.teacher_loss is None or start_loss == self.teacher_loss:
+        if self.teacher_loss is None or start_loss - self.teacher_loss < SMALLEST_GAP_NATS:
             return None
         return (start_loss - self.loss) / (start_loss - self.teacher_loss)
 

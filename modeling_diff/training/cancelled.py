@@ -7,9 +7,11 @@ B batch, T queries, S keys, H heads, d map_dim.
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_diff.diff_attention import attention_maps, lambda_over_maps
+from modeling_diff.diff_attention_fused import is_stretches, mask_of_stretches
 
 from .lambda_values import layer_lambda, trained_module
 
@@ -62,8 +64,18 @@ class CancelledShare:
         self.due, self.seen = False, {}
 
 
-def visible(attention_mask: torch.Tensor | None, queries: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Which keys each of the queries sees in the first sequence: (1, 1, T, S), causal where no mask says more."""
+def visible(attention_mask: Any, queries: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Which keys each of the queries sees in the first sequence, (1, 1, T, S), causal where no mask says more.
+
+    `attention_mask` as any implementation gets it: of four dimensions, stretches for the kernels, or a `BlockMask`.
+    """
+    keys = torch.arange(num_tokens, device=queries.device)
+    if isinstance(attention_mask, BlockMask):
+        first = queries.new_zeros(())
+        return attention_mask.mask_mod(first, first, queries[:, None], keys)[None, None]
     if attention_mask is not None and attention_mask.dim() == 4:
+        if is_stretches(attention_mask):
+            attention_mask = mask_of_stretches(attention_mask, num_tokens, num_tokens, is_causal=True)
         return attention_mask[:1, :, queries, :num_tokens]
-    return (torch.arange(num_tokens, device=queries.device) <= queries[:, None])[None, None]
+    return (keys <= queries[:, None])[None, None]

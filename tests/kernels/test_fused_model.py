@@ -10,6 +10,7 @@ from interpreter import INTERPRETED, assert_passes_interpreted
 
 from modeling_diff import diff_attention_auto
 from modeling_diff.diff_attention_triton import triton_can_run
+from modeling_diff.training import CancelledShare
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
@@ -75,6 +76,24 @@ else:
         expected, ours = with_eager(model, "diff_triton", run)
         for name, value in expected.items():
             assert_close(ours[name], value, name)
+
+    @pytest.mark.parametrize("kind", ["padded on the left", "packed"])
+    @pytest.mark.parametrize("variant", ["v1", "v2"])
+    def test_cancelled_share_is_measured_under_the_kernels_masks(variant, kind, inputs):
+        model = build_model(variant, hidden_size=64, initializer_range=0.3).train()
+        if kind == "packed":
+            positions = torch.cat((torch.arange(9), torch.arange(8)))[None]
+            inputs = {"input_ids": inputs["input_ids"][:1], "position_ids": positions}
+        else:
+            inputs = {name: tensor.flip(0) for name, tensor in inputs.items()}  # it looks at the first row
+
+        def run():
+            # Of the first layer, as rows of padding, which see nothing, leave it as 0 by the kernels only.
+            share = CancelledShare(model.model.layers[0].self_attn)
+            model(**inputs, use_cache=False)
+            return share.value
+
+        assert_close(*with_eager(model, "diff_triton", run))
 
     def test_fused_packed_sequences_do_not_see_each_other(model, inputs):
         positions = torch.cat((torch.arange(9), torch.arange(8)))[None]

@@ -4,6 +4,7 @@ import logging as standard_logging
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from trainable_models import random_rows, tiny_model, training_arguments
 from transformers import Trainer, TrainerCallback
 
@@ -15,6 +16,7 @@ from modeling_diff.training import (
     hold_lambda,
     lora_config,
 )
+from modeling_diff.training.cancelled import visible
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -120,6 +122,16 @@ def test_cancelled_share_is_the_overlap_of_the_maps(variant, implementation, tmp
     assert logs["lambda/layer_1/cancelled"] == pytest.approx(expected, abs=1e-6)
     # V1 logs at the end of the step, so its lambda has moved by about the rate; V2's share is of the same forward.
     assert logs["lambda/cancelled"] == logs["lambda/layer_1/cancelled"]
+
+
+def test_cancelled_share_reads_the_masks_of_flex_attention():
+    document = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = create_block_mask(
+        lambda batch, head, query, key: (query >= key) & (document[query] == document[key]),
+        B=1, H=1, Q_LEN=6, KV_LEN=6, device="cpu",
+    )  # fmt: skip
+    seen = visible(mask, torch.tensor([1, 4]), 6)
+    assert seen.tolist() == [[[[True, True, False, False, False, False], [False, False, False, True, True, False]]]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
