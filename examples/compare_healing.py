@@ -128,6 +128,7 @@ class Comparison:
             return json.loads(kept.read_text())
         checkpoint = convert(start, args, args.work / f"start-{start}".replace(" ", "-"))
         student = DiffLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        callbacks = [Blend(student, args.blend_share)] if start == "blend" else []  # from here on it is the LLaMA
         if start not in self.before:
             self.before[start] = self.look(student)
         stage = "lm" if start == "V2" else "kl"
@@ -139,7 +140,7 @@ class Comparison:
         shutil.rmtree(output, ignore_errors=True)
         report = heal_checkpoint(
             checkpoint, output, options, data=self.data, teacher=args.model, held_out=args.model / "heldout.txt",
-            model=student, callbacks=[Blend(student, args.blend_share)] if start == "blend" else [],
+            model=student, callbacks=callbacks,
         )  # fmt: skip
         healed = DiffLlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
         row = {

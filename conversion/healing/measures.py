@@ -14,6 +14,10 @@ from conversion.healing.losses import IGNORED, chunks_of, next_tokens
 from conversion.healing.teacher import Teacher
 
 
+# Where a start is no further from its teacher, a share of the distance is a share of rounding.
+SMALLEST_GAP_NATS = 1e-3
+
+
 @dataclass(frozen=True)
 class Measures:
     """Nats a token, and the share of places where teacher and student would choose the same token; None without a

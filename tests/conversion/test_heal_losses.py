@@ -5,6 +5,7 @@ import torch
 
 from conversion.healing import losses
 from conversion.healing.losses import LogitTargets, TopTargets, distillation_loss, stream_distance
+from conversion.healing.measures import Measures
 
 
 BATCH, TOKENS, VOCABULARY = 2, 7, 11
@@ -80,3 +81,10 @@ def test_stream_distance_is_relative_to_each_token():
     reached = wanted + torch.tensor([[[0.5, 0.0], [50.0, 0.0]]])
     # 0.5^2 / 25 for both tokens, and nothing for the second pair.
     assert stream_distance([reached, wanted], [wanted, wanted]).item() == pytest.approx(0.005)
+
+
+def test_recovered_share_of_a_start_that_lost_nothing_is_not_a_number():
+    reached = Measures(loss=3.2, kl=0.1, greedy_agreement=0.8, teacher_loss=3.0)
+    assert reached.recovered(3.5) == pytest.approx(0.6)
+    assert reached.recovered(3.0 + 1e-6) is None  # an exact conversion, up to rounding
+    assert reached.recovered(2.9) is None
