@@ -14,7 +14,7 @@ from conversion.local_fit import LocalFit
 
 
 PROBE_SIZE = 1024
-# Measured on the tiny and the planted models: what is not a matrix product takes about as long again.
+# Measured on tiny-llama and on small random models: what is not a matrix product takes about as long again.
 OVERHEAD = 2.0
 
 

@@ -120,8 +120,8 @@ def calibrate_norm(problem: LayerProblem, weights: LayerWeights) -> LayerWeights
     """
     `sub_norm.weight` such that heads keep their mean square s^2, and a pair of equal maps its output.
 
-    N(u) = u sqrt((eps + s^2) / (eps + ms(u))); with eps >> s^2 this is the identity (CONVERSION.md, step 4). The
-    weight undoes 1 - lambda_init as well, and 1 - lambda, by which equal maps shrink.
+    N(u) = u sqrt((eps + s^2) / (eps + ms(u))); with eps >> s^2 this is the identity. The weight undoes
+    1 - lambda_init as well, and 1 - lambda, by which equal maps shrink.
     """
     square, count = 0.0, 0
     for outputs, _, _ in problem.attend(weights, problem.sample_rows, "sub_norm"):

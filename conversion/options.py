@@ -16,9 +16,9 @@ from modeling_diff.configuration_diff_llama import paper_lambda_init
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Held-out loss of examples/assets/tiny-llama (3.10 nats) as a plain copy: 5.08 with lambda 0.05, 5.54 with the paper's
-# (compare_healing.py, compare_conversions.py). Less is better only by not subtracting, and training can push it below 0.
-# The strict norm is the paper's, trains as it is, and can be exported; the neutral one is the better start where epsilon
-# is annealed afterwards.
+# (compare_conversions.py). Less is better only by not subtracting, and training can push it below 0. The strict norm
+# is the paper's, trains as it is, and can be exported; the neutral one is the better start where epsilon is annealed
+# afterwards.
 LAMBDA_INIT = 0.05
 STRICT_EPS = 1e-5
 # An even power of two far above any mean square of a head's output: root and weight are exact, and the norm divides

@@ -18,7 +18,6 @@ class NormalEquations:
         self.gram = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
         self.cross = torch.zeros(num_features, num_targets, dtype=torch.float64, device=device)
         self.target_square = 0.0
-        self.num_tokens = 0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor) -> None:
         """`features` (N, F), `targets` (N, C), `token_weights` (N,)."""
@@ -27,7 +26,6 @@ class NormalEquations:
         self.gram += weighted.t() @ features
         self.cross += weighted.t() @ targets
         self.target_square += float((targets.square().sum(-1) * token_weights).sum())
-        self.num_tokens += len(features)
 
     def solve(self, ridge: float, prior: torch.Tensor | None = None) -> torch.Tensor:
         """

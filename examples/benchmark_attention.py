@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--map-dims", type=int, nargs="+", default=[64, 128], help="width of a map")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--flex", action="store_true", help="compiled FlexAttention as well, tens of seconds a shape")
-    parser.add_argument("--output", type=Path, help="folder for attention_<dtype>.csv, .json and .png")
+    parser.add_argument("--output", type=Path, help="folder for attention_<machine>_<dtype>.csv, .json and .png")
     parser.add_argument("--smoke", action="store_true", help="one short length, two rounds")
     arguments = parser.parse_args()
     if arguments.smoke:

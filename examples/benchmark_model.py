@@ -216,7 +216,7 @@ def main() -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--compile", action="store_true", help="compiled decode instead, half a minute a model")
     instead.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
-    parser.add_argument("--output", type=Path, help="folder for model_<phase>.csv and model.json")
+    parser.add_argument("--output", type=Path, help="folder for model_<kind>_<dtype>_<length>.csv and .json")
     parser.add_argument("--smoke", action="store_true", help="a small model, in seconds")
     parser.add_argument("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

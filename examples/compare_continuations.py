@@ -22,6 +22,7 @@ from timing import environment
 from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
 from torch.utils.data import IterableDataset
 from train_tiny_llama import SIZES, to_json
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from conversion import convert_checkpoint
@@ -61,7 +62,7 @@ def continue_one(name, folder, text, sets, arguments):
     """Measured before, trained, measured after: one row."""
     size, windows, rows = text
     settings = trainer_arguments(arguments, size, folder, RUNS[name][1])
-    continue_pretraining.set_seed(arguments.seed)
+    set_seed(arguments.seed)
     model, tokenizer = continue_pretraining.load(settings)
     before = measure(model, windows, sets)
     held_out = [{"input_ids": row, "labels": row} for row in windows[:EVAL_ROWS]]
@@ -86,7 +87,7 @@ def prepare(arguments):
     """Size, held-out windows (B, T), training rows and recall sets; text is read and tokenized once."""
     size = SIZES["tiny"]
     text_size = SIZES["smoke"] if arguments.smoke else size
-    tokenizer = continue_pretraining.AutoTokenizer.from_pretrained(ASSETS)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     _, stream, _, _ = prepare_text(text_size, arguments.seed, tokenizer)
     windows = held_out_windows(tokenizer, (ASSETS / "heldout.txt").read_text(), size.context)
     if arguments.smoke:

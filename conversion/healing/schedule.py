@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from modeling_diff.modeling_diff_llama import SubRMSNorm
+from modeling_diff.diff_sub_norm import SubRMSNorm
 from modeling_diff.training.lambda_values import differential_attentions
 
 

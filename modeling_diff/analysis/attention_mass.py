@@ -16,8 +16,6 @@ from .needles import NeedlePrompt
 
 # What a key can belong to. `rest` is what stands around the text: the first token, the question, the answer so far.
 REGIONS = ("answer", "wording", "distractors", "text", "rest")
-# Rows of `clamped` and `absolute` are divided by their sums; those of `signed` sum to 1 - lambda.
-VIEWS = ("first", "second", "clamped", "absolute", "signed")
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class AttentionMass:
     For each view (L, M): the share of a row on each region, mean over heads, the digits of the answer and prompts.
 
     `first` and `second` are A1 and A2 (LLaMA has only `first`); of the difference D = A1 - lambda A2, `clamped` is
-    max(D, 0) and `absolute` |D|, each divided by its sum over the row; `signed` is D as it is.
+    max(D, 0) and `absolute` |D|, each divided by its sum over the row; `signed` is D, whose rows sum to 1 - lambda.
     """
 
     by_layer: dict[str, torch.Tensor]

@@ -33,7 +33,6 @@ th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid va
 th { font-weight: 600; color: var(--muted); }
 th:first-child, td:first-child, .words th:nth-child(2), .words td:nth-child(2) { text-align: left; }
 tr.published td { color: var(--muted); font-style: italic; }
-td.best { font-weight: 700; }
 figure { margin: 16px 0 22px; }
 figure img { max-width: 100%; height: auto; display: block; }
 :root[data-theme=light] .dark, :root[data-theme=dark] .light { display: none; }

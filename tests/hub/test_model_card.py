@@ -19,7 +19,7 @@ from conversion.verify import read_record
 
 
 HEALED = {
-    "stage": "logits",
+    "stage": "kl",
     "tokens": 4096,
     "data": ["owner/texts", "mine.txt"],
     "start": {"loss": 3.5, "kl": 0.5},

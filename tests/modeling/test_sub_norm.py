@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_diff.modeling_diff_llama import NormalizeHeads, SubRMSNorm
+from modeling_diff.diff_sub_norm import NormalizeHeads, SubRMSNorm
 
 
 EPS = 0.3

@@ -7,7 +7,7 @@ import torch
 from trainable_models import random_ids, tiny_model, train
 
 from modeling_diff import DiffLlamaForSequenceClassification, DiffLlamaForTokenClassification
-from modeling_diff.modeling_diff_llama import SubRMSNorm
+from modeling_diff.diff_sub_norm import SubRMSNorm
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
