@@ -1,20 +1,26 @@
 """The files that travel beside the weights: tokenizer, templates, licences from the source, model code from here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from glob import glob
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import modeling_diff.modeling_diff_llama
-from conversion.errors import file_errors
-from conversion.safetensors_header import parse_json
+from conversion.errors import ConversionError, file_errors
+from conversion.reader import checked_path
+from conversion.safetensors_header import LFS_POINTER, parse_json
 
 
+# In any case, as people spell it: LICENSE, License.md, licence.txt.
+LICENCE = "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*"
 # kind: patterns of which at least one file should be there, or its absence is reported
 COMPANIONS = {
     "tokenizer": (
         "tokenizer.json",
         "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
         "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
@@ -24,22 +30,40 @@ COMPANIONS = {
     ),
     "chat template": ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     "generation config": ("generation_config.json",),
-    "licence": ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+    "licence": (LICENCE, "[Nn][Oo][Tt][Ii][Cc][Ee]*", "[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*"),
 }
 
 
 def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The source's companions by the name they get, and notes on what is absent or comes without its code."""
+    """The source's companions by the name they get, and notes on what is absent or comes without its code.
+
+    Raises ConversionError for one that `whole_file` refuses.
+    """
     files: dict[str, Path] = {}
     notes = []
     for kind, patterns in COMPANIONS.items():
-        found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-        files |= {path.relative_to(folder).as_posix(): path for path in found}
+        found = matching_names(folder, patterns)
+        files |= {name: whole_file(folder, name) for name in found}
         if not found and not (kind == "chat template" and _has_inline_template(folder)):
             notes.append(f"no {kind} in the source")
     if "auto_map" in _read_object(folder / "tokenizer_config.json"):
         notes.append("tokenizer_config.json names code of its own (auto_map), which is not copied")
     return files, notes
+
+
+def matching_names(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of the files that match; a link to nowhere counts, as in a Hub cache that lost a blob."""
+    names = [name for pattern in patterns for name in sorted(glob(pattern, root_dir=folder))]
+    return [name for name in names if not (folder / name).is_dir()]
+
+
+def whole_file(folder: Path, name: str) -> Path:
+    """The path of a file that is there, inside the folder, and no git-lfs pointer; ConversionError otherwise."""
+    path = checked_path(folder, name)
+    with file_errors(path), path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ConversionError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in its folder")
+    return path
 
 
 def code_files() -> dict[str, Path]:
