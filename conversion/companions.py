@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
+from typing import Any
 
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import modeling_diff.modeling_diff_llama
@@ -64,6 +66,26 @@ def whole_file(folder: Path, name: str) -> Path:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ConversionError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in its folder")
     return path
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, None if it has none. ConversionError for one that cannot be used."""
+    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries raise whatever a damaged file leads to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConversionError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); get its files again, or install what it needs"
+        ) from error
+    # What transformers makes of a tokenizer_config.json alone.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ConversionError(
+            f"{folder}: its tokenizer has no vocabulary, only special tokens: expected tokenizer.json or "
+            "tokenizer.model beside tokenizer_config.json; get all of its files"
+        )
+    return tokenizer
 
 
 def code_files() -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conversion.behaviour import (
     Behaviour,
@@ -197,7 +197,10 @@ def _load(model_class: Any, folder: Path, record: Mapping[str, Any]) -> Any:
     """
     rounded = record["options"]["dtype"] or "float32"
     # Loaded in the narrow dtype and widened: .to(dtype) of a whole model would round the rotary frequencies as well.
-    model = model_class.from_pretrained(folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False)
+    model = model_class.from_pretrained(
+        folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False,
+        generation_config=GenerationConfig(),  # not the checkpoint's own, which may sample or ask for several answers
+    )  # fmt: skip
     return model.float().eval()
 
 

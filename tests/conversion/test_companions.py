@@ -1,16 +1,20 @@
 """What travels beside the weights: every spelling of it, and nothing that is not the file itself."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from conversion import ConversionError
-from conversion.companions import companion_files
+from conversion.behaviour import encode_texts
+from conversion.companions import companion_files, read_tokenizer
 from conversion.licences import licence_warnings, llama_terms
 from conversion.source import TEXT_PATTERNS
 from conversion.upload_files import UploadFolder, read_upload_folder
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"  # its tokenizer: 2048 tokens, with a bos
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
 
 
@@ -67,3 +71,36 @@ def test_file_that_is_not_itself_is_refused(tmp_path, collect, name, fault, mess
     with pytest.raises(ConversionError, match=message) as caught:
         collect(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": POINTER}, "cannot be loaded"),
+        ({"tokenizer.json": "{}"}, "cannot be loaded"),
+        ({"tokenizer_config.json": "{}"}, "cannot be loaded"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "no vocabulary"),
+    ],
+)
+def test_tokenizer_that_cannot_be_used_is_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokenizer_is_read_where_there_is_one(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    assert read_tokenizer(tmp_path) is None
+    assert len(read_tokenizer(TINY_LLAMA)) == 2048
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "texts", "message"),
+    [(96, None, "but config.json says vocab_size 96"), (2048, [""], "two tokens long")],
+)
+def test_texts_that_a_model_cannot_read_are_refused(vocab_size, texts, message):
+    with pytest.raises(ConversionError, match=message):
+        encode_texts(TINY_LLAMA, vocab_size, 128, texts)
+    assert all(ids.shape[1] > 1 for ids in encode_texts(TINY_LLAMA, 2048, 128, ["The sea", ""]))

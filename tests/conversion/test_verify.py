@@ -68,6 +68,13 @@ def test_import_is_compared_with_transformers_own_class(tmp_path):
     assert report.passed and outcomes(report)["logits"] == "passed"
 
 
+def test_generation_settings_of_the_checkpoint_do_not_matter(tmp_path, llama):
+    settings = {"num_return_sequences": 3, "return_dict_in_generate": True, "do_sample": True}
+    (llama / "generation_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    assert verify_checkpoint(tmp_path / "v2", against=llama).passed
+
+
 def test_without_source_the_function_is_not_judged(tmp_path, llama):
     convert_checkpoint(llama, tmp_path / "v2", "v2")
     report = verify_checkpoint(tmp_path / "v2")
