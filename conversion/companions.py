@@ -48,7 +48,7 @@ def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
         files |= {name: whole_file(folder, name) for name in found}
         if not found and not (kind == "chat template" and _has_inline_template(folder)):
             notes.append(f"no {kind} in the source")
-    if "auto_map" in _read_object(folder / "tokenizer_config.json"):
+    if "auto_map" in read_object(folder / "tokenizer_config.json"):
         notes.append("tokenizer_config.json names code of its own (auto_map), which is not copied")
     return files, notes
 
@@ -100,7 +100,7 @@ def called_code(folder: Path) -> list[str]:
 
     Followed in the folder itself: a bundle of an older version with other files is as good as today's.
     """
-    auto_map = _read_object(folder / "config.json").get("auto_map")
+    auto_map = read_object(folder / "config.json").get("auto_map")
     modules = {str(target).split(".")[0] for target in auto_map.values()} if isinstance(auto_map, dict) else set()
     seen: set[str] = set()
     while modules - seen:
@@ -117,10 +117,11 @@ def missing_code(folder: Path) -> list[str]:
 
 
 def _has_inline_template(folder: Path) -> bool:
-    return "chat_template" in _read_object(folder / "tokenizer_config.json")
+    return "chat_template" in read_object(folder / "tokenizer_config.json")
 
 
-def _read_object(path: Path) -> Mapping[str, object]:
+def read_object(path: Path) -> Mapping[str, object]:
+    """The JSON object in a file, empty without the file. ConversionError for a file that holds none."""
     if not path.is_file():
         return {}
     with file_errors(path):

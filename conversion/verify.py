@@ -1,7 +1,6 @@
 """What was promised against what is there: files and tensors first, then what the model computes."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from conversion.checkpoint import CheckpointReader
 from conversion.companions import missing_code
 from conversion.errors import ConversionError, file_errors
 from conversion.export import read_our_config
+from conversion.safetensors_header import parse_json, quote
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
 from conversion.stream import RECORD
@@ -35,6 +35,22 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
 # float32, two ways of computing one thing; a wrong cache or a wrong conversion is off by 0.1 and more
 TOLERANCE = 1e-3
+# What verification, healing and cards take from conversion.json, and its type.
+RECORD_FIELDS: Mapping[str, Any] = {
+    "source.name": str,
+    "source.hub_id": str | None,
+    "source.revision": str | None,
+    "source.kind": str,
+    "source.sha256": dict,
+    "options.dtype": str | None,
+    "options.source_layout": str,
+    "promise.kind": str,
+    "promise.text": str,
+    "parameters.source": int,
+    "parameters.output": int,
+    "versions": dict,
+    "sha256": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +99,22 @@ def verify_checkpoint(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """conversion.json of a converted checkpoint."""
+    """conversion.json of a converted checkpoint. ConversionError where it is not what `convert` and `heal` write."""
     path = folder / RECORD
     if not path.is_file():
-        raise ConversionError(f"{path}: missing; only checkpoints made by `convert` can be verified")
-    try:
-        with file_errors(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: not JSON ({error}); convert again") from error
+        raise ConversionError(
+            f"{path}: missing; only checkpoints made by `convert` or `heal` can be verified or healed"
+        )
+    with file_errors(path):
+        record = parse_json(path.read_bytes(), path)
+    for name, kind in RECORD_FIELDS.items():
+        value: Any = record
+        for key in name.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if not isinstance(value, kind):
+            found = "missing" if value is ... else quote(value)
+            raise ConversionError(f"{path}: {name} is {found}; get the file as it was written, or convert again")
+    return record
 
 
 def _outcome(good: bool) -> Literal["passed", "failed"]:

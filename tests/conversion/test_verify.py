@@ -1,13 +1,14 @@
 """Verification passes what is right and names what is wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from random_llamas import FLAVOURS, random_diffllama, random_llama, saved
 from safetensors.torch import load_file, save_file
 
-from conversion import ConversionError, convert_checkpoint, verify_checkpoint
+from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
 from conversion.verify import read_record
 
 
@@ -18,6 +19,14 @@ def outcomes(report):
 @pytest.fixture
 def llama(tmp_path):
     return saved(random_llama(), tmp_path / "llama")
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory):
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("shared")
+    convert_checkpoint(saved(random_llama(), folder / "llama"), folder / "v1")
+    return folder / "v1"
 
 
 def rewrite(folder, change, checksum=True):
@@ -141,6 +150,44 @@ def test_folders_that_were_not_converted_are_refused(tmp_path, llama):
     (tmp_path / "v2" / "conversion.json").unlink()
     with pytest.raises(ConversionError, match="missing; only checkpoints"):
         verify_checkpoint(tmp_path / "v2")
+
+
+def changed_record(folder, name, value):
+    """The record with one field changed, or without it."""
+    record = json.loads((folder / "conversion.json").read_text())
+    *path, last = name.split(".")
+    place = record
+    for key in path:
+        place = place[key]
+    place[last] = value
+    if value is None:
+        del place[last]
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is a JSON list, expected an object"),
+        ("{}", "source.name is missing"),
+        ("{", "is not JSON"),
+        ({"promise": "parity"}, "promise.kind is missing"),
+        ({"parameters.source": "many"}, "parameters.source is 'many'"),
+        ({"sha256": ["model.safetensors"]}, r"sha256 is \['model.safetensors'\]"),
+        ({"options.dtype": None}, "options.dtype is missing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read", [read_record, verify_checkpoint, lambda folder: push_checkpoint(folder, "me/x", dry_run=True)]
+)
+def test_records_that_are_not_ours_are_refused_in_one_line(v1, tmp_path, text, message, read):
+    if isinstance(text, dict):
+        text = changed_record(v1, *next(iter(text.items())))
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    (folder / "conversion.json").write_text(text)
+    with pytest.raises(ConversionError, match=message) as caught:
+        read(folder)
+    assert str(caught.value).startswith(str(folder / "conversion.json")) and "\n" not in str(caught.value)
 
 
 def test_kl_and_agreement_are_what_they_are_called():
