@@ -132,7 +132,7 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
     detail = f"{len(found)} tensors, as the model expects" if not wrong else f"{wrong[0]}: {found.get(wrong[0])}, " \
         f"expected {expected.get(wrong[0])} ({len(wrong)} differ)"  # fmt: skip
     yield Check("tensors", _outcome(not wrong), detail)
-    changed = sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
+    changed = changed_files(folder, record)
     yield Check("checksums", _outcome(not changed), f"{changed[0]} has changed" if changed else "as recorded")
     missing = missing_code(folder)
     yield Check("code", _outcome(not missing), f"{missing[0]} is missing" if missing else "beside the weights")
@@ -161,6 +161,11 @@ def _model_class(config: DiffLlamaConfig) -> type[DiffLlamaForCausalLM] | type[D
 
 def _full_name(name: str, config: DiffLlamaConfig) -> str:
     return f"model.{name}" if _model_class(config) is DiffLlamaModel else name
+
+
+def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
+    return sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
 
 
 def _sha256(path: Path) -> str:

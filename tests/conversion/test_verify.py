@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -96,6 +97,52 @@ def test_changed_bytes_and_lost_files_are_found(tmp_path, llama):
     (tmp_path / "v2" / "modeling_diff_llama.py").unlink()
     found = outcomes(verify_checkpoint(tmp_path / "v2"))
     assert (found["tensors"], found["checksums"], found["code"]) == ("passed", "failed", "failed")
+
+
+def edited(name, **fields):
+    """A change of a JSON file."""
+
+    def edit(folder):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | fields))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (edited("config.json", rms_norm_eps=0.1), "config.json"),
+        (edited("config.json", lambda_init=[0.9, 0.9]), "config.json"),
+        (lambda folder: (folder / "modeling_diff_llama.py").write_text(""), "modeling_diff_llama.py"),
+        (lambda folder: (folder / "diff_attention.py").write_text("import os\n"), "diff_attention.py"),
+    ],
+)
+def test_changed_config_and_code_are_found(v1, tmp_path, change, name):
+    """Unless the record is an older one, which knows the weights alone."""
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    change(folder)
+    check = next(check for check in verify_checkpoint(folder).checks if check.name == "checksums")
+    assert (check.outcome, check.detail) == ("failed", f"{name} has changed")
+    with pytest.raises(ConversionError, match=f"{name}: not the file that conversion.json speaks of"):
+        push_checkpoint(folder, "me/x", dry_run=True)
+    weights_alone = {"model.safetensors": read_record(folder)["sha256"]["model.safetensors"]}
+    edited("conversion.json", sha256=weights_alone)(folder)
+    assert outcomes(verify_checkpoint(folder))["checksums"] == "passed"
+    assert push_checkpoint(folder, "me/x", dry_run=True).files
+
+
+def test_record_names_all_that_computes_and_nothing_that_is_the_users(v1, tmp_path):
+    """Against sha256sum; a card, a licence or a chat template may come later."""
+    listed = subprocess.run(
+        "sha256sum config.json *.safetensors *.py", shell=True, cwd=v1, capture_output=True, text=True
+    )
+    expected = {name: digest for digest, name in (line.split() for line in listed.stdout.splitlines())}
+    assert read_record(v1)["sha256"] == expected and "modeling_diff_llama.py" in expected
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    for name in ("README.md", "NOTICE", "generation_config.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    assert verify_checkpoint(folder).passed
 
 
 def test_code_is_judged_by_what_it_imports(tmp_path, llama):
