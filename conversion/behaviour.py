@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from conversion.companions import read_tokenizer
+from conversion.errors import ConversionError
 from modeling_diff import DiffLlamaForCausalLM
 
 
@@ -44,14 +45,26 @@ class Behaviour:
 
 
 def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Sequence[str] | None) -> list[torch.Tensor]:
-    """Token ids (1, T) of each text; random ones, from a fixed seed, for a checkpoint without a tokenizer."""
+    """Token ids (1, T) of each text; random ones, from a fixed seed, for a checkpoint without a tokenizer.
+
+    Raises ConversionError for a tokenizer that does not fit, and where no text is two tokens long.
+    """
     length = min(MAX_TOKENS, max_positions - NEW_TOKENS)
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocab_size, (1, min(length, 64)), generator=generator) for _ in TEXTS]
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoded = (tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in texts or TEXTS)
-    return [ids for ids in encoded if ids.shape[1] > 1]
+    inputs = [ids for ids in encoded if ids.shape[1] > 1]
+    if not inputs:
+        raise ConversionError("none of the texts is two tokens long, expected one at least; give longer texts")
+    largest = int(torch.cat(inputs, dim=1).max())
+    if largest >= vocab_size:
+        raise ConversionError(
+            f"{folder}: its tokenizer gives token {largest}, but config.json says vocab_size {vocab_size}; get the "
+            "tokenizer that belongs to it"
+        )
+    return inputs
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from conversion.calibrate import DEFAULT_STAGES, CalibrationResult, Progress, Stage, calibrate
 from conversion.calibration_data import read_calibration
 from conversion.calibration_estimate import estimate_calibration
 from conversion.checkpoint import CheckpointReader
+from conversion.companions import read_tokenizer
 from conversion.errors import ConversionError
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.rules import Rule
@@ -34,7 +34,7 @@ def run_calibration(
 ) -> CalibrationResult:
     """Reads the text and fits the layers, on a GPU if there is one. ConversionError for text that will not do."""
     tokens = read_calibration(
-        text.path, _tokenizer(found.folder), text.tokens, _row_tokens(model), model.sizes.vocab_size
+        text.path, read_tokenizer(found.folder), text.tokens, _row_tokens(model), model.sizes.vocab_size
     )
     return calibrate(
         reader,
@@ -105,9 +105,3 @@ def _row_tokens(model: SourceModel) -> int:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

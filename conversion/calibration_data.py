@@ -65,7 +65,8 @@ def _token_ids(
         if isinstance(document, str):
             if tokenizer is None:
                 raise ConversionError(
-                    f"{path}: holds text, but the source has no tokenizer; give JSON lines with input_ids"
+                    f"{path}: holds text, but the source has no tokenizer (tokenizer.json, or tokenizer_config.json "
+                    "with its vocabulary); give JSON lines with input_ids"
                 )
             yield from tokenizer.encode(document, add_special_tokens=False)
             continue

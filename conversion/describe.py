@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from conversion.checkpoint import CheckpointReader
+from conversion.companions import read_object
+from conversion.errors import ConversionError
 from conversion.export import read_our_config
 from conversion.rules import LAMBDA_VECTORS
 from conversion.source_config import read_config, read_source_model
 from conversion.stream import RECORD
-from conversion.verify import read_record
 
 
 def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
@@ -42,8 +43,7 @@ def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[
         "dtypes": dict(dtypes.most_common()),
         "lambda": _lambda_by_layer(config, reader) if ours else None,
     }
-    if (path / RECORD).is_file():
-        record = read_record(path)
+    if record := read_object(path / RECORD):
         description["conversion"] = {key: record.get(key) for key in ("source", "options", "promise", "versions")}
     return description
 
@@ -59,11 +59,23 @@ def _lambda_by_layer(config: Any, reader: CheckpointReader) -> dict[int, float]:
     for layer in _differential_layers(config):
         attention = f"{prefix}layers.{layer}.self_attn"
         if config.variant == "v1":
-            q1, k1, q2, k2 = (reader.read(f"{attention}.diff_lambda.{name}").float() for name in LAMBDA_VECTORS)
+            q1, k1, q2, k2 = (
+                _read_vector(reader, f"{attention}.diff_lambda.{name}", config.map_dim) for name in LAMBDA_VECTORS
+            )
             value = (q1 @ k1).exp() - (q2 @ k2).exp() + config.lambda_init[layer]
         elif config.lambda_bias:
-            value = reader.read(f"{attention}.lambda_proj.bias").float().sigmoid().mean()
+            bias = _read_vector(reader, f"{attention}.lambda_proj.bias", config.num_attention_heads)
+            value = bias.sigmoid().mean()
         else:
             value = torch.tensor(0.5)
         lambdas[layer] = round(value.item(), 6)
     return lambdas
+
+
+def _read_vector(reader: CheckpointReader, name: str, size: int) -> torch.Tensor:
+    """In float32. ConversionError unless the tensor is there in the shape (size,)."""
+    info = reader.tensors.get(name)
+    if info is None or info.shape != (size,):
+        found = f"has shape {info.shape}" if info else "is missing"
+        raise ConversionError(f"tensor {name} {found}, expected ({size},); get the complete checkpoint")
+    return reader.read(name).float()

@@ -102,6 +102,11 @@ def _refuse_unsayable(config: Any) -> None:
     """ConversionError for a model that transformers' DiffLlama cannot compute, naming the field."""
     if config.variant != "v1":
         raise ConversionError("config.json: variant is 'v2', and transformers' DiffLlama is v1; it cannot be exported")
+    if config.architectures not in (None, ["DiffLlamaForCausalLM"]):
+        raise ConversionError(
+            f"config.json: architectures is {config.architectures}, expected ['DiffLlamaForCausalLM']: only a whole "
+            "language model can be exported; convert the source without --backbone-only"
+        )
     layers = range(config.num_hidden_layers)
     if not all(config.is_differential(layer) for layer in layers):
         raise ConversionError(

@@ -21,7 +21,7 @@ from conversion.safetensors_header import parse_json
 from conversion.source import HUB_ID
 from conversion.stream import RECORD
 from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_token
-from conversion.verify import VerificationReport, read_record
+from conversion.verify import VerificationReport, changed_files, read_record
 
 
 UNTOUCHED = "nothing was changed there"
@@ -174,14 +174,12 @@ def _card(
 
 
 def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:
-    """ConversionError where a card would say of these weights what is known of others."""
-    for name, digest in record["sha256"].items():
-        path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise ConversionError(
-                f"{path}: not the weights that {RECORD} speaks of; remove {RECORD} if they were trained since, or "
-                "convert again"
-            )
+    """ConversionError where a card would say of these files what is known of others."""
+    if changed := changed_files(folder, record):
+        raise ConversionError(
+            f"{folder / changed[0]}: not the file that {RECORD} speaks of; remove {RECORD} if it was changed on "
+            "purpose, or convert again"
+        )
     if verification is None:
         return
     if verification.get("promise") != record["promise"]["kind"]:
@@ -203,11 +201,6 @@ def read_verification(path: Path) -> dict[str, Any]:
     if not {"promise", "checks", "passed"} <= report.keys():
         raise ConversionError(f"{path}: not a report of `diff-llama verify --json`; make it anew")
     return dict(report)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _send(plan: UploadPlan, api: HfApi, revision: str, create_pr: bool) -> PushReport:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from conversion.licences import LlamaTerms, llama_terms
@@ -115,8 +116,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return metadata_load(card) or {}
-    except (ValueError, OSError):  # a card is no part of a checkpoint: a broken one must not stop a conversion
-        return {}
+    except (ValueError, OSError, yaml.YAMLError):
+        return {}  # a card is no part of a checkpoint: a broken one must not stop a conversion
 
 
 def starting_lambdas(config: DiffLlamaConfig, record: Mapping[str, Any]) -> dict[int, float]:

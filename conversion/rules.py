@@ -201,7 +201,10 @@ def _others(names: Sequence[str]) -> str:
 
 def _why_missing(name: str) -> str:
     if name == "lm_head.weight":
-        return "set tie_word_embeddings to true in config.json if it is shared, or convert with --backbone-only"
+        return (
+            "set tie_word_embeddings to true in config.json if it is shared; otherwise get the complete checkpoint, "
+            "or leave out the head (convert --backbone-only)"
+        )
     if name.endswith(".bias"):
         return "config.json says that there are biases; correct it or get the complete checkpoint"
     return "config.json calls for it; get the complete checkpoint"
@@ -209,7 +212,7 @@ def _why_missing(name: str) -> str:
 
 def _why_unknown(name: str) -> str:
     if name == "lm_head.weight":
-        return "leave it out with --backbone-only"
+        return "config.json says that the embedding is the head (tie_word_embeddings); correct it or remove the tensor"
     if HEADS.fullmatch(name):
         return "a task head has no place in a language model; convert the backbone alone with --backbone-only"
     if re.search(r"lora_|adapter", name):

@@ -14,21 +14,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from conversion.companions import COMPANIONS
 from conversion.errors import ConversionError
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TEXT_PATTERNS = (
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-    "README.md",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+TEXT_PATTERNS = ("*.json", "README.md", *(pattern for patterns in COMPANIONS.values() for pattern in patterns))
 WEIGHT_PATTERNS = ("model*.safetensors",)
 PICKLE_PATTERNS = ("pytorch_model*.bin",)
 

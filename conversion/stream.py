@@ -114,12 +114,8 @@ def write_plan(
             writer.copy_file(path, name)
         for name, text in plan.texts.items():
             writer.write_text(name, text)
-        record = {
-            **plan.record,
-            "source": {**plan.record["source"], "sha256": digests()},
-            "sha256": {shard.file_name: writer.checksums[shard.file_name] for shard in shards},
-        }
-        writer.write_text(RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
+        source_record = {**plan.record["source"], "sha256": digests()}
+        record = writer.write_record(RECORD, {**plan.record, "source": source_record})
         writer.commit()
     return record
 

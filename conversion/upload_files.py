@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from conversion.companions import COMPANIONS, called_code
+from conversion.companions import COMPANIONS, called_code, matching_names, whole_file
 from conversion.errors import ConversionError, file_errors
-from conversion.reader import CheckpointReader, checked_path
+from conversion.reader import CheckpointReader
 from conversion.safetensors_header import parse_json
 from conversion.stream import RECORD
 
@@ -54,9 +54,9 @@ def read_upload_folder(folder: Path) -> UploadFolder:
                 "diffllama; convert it first"
             )
         names = _weights(folder) | {"config.json"} | _code(folder)
-    names |= _listed(folder, COMPANIONS["tokenizer"], COMPANIONS["chat template"], COMPANIONS["licence"])
-    names |= _listed(folder, COMPANIONS["generation config"], (CARD, RECORD))
-    files = {name: checked_path(folder, name) for name in sorted(names)}
+    for patterns in (*COMPANIONS.values(), (CARD, RECORD)):
+        names |= set(matching_names(folder, patterns))
+    files = {name: whole_file(folder, name) for name in sorted(names)}
     for name, path in files.items():
         if path.suffix in TEXT_SUFFIXES:
             refuse_token(name, path.read_text(encoding="utf-8", errors="replace"))
@@ -100,11 +100,6 @@ def _adapter(folder: Path) -> set[str]:
     if not (folder / ADAPTER[1]).is_file():
         raise ConversionError(f"{folder / ADAPTER[1]}: missing; save the adapter again as safetensors")
     return set(ADAPTER)
-
-
-def _listed(folder: Path, *patterns: tuple[str, ...]) -> set[str]:
-    found = [path for group in patterns for pattern in group for path in folder.glob(pattern) if path.is_file()]
-    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def _read_json(folder: Path, name: str) -> Mapping[str, Any]:

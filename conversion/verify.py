@@ -1,14 +1,13 @@
 """What was promised against what is there: files and tensors first, then what the model computes."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conversion.behaviour import (
     Behaviour,
@@ -27,6 +26,7 @@ from conversion.checkpoint import CheckpointReader
 from conversion.companions import missing_code
 from conversion.errors import ConversionError, file_errors
 from conversion.export import read_our_config
+from conversion.safetensors_header import parse_json, quote
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
 from conversion.stream import RECORD
@@ -35,6 +35,22 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
 # float32, two ways of computing one thing; a wrong cache or a wrong conversion is off by 0.1 and more
 TOLERANCE = 1e-3
+# What verification, healing and cards take from conversion.json, and its type.
+RECORD_FIELDS: Mapping[str, Any] = {
+    "source.name": str,
+    "source.hub_id": str | None,
+    "source.revision": str | None,
+    "source.kind": str,
+    "source.sha256": dict,
+    "options.dtype": str | None,
+    "options.source_layout": str,
+    "promise.kind": str,
+    "promise.text": str,
+    "parameters.source": int,
+    "parameters.output": int,
+    "versions": dict,
+    "sha256": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +99,22 @@ def verify_checkpoint(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """conversion.json of a converted checkpoint."""
+    """conversion.json of a converted checkpoint. ConversionError where it is not what `convert` and `heal` write."""
     path = folder / RECORD
     if not path.is_file():
-        raise ConversionError(f"{path}: missing; only checkpoints made by `convert` can be verified")
-    try:
-        with file_errors(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: not JSON ({error}); convert again") from error
+        raise ConversionError(
+            f"{path}: missing; only checkpoints made by `convert` or `heal` can be verified or healed"
+        )
+    with file_errors(path):
+        record = parse_json(path.read_bytes(), path)
+    for name, kind in RECORD_FIELDS.items():
+        value: Any = record
+        for key in name.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if not isinstance(value, kind):
+            found = "missing" if value is ... else quote(value)
+            raise ConversionError(f"{path}: {name} is {found}; get the file as it was written, or convert again")
+    return record
 
 
 def _outcome(good: bool) -> Literal["passed", "failed"]:
@@ -109,7 +132,7 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
     detail = f"{len(found)} tensors, as the model expects" if not wrong else f"{wrong[0]}: {found.get(wrong[0])}, " \
         f"expected {expected.get(wrong[0])} ({len(wrong)} differ)"  # fmt: skip
     yield Check("tensors", _outcome(not wrong), detail)
-    changed = sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
+    changed = changed_files(folder, record)
     yield Check("checksums", _outcome(not changed), f"{changed[0]} has changed" if changed else "as recorded")
     missing = missing_code(folder)
     yield Check("code", _outcome(not missing), f"{missing[0]} is missing" if missing else "beside the weights")
@@ -138,6 +161,11 @@ def _model_class(config: DiffLlamaConfig) -> type[DiffLlamaForCausalLM] | type[D
 
 def _full_name(name: str, config: DiffLlamaConfig) -> str:
     return f"model.{name}" if _model_class(config) is DiffLlamaModel else name
+
+
+def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
+    return sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
 
 
 def _sha256(path: Path) -> str:
@@ -197,7 +225,10 @@ def _load(model_class: Any, folder: Path, record: Mapping[str, Any]) -> Any:
     """
     rounded = record["options"]["dtype"] or "float32"
     # Loaded in the narrow dtype and widened: .to(dtype) of a whole model would round the rotary frequencies as well.
-    model = model_class.from_pretrained(folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False)
+    model = model_class.from_pretrained(
+        folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False,
+        generation_config=GenerationConfig(),  # not the checkpoint's own, which may sample or ask for several answers
+    )  # fmt: skip
     return model.float().eval()
 
 

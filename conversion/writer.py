@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
 
@@ -109,6 +109,7 @@ class CheckpointWriter:
             writer.write_shard(shard, tensors)       # streams: tensors[name] is looked up once, written, dropped
         writer.copy_file(...)
         writer.write_text("config.json", ...)        # required, and kept for last
+        writer.write_record("conversion.json", ...)  # after all that it records
         writer.commit()
 
     Leaving the `with` without commit (error, KeyboardInterrupt, SystemExit) removes everything, unless `resume` is
@@ -202,6 +203,15 @@ class CheckpointWriter:
         else:
             self._write(name, text)
 
+    def write_record(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes `record` as JSON with the SHA-256 of all that computes: weights, config.json and code. Returns it."""
+        assert self._config is not None, "config.json comes before the record"
+        config = hashlib.sha256(self._config.encode()).hexdigest()
+        code = {path.name: _sha256(path) for path in self._tree.glob("*.py")}
+        written = {**record, "sha256": {**self.checksums, CONFIG: config, **code}}
+        self.write_text(name, json.dumps(written, indent=2, sort_keys=True) + "\n")
+        return written
+
     def copy_file(self, path: Path, name: str | None = None) -> None:
         """Copies a file's contents (not its mode), as `name` if given.
 
@@ -265,8 +275,7 @@ class CheckpointWriter:
         path = self._part(shard)
         if not path.exists() or path.stat().st_size != shard.file_bytes:
             return None
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _sha256(path)
 
     def _load_journal(self) -> dict[str, str]:
         path = self._partial / JOURNAL
@@ -314,6 +323,11 @@ class CheckpointWriter:
     def _write(self, name: str, text: str) -> None:
         with self._new_file(name) as stream:
             stream.write(text.encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:

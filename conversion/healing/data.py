@@ -85,7 +85,8 @@ def _stream(paths: Sequence[Path], tokenizer: Any, vocab_size: int) -> Iterator[
                 continue
             if tokenizer is None:
                 raise ConversionError(
-                    f"{path}: holds text, but the checkpoint has no tokenizer; give JSON lines with input_ids"
+                    f"{path}: holds text, but the checkpoint has no tokenizer (tokenizer.json, or "
+                    "tokenizer_config.json with its vocabulary); give JSON lines with input_ids"
                 )
             ids = tokenizer.encode(document, add_special_tokens=False)
             yield from ids if is_text else [*around[0], *ids, *around[1]]

@@ -1,6 +1,5 @@
 """A healed student as a plain checkpoint: weights in the dtypes they came in, tokenizer, code, card and record."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def write_healed(
             writer.copy_file(path, name)
         writer.write_text("config.json", config.to_json_string())
         writer.write_text("README.md", card)
-        written = {**record, "sha256": {shard.file_name: writer.checksums[shard.file_name] for shard in shards}}
-        writer.write_text(RECORD, json.dumps(written, indent=2, sort_keys=True) + "\n")
+        written = writer.write_record(RECORD, record)
         writer.commit()
     return written
 

@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from conversion.checkpoint import CheckpointReader
+from conversion.companions import read_tokenizer
 from conversion.errors import ConversionError
 from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, HealStage
@@ -94,13 +95,6 @@ def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
         f"teacher {source}: its tokenizer has other tokens than the checkpoint's (such as {min(differing)[0]!r}), so "
         "their distributions do not compare; give the LLaMA that was converted"
     )
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, None if it has none."""
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_teacher(folder: Path, options: HealingOptions) -> LiveTeacher:

@@ -76,7 +76,7 @@ def test_missing_file_is_refused(tmp_path):
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 20)
-    with pytest.raises(ConversionError, match="no tokenizer"):
+    with pytest.raises(ConversionError, match=r"no tokenizer \(tokenizer.json, or"):
         read(tmp_path / "a.txt", tokenizer=None)
 
 

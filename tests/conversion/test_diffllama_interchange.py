@@ -91,6 +91,15 @@ def test_export_refuses_other_models(tmp_path):
         export_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_refuses_a_backbone(tmp_path, tied):
+    """With tied embeddings no tensor lacks for a language model, and it is none all the same."""
+    llama = saved(random_llama(tie_word_embeddings=tied), tmp_path / "llama")
+    convert_checkpoint(llama, tmp_path / "backbone", lambda_init="paper", backbone_only=True)
+    with pytest.raises(ConversionError, match=r"architectures is \['DiffLlamaModel'\].*only a whole language model"):
+        export_checkpoint(tmp_path / "backbone", tmp_path / "theirs")
+
+
 def test_diffllama_is_taken_over_whole_or_not(tmp_path):
     source = saved(random_diffllama(), tmp_path / "theirs")
     for options in ({"variant": "v2"}, {"layers": [0]}, {"lambda_init": 0.1}, {"norm": "neutral"}):

@@ -44,6 +44,7 @@ def test_kl_brings_the_student_nearer_and_writes_a_plain_checkpoint(toys, healed
     assert (entry["stage"], entry["teacher"], entry["data"]) == ("kl", "llama", ["data.jsonl"])
     assert min(end["lambda"]) >= 0.02
     assert verify_checkpoint(healed, toys / "llama").passed
+    assert {"config.json", "model.safetensors", "modeling_diff_llama.py"} <= record["sha256"].keys()
     assert "Healed, kl: 1,280 tokens" in (healed / "README.md").read_text()
     assert sorted(path.name for path in toys.iterdir() if path.name.startswith(".")) == []
 

@@ -1,13 +1,15 @@
 """Verification passes what is right and names what is wrong."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
 from random_llamas import FLAVOURS, random_diffllama, random_llama, saved
 from safetensors.torch import load_file, save_file
 
-from conversion import ConversionError, convert_checkpoint, verify_checkpoint
+from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
 from conversion.verify import read_record
 
 
@@ -18,6 +20,14 @@ def outcomes(report):
 @pytest.fixture
 def llama(tmp_path):
     return saved(random_llama(), tmp_path / "llama")
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory):
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("shared")
+    convert_checkpoint(saved(random_llama(), folder / "llama"), folder / "v1")
+    return folder / "v1"
 
 
 def rewrite(folder, change, checksum=True):
@@ -68,6 +78,13 @@ def test_import_is_compared_with_transformers_own_class(tmp_path):
     assert report.passed and outcomes(report)["logits"] == "passed"
 
 
+def test_generation_settings_of_the_checkpoint_do_not_matter(tmp_path, llama):
+    settings = {"num_return_sequences": 3, "return_dict_in_generate": True, "do_sample": True}
+    (llama / "generation_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    assert verify_checkpoint(tmp_path / "v2", against=llama).passed
+
+
 def test_without_source_the_function_is_not_judged(tmp_path, llama):
     convert_checkpoint(llama, tmp_path / "v2", "v2")
     report = verify_checkpoint(tmp_path / "v2")
@@ -80,6 +97,52 @@ def test_changed_bytes_and_lost_files_are_found(tmp_path, llama):
     (tmp_path / "v2" / "modeling_diff_llama.py").unlink()
     found = outcomes(verify_checkpoint(tmp_path / "v2"))
     assert (found["tensors"], found["checksums"], found["code"]) == ("passed", "failed", "failed")
+
+
+def edited(name, **fields):
+    """A change of a JSON file."""
+
+    def edit(folder):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | fields))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (edited("config.json", rms_norm_eps=0.1), "config.json"),
+        (edited("config.json", lambda_init=[0.9, 0.9]), "config.json"),
+        (lambda folder: (folder / "modeling_diff_llama.py").write_text(""), "modeling_diff_llama.py"),
+        (lambda folder: (folder / "diff_attention.py").write_text("import os\n"), "diff_attention.py"),
+    ],
+)
+def test_changed_config_and_code_are_found(v1, tmp_path, change, name):
+    """Unless the record is an older one, which knows the weights alone."""
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    change(folder)
+    check = next(check for check in verify_checkpoint(folder).checks if check.name == "checksums")
+    assert (check.outcome, check.detail) == ("failed", f"{name} has changed")
+    with pytest.raises(ConversionError, match=f"{name}: not the file that conversion.json speaks of"):
+        push_checkpoint(folder, "me/x", dry_run=True)
+    weights_alone = {"model.safetensors": read_record(folder)["sha256"]["model.safetensors"]}
+    edited("conversion.json", sha256=weights_alone)(folder)
+    assert outcomes(verify_checkpoint(folder))["checksums"] == "passed"
+    assert push_checkpoint(folder, "me/x", dry_run=True).files
+
+
+def test_record_names_all_that_computes_and_nothing_that_is_the_users(v1, tmp_path):
+    """Against sha256sum; a card, a licence or a chat template may come later."""
+    listed = subprocess.run(
+        "sha256sum config.json *.safetensors *.py", shell=True, cwd=v1, capture_output=True, text=True
+    )
+    expected = {name: digest for digest, name in (line.split() for line in listed.stdout.splitlines())}
+    assert read_record(v1)["sha256"] == expected and "modeling_diff_llama.py" in expected
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    for name in ("README.md", "NOTICE", "generation_config.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    assert verify_checkpoint(folder).passed
 
 
 def test_code_is_judged_by_what_it_imports(tmp_path, llama):
@@ -134,6 +197,44 @@ def test_folders_that_were_not_converted_are_refused(tmp_path, llama):
     (tmp_path / "v2" / "conversion.json").unlink()
     with pytest.raises(ConversionError, match="missing; only checkpoints"):
         verify_checkpoint(tmp_path / "v2")
+
+
+def changed_record(folder, name, value):
+    """The record with one field changed, or without it."""
+    record = json.loads((folder / "conversion.json").read_text())
+    *path, last = name.split(".")
+    place = record
+    for key in path:
+        place = place[key]
+    place[last] = value
+    if value is None:
+        del place[last]
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is a JSON list, expected an object"),
+        ("{}", "source.name is missing"),
+        ("{", "is not JSON"),
+        ({"promise": "parity"}, "promise.kind is missing"),
+        ({"parameters.source": "many"}, "parameters.source is 'many'"),
+        ({"sha256": ["model.safetensors"]}, r"sha256 is \['model.safetensors'\]"),
+        ({"options.dtype": None}, "options.dtype is missing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read", [read_record, verify_checkpoint, lambda folder: push_checkpoint(folder, "me/x", dry_run=True)]
+)
+def test_records_that_are_not_ours_are_refused_in_one_line(v1, tmp_path, text, message, read):
+    if isinstance(text, dict):
+        text = changed_record(v1, *next(iter(text.items())))
+    folder = shutil.copytree(v1, tmp_path / "v1")
+    (folder / "conversion.json").write_text(text)
+    with pytest.raises(ConversionError, match=message) as caught:
+        read(folder)
+    assert str(caught.value).startswith(str(folder / "conversion.json")) and "\n" not in str(caught.value)
 
 
 def test_kl_and_agreement_are_what_they_are_called():

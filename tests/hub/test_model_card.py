@@ -68,6 +68,14 @@ def test_licence_of_another_name_is_inherited_with_its_link(llama, tmp_path):
     assert {key: data.get(key) for key in block} == block | {"extra_gated_prompt": None}
 
 
+@pytest.mark.parametrize("block", ["license: [mit", "license: a: b", "\tlicense: mit", "- mit", "license: !python {}"])
+def test_card_that_cannot_be_read_stops_no_conversion(llama, tmp_path, block):
+    source = shutil.copytree(llama, tmp_path / "source")
+    (source / "README.md").write_text(f"---\n{block}\n---\n")
+    convert_checkpoint(source, tmp_path / "v2", "v2", dry_run=True)
+    assert source_metadata(source) == {}
+
+
 def test_no_licence_is_invented(llama, tmp_path):
     source = shutil.copytree(llama, tmp_path / "source")
     for path in (*source.glob("LICENSE*"), source / "README.md"):
