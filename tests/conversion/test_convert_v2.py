@@ -1,5 +1,7 @@
 """LLaMA -> V2: the same logits to the last bit, and maps that separate at the first step."""
 
+import json
+
 import pytest
 import torch
 from random_llamas import FLAVOURS, random_llama, saved, token_ids
@@ -9,6 +11,7 @@ from conversion import ConversionError, convert_checkpoint
 from modeling_diff import DiffLlamaForCausalLM, DiffLlamaModel
 
 
+LENGTH = "original_max_position_embeddings"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 ROTARY = {
     "theta": {"rope_type": "default", "rope_theta": 500000.0},
@@ -61,19 +64,36 @@ def test_every_rotary_setting_is_kept(tmp_path, name):
     assert_equal_to_the_bit(llama, model, token_ids(length=100))
 
 
-def test_old_rotary_spelling_is_understood(tmp_path):
-    """rope_scaling beside rope_theta, as LLaMA 3.x was published; transformers' own LLaMA says what it means."""
-    import json
+# As LLaMA 3.x was published: rope_scaling beside rope_theta. As Phi3 is: the length of pretraining beside both.
+OLD_SPELLINGS = {
+    "rope_scaling": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    **{
+        f"length beside {name}": {
+            "rope_theta": 10000.0,
+            "rope_scaling": {key: value for key, value in ROTARY[name].items() if key not in ("rope_theta", LENGTH)},
+            LENGTH: 32,
+        }
+        for name in ("yarn", "llama3", "longrope", "dynamic")
+    },
+    "length beside rope_parameters": {
+        "rope_parameters": {key: value for key, value in ROTARY["yarn"].items() if key != LENGTH},
+        LENGTH: 32,
+    },
+}
 
+
+@pytest.mark.parametrize("spelling", OLD_SPELLINGS)
+def test_old_rotary_spelling_is_understood(tmp_path, spelling):
+    """transformers' own LLaMA says what it means."""
     source = saved(random_llama(), tmp_path / "llama")
     config = json.loads((source / "config.json").read_text())
     del config["rope_parameters"]
-    config |= {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}
-    (source / "config.json").write_text(json.dumps(config))
-    convert_checkpoint(source, tmp_path / "v2", "v2")
+    (source / "config.json").write_text(json.dumps(config | OLD_SPELLINGS[spelling]))
+    report = convert_checkpoint(source, tmp_path / "v2", "v2")
     llama, model = both(source, tmp_path / "v2")
-    assert model.config.rope_parameters["rope_type"] == "llama3"
+    assert model.config.rope_parameters == llama.config.rope_parameters
     assert_equal_to_the_bit(llama, model, token_ids(length=100))
+    assert any(LENGTH in note for note in report.notes) == ("dynamic" in spelling), "said if it means nothing"
 
 
 def test_parameter_count_is_llamas_and_the_second_queries(tmp_path):
