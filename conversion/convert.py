@@ -44,8 +44,8 @@ from modeling_diff import DiffLlamaConfig
 
 LAMBDA_STD = 0.1  # the paper's
 PROMISES = {
-    "bit-exact": "the same logits as the source to the last bit in float32, the same tokens",
-    "equal": "the same function as the source up to rounding",
+    "bit-exact": "the same logits to the last bit in float32 as {source}, and the same tokens",
+    "equal": "the same function as {source} up to rounding",
     "parity": "the source's size and its weights, paired; not its function: to be healed before use",
 }
 # Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
@@ -176,7 +176,7 @@ def plan_conversion(
         "layout": "paired",
         "pairing": _pairing(config, options, calibrated is not None),
         "calibration": calibration_record(*calibrated) if calibrated else None,
-        "promise": {"kind": promise, "text": PROMISES[promise]},
+        "promise": {"kind": promise, "text": PROMISES[promise].format(source=_promised_of(rules, reader, options))},
         "versions": versions(),
         "left_out": dropped,
         "parameters": {
@@ -242,14 +242,21 @@ def _llama_v2(
     bias = None
     if options.lambda_start != 0.5:
         logit = torch.logit(torch.tensor(options.lambda_start, dtype=torch.float64))
-        # Rounded first: o_proj is scaled by what the stored bias gives, not by what was asked for.
-        bias = logit.to(options.torch_dtype or main_dtype(reader)).item()
+        # Rounded first: o_proj is scaled by what the stored bias gives, not by what was asked for. One for all layers,
+        # so that all of the dtypes it is stored in can hold it.
+        for dtype in [options.torch_dtype] if options.torch_dtype else _query_dtypes(reader):
+            logit = logit.to(dtype)
+        bias = logit.item()
     fields = {
         "variant": "v2",
         "lambda_bias": bias is not None,
         "differential_layers": None if len(layers) == sizes.num_layers else layers,
     }
     return llama_v2_rules(sizes, layers, bias), fields
+
+
+def _query_dtypes(reader: CheckpointReader) -> list[torch.dtype]:
+    return [info.dtype for name, info in reader.tensors.items() if name.endswith("q_proj.weight")]
 
 
 def main_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -320,3 +327,13 @@ def _promise(model: SourceModel, options: ConversionOptions) -> str:
     if options.variant == "v1":
         return "parity"
     return "bit-exact" if options.lambda_start == 0.5 else "equal"
+
+
+def _promised_of(rules: Sequence[Rule], reader: CheckpointReader, options: ConversionOptions) -> str:
+    """The source, or what the dtype asked for makes of it where that cannot hold all of its numbers."""
+    stored = {reader.tensors[name].dtype for name in _read_names(rules)}
+    if options.torch_dtype is None or all(
+        torch.promote_types(dtype, options.torch_dtype) == options.torch_dtype for dtype in stored
+    ):
+        return "the source"
+    return f"the source rounded to {options.dtype}"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from random_llamas import FLAVOURS, random_llama, saved, token_ids
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from conversion import ConversionError, convert_checkpoint
@@ -126,6 +127,58 @@ def test_any_lambda_to_start_from_keeps_the_function(tmp_path, lambda_start, dty
     # bfloat16 rounds o_proj once more; a scale from the unrounded bias would be off by up to 1 % a layer at 0.8
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def rewritten(folder, change):
+    """The folder with its tensors (in one file) as `change` makes them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_lambda_keeps_the_function_where_queries_are_of_another_dtype(tmp_path):
+    """The bias is stored in the queries' dtype: one that rounds it more than the rest of the model must not tell."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    source = saved(random_llama(), tmp_path / "llama")
+    rewritten(source, lambda weights: weights.update({name: weights[name].bfloat16()}))
+    convert_checkpoint(source, tmp_path / "v2", "v2", lambda_start=0.99)
+    llama, model = both(source, tmp_path / "v2")
+    expected, found = llama(token_ids()).logits, model(token_ids()).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_exact_to_the_source_in_that_dtype(tmp_path, dtype):
+    """And says so. Entries below 6e-5, which float16 rounds in steps of 6e-8, double exactly as well."""
+    source = saved(random_llama(), tmp_path / "llama")
+    rewritten(source, lambda weights: weights["model.layers.0.self_attn.o_proj.weight"].mul_(1e-6))
+    report = convert_checkpoint(source, tmp_path / "v2", "v2", dtype=dtype)
+    assert f"as the source rounded to {dtype}, and" in report.record["promise"]["text"]
+    assert f"as the source rounded to {dtype}, and" in (tmp_path / "v2" / "README.md").read_text()
+    llama, model = both(source, tmp_path / "v2", getattr(torch, dtype))
+    assert_equal_to_the_bit(llama.float(), model.float(), token_ids())
+    report = convert_checkpoint(tmp_path / "llama", tmp_path / "same", "v2", dtype="float32")
+    assert "as the source, and" in report.record["promise"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "entry", "options", "message"),
+    [
+        (torch.float16, 40000.0, {}, r"o_proj\.weight .* 8e\+04, more than float16 holds \(65504\); .* bfloat16"),
+        (torch.float16, 1.0, {"lambda_start": 0.99999}, "more than float16 holds .* --dtype bfloat16"),
+        (torch.float32, 3.4e38, {"dtype": "bfloat16"}, r"more than bfloat16 holds \(3.3895e\+38\)"),
+        (torch.float32, 3.4e38, {}, "more than float32 holds"),
+    ],
+)
+def test_what_grows_beyond_its_dtype_is_refused(tmp_path, dtype, entry, options, message):
+    source = saved(random_llama().to(dtype), tmp_path / "llama")
+    rewritten(source, lambda weights: weights["model.layers.1.self_attn.o_proj.weight"][3].fill_(entry))
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, tmp_path / "v2", "v2", **options)
+    if dtype == torch.float16:
+        convert_checkpoint(source, tmp_path / "v2", "v2", **options, dtype="bfloat16")
+        assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "v2" / "model.safetensors").values())
 
 
 def test_maps_separate_at_the_first_step(tmp_path):
