@@ -3,7 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,27 +27,14 @@ from conversion.errors import ConversionError
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card
 from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
-from conversion.rules import (
-    Rule,
-    check_tensors,
-    diffllama_rules,
-    llama_v1_rules,
-    llama_v2_rules,
-    rename_sources,
-    unilm_rules,
-)
+from conversion.rules import Rule, check_tensors, rename_sources
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
 from conversion.stream import Plan, Progress, write_plan
+from conversion.variants import promise, rules_and_fields
 from modeling_diff import DiffLlamaConfig
 
 
-LAMBDA_STD = 0.1  # the paper's
-PROMISES = {
-    "bit-exact": "the same logits to the last bit in float32 as {source}, and the same tokens",
-    "equal": "the same function as {source} up to rounding",
-    "parity": "the source's size and its weights, paired; not its function: to be healed before use",
-}
 # Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
 RESTATED_FIELDS = frozenset(
     [
@@ -155,7 +142,7 @@ def plan_conversion(
     calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
 ) -> tuple[Plan, list[str]]:
     """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
-    rules, fields = _rules_and_fields(model, reader, options)
+    rules, fields = rules_and_fields(model, reader, options)
     if calibrated:
         rules = calibrated_rules(rules, calibrated[1])
         lambda_init, epsilons = calibrated[1].lambda_init, calibrated[1].sub_norm_eps
@@ -168,7 +155,7 @@ def plan_conversion(
     config = DiffLlamaConfig(
         **(shared | fields), architectures=[architecture], dtype=options.torch_dtype or main_dtype(reader)
     )
-    promise = _promise(model, options)
+    read = [reader.tensors[name] for name in sorted({name for rule in rules for name, _ in rule.sources})]
     record = {
         "format": 1,
         "source": {"name": found.name, "hub_id": found.hub_id, "revision": found.revision, "kind": model.kind},
@@ -176,11 +163,11 @@ def plan_conversion(
         "layout": "paired",
         "pairing": _pairing(config, options, calibrated is not None),
         "calibration": calibration_record(*calibrated) if calibrated else None,
-        "promise": {"kind": promise, "text": PROMISES[promise].format(source=_promised_of(rules, reader, options))},
+        "promise": promise(model, options, {info.dtype for info in read}),
         "versions": versions(),
         "left_out": dropped,
         "parameters": {
-            "source": sum(torch.Size(reader.tensors[name].shape).numel() for name in _read_names(rules)),
+            "source": sum(torch.Size(info.shape).numel() for info in read),
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
         },
     }
@@ -190,73 +177,6 @@ def plan_conversion(
         files | code_files(),
     )  # fmt: skip
     return plan, notes + field_notes
-
-
-def _rules_and_fields(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
-) -> tuple[list[Rule], dict[str, Any]]:
-    """The tensors' rules and the config fields that LLaMA does not have."""
-    if model.kind == "llama":
-        return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
-    if options != replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None):
-        raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
-    if model.kind == "unilm":
-        ours = {name: getattr(model.config, name) for name in ("lambda_init", "lambda_init_std", "sub_norm_eps")}
-        return unilm_rules(model.sizes), ours
-    config = model.config
-    fields = _pair_fields(model) | {"lambda_init_std": config.lambda_std_dev, "sub_norm_eps": config.rms_norm_eps}
-    return diffllama_rules(model.sizes), fields
-
-
-def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule], dict[str, Any]]:
-    sizes = model.sizes
-    layers = options.differential_layers(sizes.num_layers)
-    lambda_init = options.lambda_init_list(sizes.num_layers)
-    weights = options.norm_weights(lambda_init)
-    rules = llama_v1_rules(sizes, options.layer_pairings(sizes), layers, weights, LAMBDA_STD, options.seed)
-    fields = _pair_fields(model) | {
-        "lambda_init": lambda_init,
-        "lambda_init_std": LAMBDA_STD,
-        "sub_norm_eps": options.sub_norm_eps(),
-        "differential_layers": None if len(layers) == sizes.num_layers else layers,
-    }
-    return rules, fields
-
-
-def _pair_fields(model: SourceModel) -> dict[str, Any]:
-    """Two LLaMA heads make one of ours, twice as wide."""
-    sizes = model.sizes
-    return {
-        "variant": "v1",
-        "num_attention_heads": sizes.num_heads // 2,
-        "num_key_value_heads": sizes.num_kv_heads // 2,
-        "head_dim": 2 * sizes.map_dim,
-    }
-
-
-def _llama_v2(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
-) -> tuple[list[Rule], dict[str, Any]]:
-    sizes = model.sizes
-    layers = options.differential_layers(sizes.num_layers)
-    bias = None
-    if options.lambda_start != 0.5:
-        logit = torch.logit(torch.tensor(options.lambda_start, dtype=torch.float64))
-        # Rounded first: o_proj is scaled by what the stored bias gives, not by what was asked for. One for all layers,
-        # so that all of the dtypes it is stored in can hold it.
-        for dtype in [options.torch_dtype] if options.torch_dtype else _query_dtypes(reader):
-            logit = logit.to(dtype)
-        bias = logit.item()
-    fields = {
-        "variant": "v2",
-        "lambda_bias": bias is not None,
-        "differential_layers": None if len(layers) == sizes.num_layers else layers,
-    }
-    return llama_v2_rules(sizes, layers, bias), fields
-
-
-def _query_dtypes(reader: CheckpointReader) -> list[torch.dtype]:
-    return [info.dtype for name, info in reader.tensors.items() if name.endswith("q_proj.weight")]
 
 
 def main_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -271,10 +191,6 @@ def versions() -> dict[str, str]:
     """What a conversion was made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return packages | {"python": platform.python_version()}
-
-
-def _read_names(rules: Sequence[Rule]) -> list[str]:
-    return sorted({name for rule in rules for name, _ in rule.sources})
 
 
 def _match(
@@ -319,21 +235,3 @@ def _pairing(config: DiffLlamaConfig, options: ConversionOptions, calibrated: bo
     if config.variant == "v2":
         return None
     return "calibrated" if calibrated else "given" if options.pairings else "adjacent"
-
-
-def _promise(model: SourceModel, options: ConversionOptions) -> str:
-    if model.kind != "llama":
-        return "equal"
-    if options.variant == "v1":
-        return "parity"
-    return "bit-exact" if options.lambda_start == 0.5 else "equal"
-
-
-def _promised_of(rules: Sequence[Rule], reader: CheckpointReader, options: ConversionOptions) -> str:
-    """The source, or what the dtype asked for makes of it where that cannot hold all of its numbers."""
-    stored = {reader.tensors[name].dtype for name in _read_names(rules)}
-    if options.torch_dtype is None or all(
-        torch.promote_types(dtype, options.torch_dtype) == options.torch_dtype for dtype in stored
-    ):
-        return "the source"
-    return f"the source rounded to {options.dtype}"
