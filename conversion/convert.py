@@ -1,6 +1,7 @@
 """The story of a conversion: find the source, check it, settle every tensor and file, then write them in a stream."""
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from conversion.variants import promise, rules_and_fields
 from modeling_diff import DiffLlamaConfig
 
 
+PREFIXES = ("model.", "transformer.")  # of the backbone's tensors; transformers' model for questions has the second
 # Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
 RESTATED_FIELDS = frozenset(
     [
@@ -198,19 +200,23 @@ def _match(
 ) -> tuple[list[Rule], list[str]]:
     """Rules under the names the source uses, and the names left out. ConversionError for what does not fit."""
     found = {name: info.shape for name, info in reader.tensors.items()}
-    if not any(name.startswith("model.") for name in found):
-        rules = rename_sources(rules, lambda name: name.removeprefix("model."))
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in found)), "")
+    rules = rename_sources(rules, lambda name: re.sub("^model\\.", prefix, name))
     dropped = []
-    if model.config.tie_word_embeddings and "lm_head.weight" in found and not backbone_only:
-        _check_tied(reader)
-        dropped.append("lm_head.weight")
-        del found["lm_head.weight"]
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+        if "model.embed_tokens.weight" not in found:  # the one tensor under its other name
+            rules = rename_sources(rules, lambda name: name.replace("model.embed_tokens", "lm_head"))
+        elif not backbone_only:
+            _check_tied(reader)
+            dropped.append("lm_head.weight")
+            del found["lm_head.weight"]
     return rules, dropped + check_tensors(rules, found, model.sizes.num_layers, backbone_only)
 
 
 def _check_tied(reader: CheckpointReader) -> None:
-    head = reader.read("lm_head.weight")
-    if not torch.equal(head, reader.read("model.embed_tokens.weight")):
+    tied = [reader.read(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    # Their bytes as well: two NaN are not equal, and yet a copy.
+    if not torch.equal(*tied) and not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in tied)):
         raise ConversionError(
             "config.json: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false to "
             "keep the head, or remove the head from the weights"

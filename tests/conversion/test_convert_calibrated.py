@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_llamas import random_llama, saved, token_ids
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
@@ -84,6 +85,17 @@ def test_some_layers_alone_are_calibrated(llama, text, tmp_path):
         ours, theirs = (m(ids, output_hidden_states=True).hidden_states[1] for m in (converted, source))
     # float32: the first layer is LLaMA's own, its heads in pairs.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_embedding_stored_as_head_is_calibrated_alike(text, tmp_path):
+    source = saved(random_llama(tie_word_embeddings=True), tmp_path / "tied")
+    convert(source, tmp_path / "expected", text, stages=["copy"])
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors")
+    convert(source, tmp_path / "v1", text, stages=["copy"])
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("v1", "expected"))
+    assert found == expected
 
 
 def test_dry_run_estimates_and_writes_nothing(llama, text, tmp_path):

@@ -243,6 +243,24 @@ def test_tied_model_with_a_copy_of_the_embedding(tmp_path):
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match="tie_word_embeddings is true, but"):
         convert_checkpoint(source, tmp_path / "other")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights["model.embed_tokens.weight"].clone()
+        weights[name][0, 0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert "left out: lm_head.weight" in convert_checkpoint(source, tmp_path / "nan", allow_nonfinite=True).notes
+
+
+def test_tied_model_whose_embedding_is_stored_as_its_head(tmp_path):
+    """transformers loads it alike."""
+    source = saved(random_llama(tie_word_embeddings=True), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "expected")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for options in ({}, {"backbone_only": True}):
+        convert_checkpoint(source, tmp_path / "v1", **options, overwrite=True)
+        ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("v1", "expected"))
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_interrupted_and_resumed_run_ends_as_if_never_stopped(tmp_path):

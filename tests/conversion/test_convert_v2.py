@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_llamas import FLAVOURS, random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import LlamaForCausalLM, LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaModel
 
 from conversion import ConversionError, convert_checkpoint
 from modeling_diff import DiffLlamaForCausalLM, DiffLlamaModel
@@ -193,7 +193,7 @@ def test_maps_separate_at_the_first_step(tmp_path):
         assert (layer.self_attn.lambda_proj.weight.grad != 0).all()
 
 
-@pytest.mark.parametrize("model_class", [LlamaForSequenceClassification, LlamaModel])
+@pytest.mark.parametrize("model_class", [LlamaForSequenceClassification, LlamaForQuestionAnswering, LlamaModel])
 def test_backbone_alone(tmp_path, model_class):
     """A task head is left out only on request; a headless source, whose names lack `model.`, has none to leave."""
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_backbone_alone(tmp_path, model_class):
         convert_checkpoint(source, tmp_path / "v2", "v2")
     convert_checkpoint(source, tmp_path / "v2", "v2", backbone_only=True)
     backbone = DiffLlamaModel.from_pretrained(tmp_path / "v2", attn_implementation="sdpa").eval()
-    expected = getattr(llama, "model", llama)
+    expected = llama.base_model
     with torch.no_grad():
         ours, theirs = (m(token_ids()).last_hidden_state for m in (backbone, expected))
     assert torch.equal(ours, theirs)
