@@ -84,7 +84,7 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     revision: str | None = None,
     allow_pickle: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
@@ -110,6 +110,10 @@ def convert_checkpoint(
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
     work_folder = None
+    if calibration is None and (stages is not None or calibration_tokens != CALIBRATION_TOKENS):
+        raise ConversionError(
+            "stages and calibration tokens mean something only with calibration text; give it (--calibration)"
+        )
     if calibration is not None:
         text = CalibrationText(Path(calibration), calibration_tokens, stages)
         notes.append(_check_calibration(model, reader, options, text))
