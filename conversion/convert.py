@@ -4,6 +4,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,9 @@ from conversion.calibrate import Progress as CalibrationProgress
 from conversion.calibrated import (
     calibrated_rules,
     calibration_record,
-    check_calibration,
-    remove_work_folder,
+    calibration_work,
+    prepare_calibration,
     run_calibration,
-    work_folder_of,
 )
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import code_files, companion_files
@@ -28,11 +28,14 @@ from conversion.errors import ConversionError
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card
 from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
+from conversion.reader import checked_path
 from conversion.rules import Rule, check_tensors, rename_sources
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
 from conversion.stream import Plan, Progress, write_plan
+from conversion.target import check_room
 from conversion.variants import promise, rules_and_fields
+from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
 
 
@@ -101,6 +104,11 @@ def convert_checkpoint(
         variant, layers, lambda_init, norm, lambda_start, pairings, dtype, seed, source_layout, backbone_only,
         allow_nonfinite,
     )  # fmt: skip
+    text = None if calibration is None else CalibrationText(Path(calibration), calibration_tokens, stages)
+    if text is None and (stages is not None or calibration_tokens != CALIBRATION_TOKENS):
+        raise ConversionError(
+            "stages and calibration tokens mean something only with calibration text; give it (--calibration)"
+        )
     max_shard_bytes = parse_size(max_shard_size)
     found = locate_source(source, revision, allow_pickle)
     model = read_source_model(found.folder, source_layout, backbone_only)
@@ -109,34 +117,19 @@ def convert_checkpoint(
     check_target(Path(output), source=found.folder, overwrite=overwrite)
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
-    work_folder = None
-    if calibration is None and (stages is not None or calibration_tokens != CALIBRATION_TOKENS):
-        raise ConversionError(
-            "stages and calibration tokens mean something only with calibration text; give it (--calibration)"
-        )
-    if calibration is not None:
-        text = CalibrationText(Path(calibration), calibration_tokens, stages)
-        notes.append(_check_calibration(model, reader, options, text))
-        if not dry_run:
-            work_folder = work_folder_of(Path(output)) if resume else None
-            fitted = run_calibration(found, model, reader, options, text, work_folder, calibration_progress)
-            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (text, fitted))
+    ready = prepare_calibration(found, model, reader, options, text) if text else None
+    if ready:
+        notes.append(ready.note)
+    kept_bytes = ready.estimate.disk_bytes if ready and resume else 0
+    check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + kept_bytes)
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
-    record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
-    remove_work_folder(work_folder)
+    with calibration_work(Path(output)) if ready and resume else nullcontext() as work_folder:
+        if ready:
+            fitted = run_calibration(ready, model, reader, options, work_folder, calibration_progress)
+            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
+        record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
-
-
-def _check_calibration(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions, text: CalibrationText
-) -> str:
-    if model.kind != "llama" or options.variant != "v1" or options.pairings:
-        raise ConversionError(
-            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
-            "and where pairings are given"
-        )
-    return check_calibration(model, reader, text)
 
 
 def plan_conversion(
@@ -155,6 +148,8 @@ def plan_conversion(
         fields |= {"lambda_init": list(lambda_init), "sub_norm_eps": list(epsilons)}
     rules, dropped = _match(rules, model, reader, options.backbone_only)
     files, notes = companion_files(found.folder)
+    for name in files:
+        checked_path(found.folder, name)  # refused now, and not by the copying, behind the weights
     notes += [f"left out: {name}" for name in dropped]
     shared, field_notes = _shared_fields(model)
     architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conversion import ConversionError, convert_checkpoint
 from conversion.calibrate import calibrate
 from conversion.calibrated_model import calibrated_model
 from conversion.calibration_data import read_calibration
+from conversion.errors import FilesError
 
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
@@ -125,18 +127,54 @@ def test_interrupted_calibration_is_taken_up_and_its_work_folder_goes(llama, tex
     assert same
 
 
+def test_second_calibration_of_one_target_is_refused(llama, text, tmp_path):
+    refused = []
+
+    def start_another(*at):
+        if not refused:
+            with pytest.raises(FilesError, match=r"v1\.calibration\.lock: another run") as caught:
+                convert(llama, tmp_path / "new" / "v1", text, resume=True)
+            refused.append(caught)
+
+    convert(llama, tmp_path / "new" / "v1", text, resume=True, calibration_progress=start_another)
+    assert refused
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["v1"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_full_disk_is_found_before_anything_is_fitted(llama, text, tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr("conversion.target.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    reached = []
+    options = {"dry_run": dry_run, "calibration_progress": lambda *at: reached.append(at)}
+    with pytest.raises(FilesError, match=r"0\.034 GB are needed, 0\.001 GB are free"):
+        convert(llama, tmp_path / "v1", text, **options)
+    assert not reached
+
+
+def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
+    options = {"calibration_tokens": ROW_TOKENS * (NUM_ROWS - 1) + 5, "stages": ["copy"]}
+    report = convert(llama, tmp_path / "v1", text, **options)
+    assert report.record["calibration"]["tokens"] == ROW_TOKENS * (NUM_ROWS - 1)
+    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in report.notes)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"calibration_tokens": 10**6}, "give more text or ask for fewer tokens"),
         ({"calibration_tokens": 5}, "fewer than one row"),
         ({"stages": ["polish"]}, "polish.*unknown, expected some of copy, pairing"),
+        ({"calibration_tokens": -5}, "tokens are -5"),
+        ({"calibration_tokens": "5"}, "tokens are '5'"),
+        ({"calibration_tokens": 2 * ROW_TOKENS, "layers": [1], "lambda_init": -0.1}, "lambda_init -0.1"),
+        ({"calibration_tokens": ROW_TOKENS}, "one row to judge by"),
         ({"calibration": "missing.txt"}, "does not exist"),
     ],
 )
-def test_bad_calibration_is_refused(llama, text, tmp_path, options, message):
+def test_bad_calibration_is_refused(llama, text, tmp_path, options, message, dry_run):
     with pytest.raises(ConversionError, match=message):
-        convert(llama, tmp_path / "v1", text, **options)
+        convert(llama, tmp_path / "v1", text, dry_run=dry_run, **options)
     assert not (tmp_path / "v1").exists()
 
 

@@ -321,6 +321,16 @@ def test_dry_run_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_licence_outside_the_source_is_refused_before_a_byte_is_written(tmp_path, dry_run):
+    source, written = saved(random_llama(), tmp_path / "llama"), []
+    (tmp_path / "terms").write_text("terms")
+    (source / "LICENSE").symlink_to(tmp_path / "terms")
+    with pytest.raises(ConversionError, match=r"LICENSE: links to .*terms, outside the folder"):
+        convert_checkpoint(source, tmp_path / "v1", dry_run=dry_run, progress=lambda *done: written.append(done))
+    assert not written
+
+
 def test_progress_counts_every_byte_once(tmp_path):
     seen = []
     source = saved(random_llama(), tmp_path / "llama")
