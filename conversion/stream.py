@@ -90,7 +90,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if converted is not tensor and count_nonfinite(converted)[0] > count_nonfinite(tensor)[0]:
         way_out = f"choose --dtype {WIDER[dtype]}" if dtype in WIDER else "the checkpoint is damaged, get it again"
         raise ConversionError(
-            f"tensor {name} has entries up to {tensor.abs().max().item():.4g}, more than {str(dtype).split('.')[-1]} "
+            f"tensor {name} has entries up to {tensor.abs().max().item():.5g}, more than {str(dtype).split('.')[-1]} "
             f"holds ({torch.finfo(dtype).max:.5g}); {way_out}"
         )
     return converted
