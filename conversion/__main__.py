@@ -16,6 +16,7 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from conversion.checkpoint import parse_size
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+out, err = Console(markup=False), Console(stderr=True, markup=False)  # paths may hold [brackets]
 COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
 
 DEFAULTS = HealingOptions()
@@ -108,7 +109,9 @@ def convert(
     backbone_only: Annotated[bool, typer.Option("--backbone-only", help="Leave out any head.")] = False,
     allow_pickle: Pickle = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and Inf over.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all but the weights' numbers, write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
@@ -403,7 +406,7 @@ def _show_verification(report: VerificationReport, as_json: bool) -> None:
         return
     table = Table("check", "outcome", "detail", title=f"{report.output} ({report.promise})", box=None)
     for check in report.checks:
-        table.add_row(check.name, f"[{COLOURS[check.outcome]}]{check.outcome}[/]", check.detail)
+        table.add_row(check.name, Text(check.outcome, style=COLOURS[check.outcome]), check.detail)
     out.print(table)
 
 

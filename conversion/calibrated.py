@@ -1,47 +1,95 @@
 """Calibration as a step of a conversion: what it is asked, where it keeps its work, and what becomes of its result."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conversion.calibrate import DEFAULT_STAGES, CalibrationResult, Progress, Stage, calibrate
+from conversion.calibrate import (
+    DEFAULT_STAGES,
+    CalibrationResult,
+    Progress,
+    Stage,
+    calibrate,
+    check_tokens,
+    lambdas_to_try,
+)
 from conversion.calibration_data import read_calibration
-from conversion.calibration_estimate import estimate_calibration
+from conversion.calibration_estimate import CalibrationEstimate, estimate_calibration
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import read_tokenizer
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, file_errors
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.rules import Rule
 from conversion.source import SourceFolder
 from conversion.source_config import SourceModel
+from conversion.target import calibration_folder, locked
 
 
 ROW_TOKENS = 1024  # or what the model can read, if that is less
 
 
-def run_calibration(
+@dataclass(frozen=True)
+class Calibration:
+    """One that can be begun: the text with as many tokens as its whole rows hold, the rows (R, T), what it takes."""
+
+    text: CalibrationText
+    rows: torch.Tensor
+    estimate: CalibrationEstimate
+
+    @property
+    def note(self) -> str:
+        gigabyte = 10**9
+        return (
+            f"calibration on {self.text.tokens} tokens: about {self.estimate.seconds / 60:.0f} minutes on this "
+            f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
+            f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
+        )
+
+
+def prepare_calibration(
     found: SourceFolder,
     model: SourceModel,
     reader: CheckpointReader,
     options: ConversionOptions,
     text: CalibrationText,
+) -> Calibration:
+    """Reads the text. ConversionError for text, options or a source with which the calibration would fail."""
+    if model.kind != "llama" or options.variant != "v1" or options.pairings:
+        raise ConversionError(
+            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
+            "and where pairings are given"
+        )
+    if not any(name.startswith("model.layers.") for name in reader.tensors):
+        raise ConversionError("the source is a backbone without a language model; convert it without --calibration")
+    for layer in options.differential_layers(model.sizes.num_layers):
+        lambdas_to_try(_lambda_choice(options), layer, floor=0.0)
+    row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)
+    rows = read_calibration(text.path, read_tokenizer(found.folder), text.tokens, row_tokens, model.sizes.vocab_size)
+    check_tokens(model.config, rows, _stages(text))
+    estimate = estimate_calibration(model.config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
+    return Calibration(replace(text, tokens=rows.numel()), rows, estimate)
+
+
+def run_calibration(
+    calibration: Calibration,
+    model: SourceModel,
+    reader: CheckpointReader,
+    options: ConversionOptions,
     work_folder: Path | None,
     progress: Progress,
 ) -> CalibrationResult:
-    """Reads the text and fits the layers, on a GPU if there is one. ConversionError for text that will not do."""
-    tokens = read_calibration(
-        text.path, read_tokenizer(found.folder), text.tokens, _row_tokens(model), model.sizes.vocab_size
-    )
+    """Fits the layers, on a GPU if there is one."""
     return calibrate(
         reader,
         model.config,
-        tokens,
-        stages=_stages(text),
-        lambda_init="grid" if options.lambda_init is None else options.lambda_init,
+        calibration.rows,
+        stages=_stages(calibration.text),
+        lambda_init=_lambda_choice(options),
         norm=options.norm,
         layers=options.differential_layers(model.sizes.num_layers),
         dtype=options.torch_dtype,
@@ -49,18 +97,6 @@ def run_calibration(
         device=_device(),
         work_folder=work_folder,
         progress=progress,
-    )
-
-
-def check_calibration(model: SourceModel, reader: CheckpointReader, text: CalibrationText) -> str:
-    """What the calibration will take, as a note. ConversionError for a source that cannot be calibrated."""
-    if not any(name.startswith("model.layers.") for name in reader.tensors):
-        raise ConversionError("the source is a backbone without a language model; convert it without --calibration")
-    device, gigabyte = _device(), 10**9
-    estimate = estimate_calibration(model.config, text.tokens, _row_tokens(model), stages=_stages(text), device=device)
-    return (
-        f"calibration on {text.tokens} tokens: about {estimate.seconds / 60:.0f} minutes on this machine's {device}, "
-        f"{estimate.memory_bytes / gigabyte:.1f} GB of memory, {estimate.disk_bytes / gigabyte:.1f} GB of disk"
     )
 
 
@@ -85,13 +121,17 @@ def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict
     }
 
 
-def work_folder_of(output: Path) -> Path:
-    """Where a calibration that may be resumed keeps its finished layers: beside the target."""
-    return output.absolute().parent / f".{output.name}.calibration"
+@contextmanager
+def calibration_work(output: Path) -> Iterator[Path]:
+    """Where a calibration that may be resumed keeps its finished layers: held against other runs, removed at the end.
 
-
-def remove_work_folder(folder: Path | None) -> None:
-    if folder is not None:
+    Left where it is by an error. FilesError if another run has it.
+    """
+    folder = calibration_folder(output.resolve())
+    with file_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -99,8 +139,8 @@ def _stages(text: CalibrationText) -> tuple[Stage, ...]:
     return DEFAULT_STAGES if text.stages is None else tuple(Stage(stage) for stage in text.stages)
 
 
-def _row_tokens(model: SourceModel) -> int:
-    return min(model.config.max_position_embeddings, ROW_TOKENS)
+def _lambda_choice(options: ConversionOptions) -> Any:
+    return "grid" if options.lambda_init is None else options.lambda_init
 
 
 def _device() -> str:

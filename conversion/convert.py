@@ -1,9 +1,11 @@
 """The story of a conversion: find the source, check it, settle every tensor and file, then write them in a stream."""
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +18,9 @@ from conversion.calibrate import Progress as CalibrationProgress
 from conversion.calibrated import (
     calibrated_rules,
     calibration_record,
-    check_calibration,
-    remove_work_folder,
+    calibration_work,
+    prepare_calibration,
     run_calibration,
-    work_folder_of,
 )
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import code_files, companion_files
@@ -27,27 +28,17 @@ from conversion.errors import ConversionError
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card
 from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
-from conversion.rules import (
-    Rule,
-    check_tensors,
-    diffllama_rules,
-    llama_v1_rules,
-    llama_v2_rules,
-    rename_sources,
-    unilm_rules,
-)
+from conversion.rules import Rule, check_tensors, rename_sources
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
 from conversion.stream import Plan, Progress, write_plan
+from conversion.target import check_room
+from conversion.variants import promise, rules_and_fields
+from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
 
 
-LAMBDA_STD = 0.1  # the paper's
-PROMISES = {
-    "bit-exact": "the same logits as the source to the last bit in float32, the same tokens",
-    "equal": "the same function as the source up to rounding",
-    "parity": "the source's size and its weights, paired; not its function: to be healed before use",
-}
+PREFIXES = ("model.", "transformer.")  # of the backbone's tensors; transformers' model for questions has the second
 # Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
 RESTATED_FIELDS = frozenset(
     [
@@ -95,7 +86,7 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     revision: str | None = None,
     allow_pickle: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
@@ -112,6 +103,11 @@ def convert_checkpoint(
         variant, layers, lambda_init, norm, lambda_start, pairings, dtype, seed, source_layout, backbone_only,
         allow_nonfinite,
     )  # fmt: skip
+    text = None if calibration is None else CalibrationText(Path(calibration), calibration_tokens, stages)
+    if text is None and (stages is not None or calibration_tokens != CALIBRATION_TOKENS):
+        raise ConversionError(
+            "stages and calibration tokens mean something only with calibration text; give it (--calibration)"
+        )
     max_shard_bytes = parse_size(max_shard_size)
     found = locate_source(source, revision, allow_pickle)
     model = read_source_model(found.folder, source_layout, backbone_only)
@@ -120,30 +116,19 @@ def convert_checkpoint(
     check_target(Path(output), source=found.folder, overwrite=overwrite)
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
-    work_folder = None
-    if calibration is not None:
-        text = CalibrationText(Path(calibration), calibration_tokens, stages)
-        notes.append(_check_calibration(model, reader, options, text))
-        if not dry_run:
-            work_folder = work_folder_of(Path(output)) if resume else None
-            fitted = run_calibration(found, model, reader, options, text, work_folder, calibration_progress)
-            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (text, fitted))
+    ready = prepare_calibration(found, model, reader, options, text) if text else None
+    if ready:
+        notes.append(ready.note)
+    kept_bytes = ready.estimate.disk_bytes if ready and resume else 0
+    check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + kept_bytes)
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
-    record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
-    remove_work_folder(work_folder)
+    with calibration_work(Path(output)) if ready and resume else nullcontext() as work_folder:
+        if ready:
+            fitted = run_calibration(ready, model, reader, options, work_folder, calibration_progress)
+            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
+        record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
-
-
-def _check_calibration(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions, text: CalibrationText
-) -> str:
-    if model.kind != "llama" or options.variant != "v1" or options.pairings:
-        raise ConversionError(
-            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
-            "and where pairings are given"
-        )
-    return check_calibration(model, reader, text)
 
 
 def plan_conversion(
@@ -155,7 +140,7 @@ def plan_conversion(
     calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
 ) -> tuple[Plan, list[str]]:
     """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
-    rules, fields = _rules_and_fields(model, reader, options)
+    rules, fields = rules_and_fields(model, reader, options)
     if calibrated:
         rules = calibrated_rules(rules, calibrated[1])
         lambda_init, epsilons = calibrated[1].lambda_init, calibrated[1].sub_norm_eps
@@ -168,7 +153,7 @@ def plan_conversion(
     config = DiffLlamaConfig(
         **(shared | fields), architectures=[architecture], dtype=options.torch_dtype or main_dtype(reader)
     )
-    promise = _promise(model, options)
+    read = [reader.tensors[name] for name in sorted({name for rule in rules for name, _ in rule.sources})]
     record = {
         "format": 1,
         "source": {"name": found.name, "hub_id": found.hub_id, "revision": found.revision, "kind": model.kind},
@@ -176,11 +161,11 @@ def plan_conversion(
         "layout": "paired",
         "pairing": _pairing(config, options, calibrated is not None),
         "calibration": calibration_record(*calibrated) if calibrated else None,
-        "promise": {"kind": promise, "text": PROMISES[promise]},
+        "promise": promise(model, options, {info.dtype for info in read}),
         "versions": versions(),
         "left_out": dropped,
         "parameters": {
-            "source": sum(torch.Size(reader.tensors[name].shape).numel() for name in _read_names(rules)),
+            "source": sum(torch.Size(info.shape).numel() for info in read),
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
         },
     }
@@ -190,66 +175,6 @@ def plan_conversion(
         files | code_files(),
     )  # fmt: skip
     return plan, notes + field_notes
-
-
-def _rules_and_fields(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
-) -> tuple[list[Rule], dict[str, Any]]:
-    """The tensors' rules and the config fields that LLaMA does not have."""
-    if model.kind == "llama":
-        return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
-    if options != replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None):
-        raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
-    if model.kind == "unilm":
-        ours = {name: getattr(model.config, name) for name in ("lambda_init", "lambda_init_std", "sub_norm_eps")}
-        return unilm_rules(model.sizes), ours
-    config = model.config
-    fields = _pair_fields(model) | {"lambda_init_std": config.lambda_std_dev, "sub_norm_eps": config.rms_norm_eps}
-    return diffllama_rules(model.sizes), fields
-
-
-def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule], dict[str, Any]]:
-    sizes = model.sizes
-    layers = options.differential_layers(sizes.num_layers)
-    lambda_init = options.lambda_init_list(sizes.num_layers)
-    weights = options.norm_weights(lambda_init)
-    rules = llama_v1_rules(sizes, options.layer_pairings(sizes), layers, weights, LAMBDA_STD, options.seed)
-    fields = _pair_fields(model) | {
-        "lambda_init": lambda_init,
-        "lambda_init_std": LAMBDA_STD,
-        "sub_norm_eps": options.sub_norm_eps(),
-        "differential_layers": None if len(layers) == sizes.num_layers else layers,
-    }
-    return rules, fields
-
-
-def _pair_fields(model: SourceModel) -> dict[str, Any]:
-    """Two LLaMA heads make one of ours, twice as wide."""
-    sizes = model.sizes
-    return {
-        "variant": "v1",
-        "num_attention_heads": sizes.num_heads // 2,
-        "num_key_value_heads": sizes.num_kv_heads // 2,
-        "head_dim": 2 * sizes.map_dim,
-    }
-
-
-def _llama_v2(
-    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
-) -> tuple[list[Rule], dict[str, Any]]:
-    sizes = model.sizes
-    layers = options.differential_layers(sizes.num_layers)
-    bias = None
-    if options.lambda_start != 0.5:
-        logit = torch.logit(torch.tensor(options.lambda_start, dtype=torch.float64))
-        # Rounded first: o_proj is scaled by what the stored bias gives, not by what was asked for.
-        bias = logit.to(options.torch_dtype or main_dtype(reader)).item()
-    fields = {
-        "variant": "v2",
-        "lambda_bias": bias is not None,
-        "differential_layers": None if len(layers) == sizes.num_layers else layers,
-    }
-    return llama_v2_rules(sizes, layers, bias), fields
 
 
 def main_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -266,28 +191,28 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-def _read_names(rules: Sequence[Rule]) -> list[str]:
-    return sorted({name for rule in rules for name, _ in rule.sources})
-
-
 def _match(
     rules: list[Rule], model: SourceModel, reader: CheckpointReader, backbone_only: bool
 ) -> tuple[list[Rule], list[str]]:
     """Rules under the names the source uses, and the names left out. ConversionError for what does not fit."""
     found = {name: info.shape for name, info in reader.tensors.items()}
-    if not any(name.startswith("model.") for name in found):
-        rules = rename_sources(rules, lambda name: name.removeprefix("model."))
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in found)), "")
+    rules = rename_sources(rules, lambda name: re.sub("^model\\.", prefix, name))
     dropped = []
-    if model.config.tie_word_embeddings and "lm_head.weight" in found and not backbone_only:
-        _check_tied(reader)
-        dropped.append("lm_head.weight")
-        del found["lm_head.weight"]
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+        if "model.embed_tokens.weight" not in found:  # the one tensor under its other name
+            rules = rename_sources(rules, lambda name: name.replace("model.embed_tokens", "lm_head"))
+        elif not backbone_only:
+            _check_tied(reader)
+            dropped.append("lm_head.weight")
+            del found["lm_head.weight"]
     return rules, dropped + check_tensors(rules, found, model.sizes.num_layers, backbone_only)
 
 
 def _check_tied(reader: CheckpointReader) -> None:
-    head = reader.read("lm_head.weight")
-    if not torch.equal(head, reader.read("model.embed_tokens.weight")):
+    tied = [reader.read(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    # Their bytes as well: two NaN are not equal, and yet a copy.
+    if not torch.equal(*tied) and not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in tied)):
         raise ConversionError(
             "config.json: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false to "
             "keep the head, or remove the head from the weights"
@@ -312,11 +237,3 @@ def _pairing(config: DiffLlamaConfig, options: ConversionOptions, calibrated: bo
     if config.variant == "v2":
         return None
     return "calibrated" if calibrated else "given" if options.pairings else "adjacent"
-
-
-def _promise(model: SourceModel, options: ConversionOptions) -> str:
-    if model.kind != "llama":
-        return "equal"
-    if options.variant == "v1":
-        return "parity"
-    return "bit-exact" if options.lambda_start == 0.5 else "equal"

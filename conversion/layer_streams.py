@@ -53,7 +53,8 @@ class LlamaLayers:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states (R, T, C) before the first layer, of tokens (R, T)."""
-        table = self.reader.read("model.embed_tokens.weight")
+        name = "model.embed_tokens.weight"
+        table = self.reader.read(name if name in self.reader.tensors else "lm_head.weight")  # tied: one of the two
         return nn.functional.embedding(tokens.cpu(), table).to(self.device, torch.float32)
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:

@@ -104,14 +104,12 @@ class Keep:
 
 @dataclass(frozen=True)
 class Scale:
-    """Times a factor: exact for a power of two, otherwise rounded once, in float64."""
+    """Times a factor, in float64: rounded once, by whoever stores it, and not beyond what a narrow dtype holds."""
 
     factor: float
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        if math.frexp(self.factor)[0] == 0.5:  # a power of two: no need of float64
-            return tensor * self.factor
-        return (tensor.double() * self.factor).to(tensor.dtype)
+        return tensor.double() * self.factor
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape

@@ -152,7 +152,7 @@ def status_text(record: Mapping[str, Any]) -> str:
         return STATUS["healed"].format(tokens=_tokens(sum(int(stage.get("tokens") or 0) for stage in healing)))
     if calibration := record.get("calibration"):
         return STATUS["calibrated"].format(tokens=calibration["tokens"])
-    return STATUS[record["promise"]["kind"]]
+    return STATUS[record["promise"]["kind"]].format(promise=record["promise"]["text"])
 
 
 def _tokens(count: int) -> str:

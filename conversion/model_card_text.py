@@ -1,7 +1,7 @@
 """The standing texts of a model card."""
 
 STATUS = {
-    "bit-exact": "It computes the same function as its source: the same logits to the last bit in float32. "
+    "bit-exact": "It computes the same function: {promise}. "
     "The second maps separate from the first once it is trained.",
     "equal": "It computes the same function as its source, up to rounding.",
     "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "

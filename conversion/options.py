@@ -1,8 +1,9 @@
 """What a user can ask of a conversion, checked before anything is opened."""
 
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +40,35 @@ class CalibrationText:
     stages: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ConversionError(f"calibration tokens are {self.tokens!r}, expected a whole number above 0")
         unknown = set(self.stages or ()) - set(STAGES)
         if unknown:
             raise ConversionError(f"stages {sorted(unknown)} are unknown, expected some of {', '.join(STAGES)}")
+
+
+def _plain_lambda(given: Any) -> str | float | list[float]:
+    if isinstance(given, str):
+        return given
+    plain = given.tolist() if hasattr(given, "tolist") else given  # as numpy and torch have it
+    return float(plain) if isinstance(plain, int | float) else [float(value) for value in plain]
+
+
+def _plain_seed(given: Any) -> int:
+    seed = operator.index(given)
+    if not 0 <= seed < 2**32:
+        raise ValueError
+    return seed
+
+
+# field: what becomes of the numbers given, and what they should be where that fails
+SETTLED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "layers": (lambda given: sorted(set(map(operator.index, given))), "indices of layers"),
+    "lambda_init": (_plain_lambda, "'paper', a number, or one for each layer"),
+    "lambda_start": (float, "a number between 0 and 1, as a sigmoid"),
+    "pairings": (lambda given: {operator.index(layer): pair for layer, pair in given.items()}, "pairings by layer"),
+    "seed": (_plain_seed, f"a whole number from 0 to {2**32 - 1}"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,7 @@ class ConversionOptions:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ConversionError(f"{field} is {getattr(self, field)!r}, expected one of {allowed}")
+        self._settle()
         if not 0 < self.lambda_start < 1:
             raise ConversionError(
                 f"lambda_start is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
@@ -88,6 +116,17 @@ class ConversionOptions:
             raise ConversionError("lambda_init, norm and pairings belong to variant v1; leave them out for v2")
         if self.variant == "v1" and self.lambda_start != 0.5:
             raise ConversionError("lambda_start belongs to variant v2; use lambda_init for v1")
+
+    def _settle(self) -> None:
+        """Every value as the kind of number that `recorded` can write, whatever kind was given."""
+        for field, (settle, expected) in SETTLED.items():
+            value = getattr(self, field)
+            if value is None and self.__dataclass_fields__[field].default is None:
+                continue
+            try:
+                object.__setattr__(self, field, settle(value))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ConversionError(f"{field} is {value!r}, expected {expected}") from error
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -128,6 +167,8 @@ class ConversionOptions:
 
     def layer_pairings(self, sizes: Sizes) -> list[HeadPairing]:
         """One pairing a layer. ConversionError for one that is made for other head counts."""
+        if unknown := sorted(set(self.pairings or {}) - set(range(sizes.num_layers))):
+            raise ConversionError(f"pairings of layers {unknown}: expected indices from 0 to {sizes.num_layers - 1}")
         default = HeadPairing.adjacent(sizes.num_heads, sizes.num_kv_heads)
         pairings = [(self.pairings or {}).get(layer, default) for layer in range(sizes.num_layers)]
         for layer, pairing in enumerate(pairings):

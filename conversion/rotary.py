@@ -16,6 +16,26 @@ ROPE_TYPES = {
     "longrope": (),
 }
 TYPE_KEYS = ("rope_type", "type")
+SPELLINGS = ("rope_scaling", "rope_parameters")
+PRETRAINED = "original_max_position_embeddings"
+STRETCHED = ("yarn", "llama3", "longrope")  # the types that ask what length the model was pretrained for
+
+
+def with_pretrained_length(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with an `original_max_position_embeddings` that stands beside the settings (as Phi3's) within them.
+
+    transformers' models take the one beside them if there are two; its configs do not know it until a model is built.
+    ConversionError if the two disagree.
+    """
+    length = raw.get(PRETRAINED)
+    settings = {field: _normalised(field, raw[field]) for field in SPELLINGS if raw.get(field)}
+    stretched = {field: said for field, said in settings.items() if said["rope_type"] in STRETCHED}
+    if length is None or not stretched:
+        return dict(raw)
+    within = {field: said[PRETRAINED] for field, said in stretched.items() if PRETRAINED in said}
+    _refuse_difference(PRETRAINED, {"top level": length, **within})
+    rest = {field: value for field, value in raw.items() if field != PRETRAINED}
+    return rest | {field: raw[field] | {PRETRAINED: length} for field in stretched}
 
 
 def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
@@ -23,9 +43,7 @@ def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
 
     Raises ConversionError for an unknown type, a missing or impossible number, or two settings that disagree.
     """
-    spelled = {
-        field: _normalised(field, raw[field]) for field in ("rope_scaling", "rope_parameters") if raw.get(field)
-    }
+    spelled = {field: _normalised(field, raw[field]) for field in SPELLINGS if raw.get(field)}
     theta = {field: settings["rope_theta"] for field, settings in spelled.items() if "rope_theta" in settings}
     if raw.get("rope_theta") is not None:
         theta["rope_theta"] = raw["rope_theta"]

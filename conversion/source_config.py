@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from conversion.errors import ConversionError, file_errors
 from conversion.layout import Sizes
-from conversion.rotary import check_rotary
+from conversion.rotary import PRETRAINED, check_rotary, with_pretrained_length
 from conversion.safetensors_header import parse_json
 from modeling_diff import DiffLlamaConfig
 
@@ -36,14 +36,14 @@ NOT_LLAMA = {
     "llama4_text": "it has experts and another attention",
 }
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", PRETRAINED)
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 TASK_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source's config, checked: as it stands in the file, as transformers reads it, and the sizes it means."""
+    """A source's config, checked: as it stands in the file, as transformers' model reads it, the sizes it means."""
 
     kind: SourceKind
     raw: Mapping[str, Any]
@@ -68,6 +68,7 @@ def read_source_model(
             "convert the backbone alone with --backbone-only"
         )
     maps = _check_heads(raw, kind)
+    raw = with_pretrained_length(raw)
     check_rotary(raw, maps.map_dim)
     classes: dict[str, Any] = {
         "llama": LlamaConfig,

@@ -18,6 +18,7 @@ from conversion.rules import Rule
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 RECORD = "conversion.json"
+WIDER = {torch.float16: "bfloat16", torch.bfloat16: "float32"}  # what holds larger numbers
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,18 @@ class ConvertedTensors:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         rule, spec = self.rules[name], self.plan.specs[name]
-        sources = [self._read(source) for source, _ in rule.sources]
+        # Asked for another dtype, it is the source in that dtype of which something is promised: rounded first.
+        rounded = spec.dtype if self.plan.dtype else None
+        sources = [self._read(source, rounded) for source, _ in rule.sources]
         tensor = rule.build(*sources)
         del sources
-        converted = tensor.to(spec.dtype)
-        if spec.dtype == torch.float16 and tensor.dtype != torch.float16:
-            _refuse_overflow(name, tensor, converted)
+        converted = _cast(name, tensor, spec.dtype)
         self.done_bytes += spec.num_bytes
         if self.progress:
             self.progress(self.done_bytes, self.plan.num_bytes)
         return converted.contiguous()
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         tensor = self.plan.reader.read(name)
         count, first = count_nonfinite(tensor)
         if count and not self.plan.allow_nonfinite:
@@ -81,15 +82,18 @@ class ConvertedTensors:
                 f"tensor {name} has {count} NaN or infinite entries, the first at {first}; the checkpoint is damaged, "
                 "get it again or pass --allow-nonfinite"
             )
-        return tensor
+        return tensor if dtype is None else _cast(name, tensor, dtype)
 
 
-def _refuse_overflow(name: str, tensor: torch.Tensor, converted: torch.Tensor) -> None:
-    if count_nonfinite(converted)[0] > count_nonfinite(tensor)[0]:
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    converted = tensor.to(dtype)
+    if converted is not tensor and count_nonfinite(converted)[0] > count_nonfinite(tensor)[0]:
+        way_out = f"choose --dtype {WIDER[dtype]}" if dtype in WIDER else "the checkpoint is damaged, get it again"
         raise ConversionError(
-            f"tensor {name} has entries up to {tensor.abs().max().item():.4g}, more than float16 holds (65504); "
-            "choose --dtype bfloat16"
+            f"tensor {name} has entries up to {tensor.abs().max().item():.5g}, more than {str(dtype).split('.')[-1]} "
+            f"holds ({torch.finfo(dtype).max:.5g}); {way_out}"
         )
+    return converted
 
 
 def write_plan(

@@ -89,6 +89,21 @@ def partial_folder(real: Path) -> Path:
     return real.with_name(f".{name}.partial")
 
 
+def calibration_folder(real: Path) -> Path:
+    """Where a calibration for the target `real` keeps what it has fitted."""
+    return partial_folder(real).with_suffix(".calibration")
+
+
+def check_room(real: Path, num_bytes: int) -> None:
+    """FilesError unless `num_bytes` fit beside the target `real`, over what an earlier run has left there of its own.
+
+    That is kept as a part of them, or removed before they are written.
+    """
+    with file_errors(real):
+        left = [path for folder in (partial_folder(real), calibration_folder(real)) for path in folder.rglob("*")]
+        check_space(real, num_bytes - sum(path.stat().st_size for path in left if path.is_file()))
+
+
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
     """Holds `partial` against other runs, until the process ends if need be; FilesError if another one has it."""

@@ -68,9 +68,9 @@ class TensorSource(Protocol):
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | int) -> int:
     """'5GB', '200MB', '1.5GiB' or plain bytes '1000' -> bytes. ConversionError for anything else, 0 or less."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Z]{0,3})", text.strip().upper(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Z]{0,3})", str(text).strip().upper(), re.ASCII)
     size = int(Decimal(match[1]) * SIZE_UNITS.get(match[2], 0)) if match else 0
     if size < 1:
         raise ConversionError(f"size {quote(text)}: expected a number above 0 and a unit, such as 5GB, 200MB or 1GiB")

@@ -5,6 +5,7 @@ import os
 import resource
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from saved_checkpoints import TENSORS, names, refusal, snapshot, write, writer_f
 
 from conversion import target as target_module
 from conversion.errors import FilesError
-from conversion.target import check_space, check_target
+from conversion.target import check_room, check_space, check_target
 from conversion.writer import CheckpointWriter, TensorSpec, plan_shards
 
 
@@ -170,6 +171,15 @@ def test_too_little_disk_is_refused_first_with_numbers(tmp_path, resume):
     assert "1000000000.034 GB are needed, " in refusal(writer.__enter__)
     assert names(tmp_path) == []
     check_space(tmp_path / "not" / "yet", 1)
+
+
+def test_room_is_counted_with_what_an_earlier_run_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(target_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    for folder, num_bytes in ((".out.partial/shards", 200), (".out.calibration", 30), ("other", 7)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_bytes(bytes(num_bytes))
+    check_room(tmp_path / "out", 1230)
+    assert "are needed" in refusal(check_room, tmp_path / "out", 1231)
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -50,6 +50,16 @@ def test_convert_verify_inspect_and_export(tmp_path, llama):
     assert json.loads(run("inspect", tmp_path / "theirs", "--json").stdout)["model_type"] == "diffllama"
 
 
+def test_names_with_brackets_are_shown_whole(tmp_path, llama):
+    """Not taken for the markup of the terminal's library."""
+    output = tmp_path / "out [v1]"
+    assert f"wrote {output} (" in run("convert", llama, output).stdout
+    assert "out [v1] (parity)" in run("verify", output).stdout
+    renamed = (tmp_path / "llama").rename(tmp_path / "source [red]")
+    run("convert", renamed, tmp_path / "v1")
+    assert "source [red]" in run("inspect", tmp_path / "v1").stdout
+
+
 def test_v2_through_the_options(tmp_path, llama):
     result = run("convert", llama, tmp_path / "v2", "--variant", "v2", "--lambda", 0.2, "--layers", 1, "--json")
     assert json.loads(result.stdout)["record"]["options"]["layers"] == [1]

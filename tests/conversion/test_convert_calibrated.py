@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from random_llamas import random_llama, saved, token_ids
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
 from conversion.calibrate import calibrate
 from conversion.calibrated_model import calibrated_model
 from conversion.calibration_data import read_calibration
+from conversion.errors import FilesError
 
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
@@ -86,6 +89,17 @@ def test_some_layers_alone_are_calibrated(llama, text, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_embedding_stored_as_head_is_calibrated_alike(text, tmp_path):
+    source = saved(random_llama(tie_word_embeddings=True), tmp_path / "tied")
+    convert(source, tmp_path / "expected", text, stages=["copy"])
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors")
+    convert(source, tmp_path / "v1", text, stages=["copy"])
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("v1", "expected"))
+    assert found == expected
+
+
 def test_dry_run_estimates_and_writes_nothing(llama, text, tmp_path):
     report = convert(llama, tmp_path / "v1", text, dry_run=True)
     (note,) = (note for note in report.notes if note.startswith("calibration on"))
@@ -113,18 +127,54 @@ def test_interrupted_calibration_is_taken_up_and_its_work_folder_goes(llama, tex
     assert same
 
 
+def test_second_calibration_of_one_target_is_refused(llama, text, tmp_path):
+    refused = []
+
+    def start_another(*at):
+        if not refused:
+            with pytest.raises(FilesError, match=r"v1\.calibration\.lock: another run") as caught:
+                convert(llama, tmp_path / "new" / "v1", text, resume=True)
+            refused.append(caught)
+
+    convert(llama, tmp_path / "new" / "v1", text, resume=True, calibration_progress=start_another)
+    assert refused
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["v1"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_full_disk_is_found_before_anything_is_fitted(llama, text, tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr("conversion.target.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    reached = []
+    options = {"dry_run": dry_run, "calibration_progress": lambda *at: reached.append(at)}
+    with pytest.raises(FilesError, match=r"0\.034 GB are needed, 0\.001 GB are free"):
+        convert(llama, tmp_path / "v1", text, **options)
+    assert not reached
+
+
+def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
+    options = {"calibration_tokens": ROW_TOKENS * (NUM_ROWS - 1) + 5, "stages": ["copy"]}
+    report = convert(llama, tmp_path / "v1", text, **options)
+    assert report.record["calibration"]["tokens"] == ROW_TOKENS * (NUM_ROWS - 1)
+    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in report.notes)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"calibration_tokens": 10**6}, "give more text or ask for fewer tokens"),
         ({"calibration_tokens": 5}, "fewer than one row"),
         ({"stages": ["polish"]}, "polish.*unknown, expected some of copy, pairing"),
+        ({"calibration_tokens": -5}, "tokens are -5"),
+        ({"calibration_tokens": "5"}, "tokens are '5'"),
+        ({"calibration_tokens": 2 * ROW_TOKENS, "layers": [1], "lambda_init": -0.1}, "lambda_init -0.1"),
+        ({"calibration_tokens": ROW_TOKENS}, "one row to judge by"),
         ({"calibration": "missing.txt"}, "does not exist"),
     ],
 )
-def test_bad_calibration_is_refused(llama, text, tmp_path, options, message):
+def test_bad_calibration_is_refused(llama, text, tmp_path, options, message, dry_run):
     with pytest.raises(ConversionError, match=message):
-        convert(llama, tmp_path / "v1", text, **options)
+        convert(llama, tmp_path / "v1", text, dry_run=dry_run, **options)
     assert not (tmp_path / "v1").exists()
 
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from random_llamas import FLAVOURS, SMALL, random_llama, saved, token_ids
@@ -191,12 +192,44 @@ def test_nonfinite_values_are_refused_unless_allowed(tmp_path):
         ({"variant": "v2", "lambda_start": 1.0}, "between 0 and 1"),
         ({"pairings": {0: HeadPairing.adjacent(8, 8)}}, "pairing of layer 0"),
         ({"max_shard_size": "many"}, "many"),
+        ({"max_shard_size": None}, "size None: expected a number"),
+        ({"layers": [0.5]}, r"layers is \[0.5\], expected indices"),
+        ({"layers": 1}, "layers is 1, expected indices"),
+        ({"lambda_init": ["small"]}, "lambda_init is .'small'., expected 'paper', a number"),
+        ({"variant": "v2", "lambda_start": "half"}, "lambda_start is 'half', expected a number"),
+        ({"seed": -1}, "seed is -1, expected a whole number from 0 to 4294967295"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424"),
+        ({"seed": None}, "seed is None"),
+        ({"pairings": {7: HeadPairing.adjacent(4, 2)}}, r"pairings of layers \[7\]: expected indices from 0 to 1"),
+        ({"pairings": {"0": HeadPairing.adjacent(4, 2)}}, "pairings is .*, expected pairings by layer"),
+        ({"pairings": [HeadPairing.adjacent(4, 2)] * 2}, "pairings is .*, expected pairings by layer"),
+        ({"stages": ["refit"]}, "only with calibration text"),
+        ({"calibration_tokens": 4096}, "only with calibration text"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
     with pytest.raises(ConversionError, match=message):
         convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", **options)
     assert not (tmp_path / "v1").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"layers": range(1)}, {"layers": [0]}),
+        ({"layers": {1, 0}}, {"layers": [0, 1]}),
+        ({"lambda_init": np.array([0.25, 0.5])}, {"lambda_init": [0.25, 0.5]}),
+        ({"lambda_init": torch.tensor([0.25, 0.5])}, {"lambda_init": [0.25, 0.5]}),
+        ({"lambda_init": np.float32(0.25)}, {"lambda_init": 0.25}),
+        ({"variant": "v2", "lambda_start": "0.25"}, {"lambda_start": 0.25}),
+        ({"seed": np.int64(7)}, {"seed": 7}),
+        ({"max_shard_size": 40000}, {}),
+    ],
+)
+def test_numbers_of_any_kind_are_understood_and_recorded(tmp_path, given, plain):
+    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "out", **given)
+    options = json.loads((tmp_path / "out" / "conversion.json").read_text())["options"]
+    assert options | plain == options
 
 
 def test_output_loads_in_a_fresh_process_without_this_package(tmp_path):
@@ -243,6 +276,24 @@ def test_tied_model_with_a_copy_of_the_embedding(tmp_path):
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match="tie_word_embeddings is true, but"):
         convert_checkpoint(source, tmp_path / "other")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights["model.embed_tokens.weight"].clone()
+        weights[name][0, 0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert "left out: lm_head.weight" in convert_checkpoint(source, tmp_path / "nan", allow_nonfinite=True).notes
+
+
+def test_tied_model_whose_embedding_is_stored_as_its_head(tmp_path):
+    """transformers loads it alike."""
+    source = saved(random_llama(tie_word_embeddings=True), tmp_path / "llama")
+    convert_checkpoint(source, tmp_path / "expected")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for options in ({}, {"backbone_only": True}):
+        convert_checkpoint(source, tmp_path / "v1", **options, overwrite=True)
+        ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("v1", "expected"))
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_interrupted_and_resumed_run_ends_as_if_never_stopped(tmp_path):
@@ -268,6 +319,16 @@ def test_dry_run_writes_nothing(tmp_path):
     report = convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", dry_run=True)
     assert report.num_bytes == 4 * report.record["parameters"]["output"]
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_licence_outside_the_source_is_refused_before_a_byte_is_written(tmp_path, dry_run):
+    source, written = saved(random_llama(), tmp_path / "llama"), []
+    (tmp_path / "terms").write_text("terms")
+    (source / "LICENSE").symlink_to(tmp_path / "terms")
+    with pytest.raises(ConversionError, match=r"LICENSE: links to .*terms, outside the folder"):
+        convert_checkpoint(source, tmp_path / "v1", dry_run=dry_run, progress=lambda *done: written.append(done))
+    assert not written
 
 
 def test_progress_counts_every_byte_once(tmp_path):

@@ -77,6 +77,7 @@ def test_folder_that_is_no_model(tmp_path, files, message):
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({"hidden_act": 3}, "hidden_act"),
+        ({"original_max_position_embeddings": "32"}, "original_max_position_embeddings is '32'"),
     ],
 )
 def test_config_that_is_no_llama(tmp_path, changes, message):
@@ -99,6 +100,7 @@ def test_config_that_is_no_llama(tmp_path, changes, message):
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "base.*given twice"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 2.0}}, "scaling.*given twice"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "given twice.*64, rope_scaling: 32"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
     ],
 )
