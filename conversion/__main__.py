@@ -270,6 +270,7 @@ def heal(
         int | None, typer.Option(help="Keep the teacher's K likeliest tokens on disk, in place of the teacher.")
     ] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged at the end.")] = None,
+    allow_pickle: Pickle = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -294,8 +295,8 @@ def heal(
             gradient_checkpointing=gradient_checkpointing, dtype=dtype, seed=seed,
         )  # fmt: skip
         report = heal_checkpoint(
-            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, max_shard_size=max_shard_size,
-            overwrite=overwrite, resume=resume, progress=progress,
+            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, allow_pickle=allow_pickle,
+            max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
     _show_healing(report, as_json)
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
-from random_llamas import SMALL, random_llama, saved
+from healing_toys import CONTEXT, heal, make_toys, weights
+from random_llamas import SMALL
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from conversion import ConversionError, FilesError, verify_checkpoint
+from conversion import ConversionError, verify_checkpoint
 from conversion.healing import run as healing_run
 from conversion.healing.data import pack_rows
 from conversion.healing.options import HealingOptions
@@ -197,97 +197,6 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
     assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
     assert pack_rows(paths, Letters(), 4, 128, 2, tmp_path / "two").tolist() == rows[:2].tolist()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": 129}, "reads at most 128"),
-        ({"stage": "melt"}, "expected one of local, kl, lm"),
-        ({"steps": 0}, "steps is 0"),
-        ({"tokens": 100}, "both say how long"),
-        ({"learning_rate": -1.0}, "learning_rate is -1"),
-        ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
-        ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
-        ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
-        ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
-        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "leave lora out there"),
-        ({"norm_share": 1.5}, "a share from 0 to 1"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(toys, tmp_path, options, message):
-    with pytest.raises(ConversionError, match=message) as caught:
-        heal(toys, tmp_path / "out", **options)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "out").exists()
-
-
-def other_llama(folder, **changes):
-    return saved(random_llama(**changes), folder / "other")
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"vocab_size": 100}, {}, "vocab_size is 100, and the checkpoint's is 96"),
-        ({"num_hidden_layers": 3}, {"stage": "local"}, "num_hidden_layers is 3"),
-        ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "num_hidden_layers is 3"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused(toys, tmp_path, changes, options, message):
-    with pytest.raises(ConversionError, match=message):
-        heal(toys, tmp_path / "out", **options, arguments={"teacher": other_llama(tmp_path, **changes)})
-
-
-def test_another_tokenizer_is_refused(toys, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    for folder, words in ((tmp_path / "student", "ab"), (tmp_path / "other", "ba")):
-        vocabulary = {word: index for index, word in enumerate(words)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-        source = toys / "v1" if folder.name == "student" else toys / "llama"
-        folder.mkdir()
-        for path in source.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    with pytest.raises(ConversionError, match="its tokenizer has other tokens"):
-        heal(tmp_path, tmp_path / "out", "student", arguments={
-            "teacher": tmp_path / "other", "data": toys / "data.jsonl"
-        })  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"teacher": None}, "learns from a teacher"),
-        ({"data": []}, "no file was given"),
-        ({"data": "missing.jsonl"}, "does not exist"),
-        ({"held_out": "missing.jsonl"}, "does not exist"),
-    ],
-)
-def test_missing_input_is_refused(toys, tmp_path, arguments, message):
-    with pytest.raises(ConversionError, match=message):
-        heal(toys, tmp_path / "out", arguments=arguments)
-
-
-def test_data_of_no_use_are_refused(toys, tmp_path):
-    contents = {"empty": "", "text": "words", "short": json.dumps({"input_ids": [1, 2]}),
-                "strange": json.dumps({"input_ids": [96]})}  # fmt: skip
-    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens", "strange": "holds 96"}
-    for name, content in contents.items():
-        (tmp_path / f"{name}.jsonl").write_text(content)
-        with pytest.raises(ConversionError, match=messages[name]):
-            heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
-    with pytest.raises(ConversionError, match="7 rows of 16 tokens, and 4 are held out"):
-        heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
-
-
-def test_a_used_target_and_a_foreign_source_are_refused(toys, healed, tmp_path):
-    with pytest.raises(FilesError, match="not empty"):
-        heal(toys, healed)
-    with pytest.raises(ConversionError, match="model_type is 'llama'"):
-        heal(toys, tmp_path / "out", "llama")
 
 
 def test_options_are_recorded_with_the_rate_that_was_used():
