@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 from healing_toys import CONTEXT, heal, make_toys, weights
-from random_llamas import SMALL
+from random_llamas import SMALL, token_ids
+from saved_checkpoints import names, snapshot
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from conversion import ConversionError, verify_checkpoint
+from conversion import ConversionError, FilesError, verify_checkpoint
 from conversion.healing import run as healing_run
+from conversion.healing.cache import fill_cache
 from conversion.healing.data import pack_rows
 from conversion.healing.options import HealingOptions
 from conversion.healing.student import load_student
+from conversion.healing.teacher import load_teacher
 from modeling_diff.training.lambda_values import differential_attentions, layer_lambda
 
 
@@ -138,6 +141,44 @@ def test_cached_logits_stand_in_for_the_teacher(toys, tmp_path, monkeypatch):
         assert torch.equal(tensor, weights(tmp_path / "second")[name]), name
 
 
+class Asked:
+    """A teacher that does something at every question, and then answers."""
+
+    def __init__(self, folder, at_question):
+        self.teacher, self.at_question = load_teacher(folder, HealingOptions()), at_question
+        self.model = self.teacher.model
+
+    def targets(self, ids, numbers):
+        self.at_question()
+        return self.teacher.targets(ids, numbers)
+
+
+def test_two_runs_do_not_write_one_cache(toys, tmp_path):
+    rows, at_work = token_ids(length=8, batch=6).int(), 0
+
+    def another_run():
+        nonlocal at_work
+        with pytest.raises(FilesError, match="another run is writing"):
+            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, 4, 2)
+        at_work += 1
+
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, 4, 2)
+    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, 4, 2)
+    assert at_work == 3
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
+    fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: pytest.fail("the cache was there")), rows, 4, 2)
+    assert names(tmp_path) == ["alone", "one"]
+
+
+def test_a_cache_that_is_interrupted_leaves_nothing(toys, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(tmp_path / "cache" / "one", Asked(toys / "llama", interrupt), token_ids().int(), 4, 2)
+    assert names(tmp_path / "cache") == []
+
+
 # peft asks transformers by the old name
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_adapters_are_merged_into_a_plain_checkpoint(toys, tmp_path):
@@ -167,15 +208,18 @@ def test_a_callers_model_and_callbacks_are_used(toys, tmp_path):
 
 
 class Spoil(TrainerCallback):
+    def __init__(self, steps_done):
+        self.steps_done = steps_done
+
     def on_step_begin(self, args, state, control, model, **kwargs):
-        if state.global_step == 4:
+        if state.global_step == self.steps_done:
             model.model.norm.weight.data[0] = float("nan")
 
 
 def test_nan_stops_with_one_message_and_the_last_checkpoint_stays(toys, tmp_path):
     with pytest.raises(ConversionError, match=r"^step 5: the loss or its gradient is NaN") as caught:
-        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil()]})
-    assert "\n" not in str(caught.value)
+        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil(4)]})
+    assert "\n" not in str(caught.value) and "stays in" in str(caught.value)
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.healing" / "trainer" / "checkpoint-4"
     assert all(tensor.isfinite().all() for tensor in weights(kept).values())
