@@ -26,6 +26,7 @@ from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.hub import PushReport, push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.target import kept_work
 from conversion.upload_files import TOKEN
 from conversion.verify import VerificationReport, verify_checkpoint
 
@@ -115,7 +116,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a LLaMA checkpoint into a Differential Transformer."""
-    with _one_line_errors(verbose), _layer_progress() as layer_progress, _progress("converting") as progress:
+    with _one_line_errors(verbose, output), _layer_progress() as layer_progress, _progress("converting") as progress:
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
             calibration=calibration, calibration_tokens=calibration_tokens, stages=stages, dtype=dtype,
@@ -153,7 +154,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
-    with _one_line_errors(verbose), _progress("exporting") as progress:
+    with _one_line_errors(verbose, target), _progress("exporting") as progress:
         report = export_checkpoint(
             output, target, format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume,
             progress=progress,
@@ -285,7 +286,7 @@ def heal(
     """Train a converted checkpoint towards the LLaMA that it was made from: one stage a run."""
     from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
 
-    with _one_line_errors(verbose), _step_progress() as progress:
+    with _one_line_errors(verbose, output), _step_progress() as progress:
         options = HealingOptions(
             stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
             optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
@@ -302,11 +303,13 @@ def heal(
 
 
 @contextmanager
-def _one_line_errors(verbose: bool) -> Iterator[None]:
+def _one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        err.print("interrupted; nothing half done was left", style="red", highlight=False)
+        kept = ", ".join(map(str, kept_work(target))) if target else ""
+        left = f"{kept} stays for --resume" if kept else "nothing half done was left"
+        err.print(f"interrupted; {left}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from error
     except Exception as error:
         if verbose:

@@ -17,7 +17,7 @@ from conversion.healing.output import PROMISE, healed_config, healing_entry, sto
 from conversion.healing.run import HealingRun, train_student
 from conversion.healing.student import check_student
 from conversion.healing.teacher import find_teacher, read_tokenizer, weight_files
-from conversion.healing.work import file_identity, opened, packed_rows, processes, work_folder
+from conversion.healing.work import file_identity, least_bytes, opened, packed_rows, processes, work_folder
 from conversion.source import SourceFolder
 from conversion.verify import read_record
 from modeling_diff import DiffLlamaConfig
@@ -68,15 +68,15 @@ def heal_checkpoint(
     record, reader = read_record(folder), CheckpointReader(folder, allow_pickle=allow_pickle)
     paths, measured = existing_paths(data), [] if held_out is None else existing_paths(held_out)
     max_shard_bytes = parse_size(max_shard_size)
-    check_target(output, source=folder, overwrite=overwrite)
+    work = work_folder(check_target(output, source=folder, overwrite=overwrite))
     context, micro_rows = _context(config, options), _micro_rows(config, options)
     _check_teacher_given(teacher, options)
     check_student(folder, config, options)
     source = None if teacher is None else find_teacher(teacher, config, folder, options, allow_pickle)
     if source is not None:
         check_target(output, source=source.folder, overwrite=overwrite)
-    work = work_folder(output)
-    with opened(work, _identity(options, reader.files, [*paths, *measured], source), resume):
+    num_bytes = least_bytes(reader, options, _steps(options, context))
+    with opened(work, _identity(options, reader.files, [*paths, *measured], source), resume, num_bytes):
         train_rows, held_out_rows = packed_rows(
             work, paths, measured, read_tokenizer(folder), row_tokens=context, vocab_size=config.vocab_size,
             max_rows=_max_rows(options, context), held_out_rows=options.held_out_rows,

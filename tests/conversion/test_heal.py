@@ -225,6 +225,12 @@ def test_nan_stops_with_one_message_and_the_last_checkpoint_stays(toys, tmp_path
     assert all(tensor.isfinite().all() for tensor in weights(kept).values())
 
 
+def test_nan_before_the_first_checkpoint_leaves_nothing(toys, tmp_path):
+    with pytest.raises(ConversionError, match=r"look for NaN in the checkpoint$"):
+        heal(toys, tmp_path / "out", arguments={"callbacks": [Spoil(0)]})
+    assert names(tmp_path) == []
+
+
 def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     class Letters:
         bos_token_id, eos_token_id = 1, 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -10,8 +11,13 @@ from healing_toys import heal, make_toys, weights, write_rows
 from random_llamas import random_diffllama, random_llama, saved
 from safetensors.torch import save_file
 from saved_checkpoints import names, refusal, snapshot
+from transformers import TrainerCallback
 
 from conversion import ConversionError, FilesError, convert_checkpoint
+from conversion.healing.options import HealingOptions
+from conversion.healing.work import least_bytes
+from conversion.reader import CheckpointReader
+from conversion.writer import SMALL_FILES_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def test_bad_options_are_refused_in_one_line(toys, tmp_path, options, message):
     with pytest.raises(ConversionError, match=message) as caught:
         heal(toys, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def other_llama(folder, **changes):
@@ -167,6 +173,7 @@ def test_data_of_no_use_are_refused(toys, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(content)
         with pytest.raises(ConversionError, match=messages[name]):
             heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
+        assert not [left for left in names(tmp_path) if "out" in left]
     with pytest.raises(ConversionError, match="7 rows of 16 tokens, and 4 are held out"):
         heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
 
@@ -185,3 +192,39 @@ def test_the_teacher_is_no_target(toys, tmp_path, place, relation):
     arguments = {"teacher": teacher, "overwrite": True}
     assert relation in refusal(heal, toys, teacher / place, arguments=arguments)
     assert snapshot(tmp_path) == before
+
+
+def test_too_little_disk_is_refused_first(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    assert "0.034 GB are needed, 0.000 GB are free" in refusal(heal, toys, tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"stage": "local"}])
+def test_the_disk_asked_for_is_what_checkpoints_take(toys, tmp_path, options):
+    """Against the files of a Trainer checkpoint, which hold a state of the random numbers besides."""
+    sizes = {}
+
+    class Weigh(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = tmp_path / ".out.healing" / "trainer" / f"checkpoint-{state.global_step}"
+            sizes.update({path.name: path.stat().st_size for path in folder.iterdir()})
+
+    heal(toys, tmp_path / "out", steps=1, checkpoints=1, arguments={"callbacks": [Weigh()]}, **options)
+    taken = sizes["model.safetensors"] + sizes["optimizer.pt"]
+    taken += (tmp_path / "out" / "model.safetensors").stat().st_size
+    asked = least_bytes(CheckpointReader(toys / "v1"), HealingOptions(**options), 1) - SMALL_FILES_BYTES
+    assert 0.8 * taken < asked < taken  # Muon leaves the toy's large embeddings to AdamW
+
+
+@pytest.mark.parametrize("limit", [50_000, 120_000])
+def test_a_disk_that_fills_while_training_is_one_line(toys, tmp_path, limit):
+    """Too little first for the weights, which safetensors writes, then for the optimiser's state, which torch does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        message = refusal(heal, toys, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step 2 could not be saved" in message and "free space there" in message
+    assert names(tmp_path) == []
