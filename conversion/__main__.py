@@ -27,6 +27,7 @@ from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.hub import PushReport, push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.target import kept_work
 from conversion.upload_files import TOKEN
 from conversion.verify import VerificationReport, verify_checkpoint
 
@@ -118,7 +119,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a LLaMA checkpoint into a Differential Transformer."""
-    with _one_line_errors(verbose), _layer_progress() as layer_progress, _progress("converting") as progress:
+    with _one_line_errors(verbose, output), _layer_progress() as layer_progress, _progress("converting") as progress:
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
             calibration=calibration, calibration_tokens=calibration_tokens, stages=stages, dtype=dtype,
@@ -156,7 +157,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
-    with _one_line_errors(verbose), _progress("exporting") as progress:
+    with _one_line_errors(verbose, target), _progress("exporting") as progress:
         report = export_checkpoint(
             output, target, format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume,
             progress=progress,
@@ -273,6 +274,7 @@ def heal(
         int | None, typer.Option(help="Keep the teacher's K likeliest tokens on disk, in place of the teacher.")
     ] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged at the end.")] = None,
+    allow_pickle: Pickle = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -287,7 +289,7 @@ def heal(
     """Train a converted checkpoint towards the LLaMA that it was made from: one stage a run."""
     from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
 
-    with _one_line_errors(verbose), _step_progress() as progress:
+    with _one_line_errors(verbose, output), _step_progress() as progress:
         options = HealingOptions(
             stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
             optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
@@ -297,18 +299,20 @@ def heal(
             gradient_checkpointing=gradient_checkpointing, dtype=dtype, seed=seed,
         )  # fmt: skip
         report = heal_checkpoint(
-            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, max_shard_size=max_shard_size,
-            overwrite=overwrite, resume=resume, progress=progress,
+            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, allow_pickle=allow_pickle,
+            max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
     _show_healing(report, as_json)
 
 
 @contextmanager
-def _one_line_errors(verbose: bool) -> Iterator[None]:
+def _one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        err.print("interrupted; nothing half done was left", style="red", highlight=False)
+        kept = ", ".join(map(str, kept_work(target))) if target else ""
+        left = f"{kept} stays for --resume" if kept else "nothing half done was left"
+        err.print(f"interrupted; {left}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from error
     except Exception as error:
         if verbose:

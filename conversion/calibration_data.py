@@ -115,11 +115,23 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str | Sequence[int
 
 def _document(record: Any, where: str) -> str | Sequence[int]:
     if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
+        if isinstance(text := record.get("text"), str):
+            _check_characters(text, where)
+            return text
         if isinstance(record.get("input_ids"), list):
             return record["input_ids"]
     raise ConversionError(f'{where} holds neither "text" (a string) nor "input_ids" (a list); expected one of them')
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can spell halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversionError(
+            f"{where}: text has {text[error.start]!r} at {error.start}, half of a character (a surrogate), expected "
+            "Unicode; mend the line or leave it out"
+        ) from error
 
 
 def read_dataset(folder: Path) -> Iterator[str | Sequence[int]]:

@@ -10,13 +10,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
+from conversion.companions import companion_files, read_tokenizer
 from conversion.errors import ConversionError
 from conversion.export import read_our_config
 from conversion.healing.options import HealingOptions, HealStage, existing_paths
 from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
 from conversion.healing.run import HealingRun, train_student
-from conversion.healing.teacher import find_teacher, read_tokenizer
-from conversion.healing.work import file_identity, opened, packed_rows, processes, work_folder
+from conversion.healing.student import check_student
+from conversion.healing.teacher import find_teacher, weight_files
+from conversion.healing.work import file_identity, least_bytes, opened, packed_rows, processes, work_folder
 from conversion.source import SourceFolder
 from conversion.verify import read_record
 from modeling_diff import DiffLlamaConfig
@@ -47,6 +49,7 @@ def heal_checkpoint(
     model: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     cache_folder: str | Path | None = None,
+    allow_pickle: bool = False,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     resume: bool = False,
@@ -63,21 +66,19 @@ def heal_checkpoint(
     """
     options, output, folder, began = options or HealingOptions(), Path(output), Path(checkpoint), time.monotonic()
     config = read_our_config(folder)
-    record, reader = read_record(folder), CheckpointReader(folder)
+    record, reader = read_record(folder), CheckpointReader(folder, allow_pickle=allow_pickle)
     paths, measured = existing_paths(data), [] if held_out is None else existing_paths(held_out)
     max_shard_bytes = parse_size(max_shard_size)
-    check_target(output, source=folder, overwrite=overwrite)
+    work = work_folder(check_target(output, source=folder, overwrite=overwrite))
     context, micro_rows = _context(config, options), _micro_rows(config, options)
-    source = _teacher(teacher, config, folder, options)
-    identity = {
-        "options": options.recorded(),
-        "checkpoint": file_identity(reader.files),
-        "data": file_identity([*paths, *measured]),
-        "teacher": source and file_identity(sorted(source.folder.glob("*.safetensors"))),
-        "number of processes": processes().num_processes,
-    }
-    work = work_folder(output)
-    with opened(work, identity, resume):
+    _check_teacher_given(teacher, options)
+    check_student(folder, config, options)
+    source = None if teacher is None else find_teacher(teacher, config, folder, options, allow_pickle)
+    if source is not None:
+        check_target(output, source=source.folder, overwrite=overwrite)
+    companion_files(folder)  # a broken one is refused now, and not when the training is done
+    num_bytes = least_bytes(reader, options, _steps(options, context))
+    with opened(work, _identity(options, reader.files, [*paths, *measured], source), resume, num_bytes):
         train_rows, held_out_rows = packed_rows(
             work, paths, measured, read_tokenizer(folder), row_tokens=context, vocab_size=config.vocab_size,
             max_rows=_max_rows(options, context), held_out_rows=options.held_out_rows,
@@ -119,16 +120,24 @@ def _context(config: DiffLlamaConfig, options: HealingOptions) -> int:
     return context
 
 
-def _teacher(
-    teacher: str | Path | None, config: DiffLlamaConfig, folder: Path, options: HealingOptions
-) -> SourceFolder | None:
-    if teacher is not None:
-        return find_teacher(teacher, config, folder, options)
-    if options.stage == HealStage.LM:
-        return None
-    raise ConversionError(
-        f"stage {options.stage} learns from a teacher; give the LLaMA that was converted (--teacher), or choose lm"
-    )
+def _check_teacher_given(teacher: str | Path | None, options: HealingOptions) -> None:
+    if teacher is None and options.stage != HealStage.LM:
+        raise ConversionError(
+            f"stage {options.stage} learns from a teacher; give the LLaMA that was converted (--teacher), or choose lm"
+        )
+
+
+def _identity(
+    options: HealingOptions, checkpoint: Sequence[Path], data: Sequence[Path], teacher: SourceFolder | None
+) -> dict[str, Any]:
+    """What a run that goes on has to have in common with the one that was stopped."""
+    return {
+        "options": options.recorded(),
+        "checkpoint": file_identity(checkpoint),
+        "data": file_identity(data),
+        "teacher": teacher and file_identity(weight_files(teacher.folder)),
+        "number of processes": processes().num_processes,
+    }
 
 
 def _steps(options: HealingOptions, context: int) -> int | None:

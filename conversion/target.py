@@ -14,6 +14,7 @@ from conversion.errors import FilesError, file_errors
 
 
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+WORK = ("partial", "calibration", "healing")  # folders that a stopped run may leave beside its target
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, <linux/fs.h>
 
 
@@ -150,6 +151,12 @@ def restore(real: Path, aside: Path) -> None:
     """Puts back what `swap_in` moved aside, if nothing came in its place."""
     if aside.exists() and not real.exists():
         os.rename(aside, real)
+
+
+def kept_work(target: Path) -> list[Path]:
+    """The folders beside `target` in which stopped runs have kept their work."""
+    partial = partial_folder(target.resolve())
+    return [folder for kind in WORK if (folder := partial.with_suffix(f".{kind}")).exists()]
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -15,8 +15,9 @@ import torch
 
 from conversion.errors import file_errors
 from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets, chunks_of, next_tokens
-from conversion.healing.teacher import LiveTeacher
-from conversion.target import check_space
+from conversion.healing.teacher import LiveTeacher, weight_files
+from conversion.healing.work import file_identity
+from conversion.target import check_space, locked
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class CachedTeacher:
 
 def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, num_kept: int, dtype: str | None) -> Path:
     """Where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
-    files = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(teacher.glob("*.safetensors"))
-    ]
+    files = file_identity(weight_files(teacher))
     digest = hashlib.sha256(json.dumps([files, list(rows.shape), num_kept, dtype]).encode())
     digest.update(rows.contiguous().numpy().tobytes())
     return folder / digest.hexdigest()[:24]
@@ -61,22 +60,36 @@ def fill_cache(
     num_kept: int,
     batch_rows: int,
 ) -> None:
-    """Writes the cache of rows (R, T); it appears under its name when it is whole. FilesError for the disk."""
-    shape = (*rows.shape, num_kept)
+    """Writes the cache of rows (R, T); it appears under its name when it is whole.
+
+    Raises FilesError for the disk, and while another run writes the same cache.
+    """
     partial = path.with_name(path.name + ".partial")
     with file_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        check_space(partial, sum(torch.Size(size).numel() * dtype.itemsize for _, dtype, size in _files(shape)))
-        device = next(teacher.model.parameters()).device
-        with (partial / "ids").open("wb") as ids, (partial / "log_probs").open("wb") as log_probs, \
-                (partial / "next_losses").open("wb") as next_losses:  # fmt: skip
-            for start in range(0, len(rows), batch_rows):
-                batch = rows[start : start + batch_rows].long().to(device)
-                kept = most_likely(teacher.targets(batch, batch), batch, num_kept)
-                for stream, part in zip((ids, log_probs, next_losses), kept, strict=True):
-                    stream.write(part.cpu().contiguous().numpy().tobytes())
-        os.rename(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            if path.exists():  # another run's, meanwhile
+                return
+            try:
+                _write_cache(partial, teacher, rows, num_kept, batch_rows)
+                os.rename(partial, path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, num_kept: int, batch_rows: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    shape = (*rows.shape, num_kept)
+    check_space(folder, sum(torch.Size(size).numel() * dtype.itemsize for _, dtype, size in _files(shape)))
+    device = next(teacher.model.parameters()).device
+    with (folder / "ids").open("wb") as ids, (folder / "log_probs").open("wb") as log_probs, \
+            (folder / "next_losses").open("wb") as next_losses:  # fmt: skip
+        for start in range(0, len(rows), batch_rows):
+            batch = rows[start : start + batch_rows].long().to(device)
+            kept = most_likely(teacher.targets(batch, batch), batch, num_kept)
+            for stream, part in zip((ids, log_probs, next_losses), kept, strict=True):
+                stream.write(part.cpu().contiguous().numpy().tobytes())
 
 
 def most_likely(

@@ -130,6 +130,8 @@ class HealingOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConversionError(f"{field} is {value!r}, expected a whole number above 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ConversionError(f"seed is {self.seed!r}, expected a whole number from 0 to {2**32 - 1}")
         if self.tokens is not None and self.steps is not None:
             raise ConversionError(f"tokens {self.tokens} and steps {self.steps} both say how long; give one of them")
 

@@ -23,18 +23,25 @@ PROMISE = {"kind": "parity", "text": "healed: trained end to end, near its sourc
 MEASURED = ("loss", "kl", "greedy_agreement", "recovered")
 
 
+def stored_specs(reader: CheckpointReader, dtype: str | None) -> dict[str, TensorSpec]:
+    """What will be written: the tensors of the checkpoint in `reader`, in its dtypes or `dtype`; lambda as it is."""
+    return {
+        name: TensorSpec(info.shape, DTYPES[dtype] if dtype and "diff_lambda" not in name else info.dtype)
+        for name, info in reader.tensors.items()
+    }
+
+
 def stored_tensors(
     reader: CheckpointReader, state: Mapping[str, torch.Tensor], dtype: str | None
 ) -> dict[str, torch.Tensor]:
     """
-    The tensors of `state` that the checkpoint in `reader` holds, in its dtypes or `dtype`; lambda stays float32.
+    The tensors of `state` as they will be written.
 
     Raises ConversionError for an entry that is NaN or infinite, by name.
     """
     tensors = {}
-    for name, info in reader.tensors.items():
-        stored = DTYPES[dtype] if dtype and "diff_lambda" not in name else info.dtype
-        tensor = state[name].detach().to("cpu", stored).contiguous()
+    for name, spec in stored_specs(reader, dtype).items():
+        tensor = state[name].detach().to("cpu", spec.dtype).contiguous()
         if not tensor.isfinite().all():
             raise ConversionError(f"tensor {name} has NaN or infinite entries after healing; lower the learning rate")
         tensors[name] = tensor

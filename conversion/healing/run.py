@@ -25,7 +25,7 @@ from conversion.healing.student import (
 )
 from conversion.healing.teacher import Teacher, load_teacher
 from conversion.healing.trainer import HealingTrainer, MeasureAtStart, Progress, StopOnNonFinite, lambda_by_layer
-from conversion.healing.work import last_checkpoint, processes
+from conversion.healing.work import KEPT_CHECKPOINTS, TRAINER, last_checkpoint, processes
 from conversion.source import SourceFolder
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.training.callbacks import LambdaCallback
@@ -45,6 +45,11 @@ class HealingRun:
     steps: int
     micro_rows: int
     cache_folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the Trainer's checkpoints."""
+        return self.work / TRAINER
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,14 @@ def train_student(
         enable_checkpointing(student)
     trained = prepare_student(student, options)
     start = MeasureAtStart()
-    watching = [annealing, start, StopOnNonFinite(run.work / "trainer"), Progress(progress)]
+    watching = [annealing, start, StopOnNonFinite(run.checkpoints), Progress(progress)]
     trainer = HealingTrainer(
         trained, _teacher(run), options, run.train_rows, run.held_out_rows, args=training_arguments(run),
         callbacks=[*_lambda_callback(student.config, options), *watching, *callbacks],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start.trainer = trainer
-    checkpoint = last_checkpoint(run.work / "trainer")
+    checkpoint = last_checkpoint(run.checkpoints)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     placed: Any = trainer.model
     annealing.end(placed)
@@ -120,7 +125,7 @@ def training_arguments(run: HealingRun) -> TrainingArguments:
     """The Trainer's own arguments for a run."""
     options, on_gpu = run.options, torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(run.work / "trainer"),
+        output_dir=str(run.checkpoints),
         max_steps=run.steps,
         per_device_train_batch_size=run.micro_rows,
         per_device_eval_batch_size=run.micro_rows,
@@ -136,7 +141,7 @@ def training_arguments(run: HealingRun) -> TrainingArguments:
         eval_steps=-(-run.steps // options.evaluations),
         save_strategy="steps",
         save_steps=-(-run.steps // options.checkpoints),
-        save_total_limit=2,
+        save_total_limit=KEPT_CHECKPOINTS,
         seed=options.seed,
         data_seed=options.seed,
         bf16=on_gpu,

@@ -10,10 +10,26 @@ from torch import nn
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.healing.options import HealingOptions, HealStage, LambdaMode, Trained
-from conversion.options import DTYPES, STRICT_EPS
+from conversion.healing.output import stored_specs
+from conversion.healing.whole import check_whole
+from conversion.options import STRICT_EPS
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.configuration_diff_llama import paper_lambda_init
 from modeling_diff.training.lambda_values import differential_attentions
+
+
+def check_student(folder: Path, config: DiffLlamaConfig, options: HealingOptions) -> None:
+    """ConversionError for a checkpoint without a head, or not whole, and for options that its vocabulary forbids."""
+    if config.architectures == ["DiffLlamaModel"]:
+        raise ConversionError(
+            f"{folder / 'config.json'}: architectures is {config.architectures}, a backbone, and a language model is "
+            "trained; convert without --backbone-only"
+        )
+    check_whole(folder, DiffLlamaForCausalLM)
+    if options.cached_logits and options.cached_logits > config.vocab_size:
+        raise ConversionError(
+            f"cached_logits is {options.cached_logits}, expected at most vocab_size, {config.vocab_size}; keep fewer"
+        )
 
 
 def load_student(folder: Path) -> Any:
@@ -80,8 +96,8 @@ def merged(model: Any) -> Any:
 @torch.no_grad()
 def round_weights(model: nn.Module, reader: CheckpointReader, dtype: str | None) -> None:
     """To the values that will be stored, so that what is measured is what is written."""
+    specs = stored_specs(reader, dtype)
     for name, parameter in model.named_parameters():
         name = name.removeprefix("module.")
-        if name in reader.tensors:
-            stored = DTYPES[dtype] if dtype and "diff_lambda" not in name else reader.tensors[name].dtype
-            parameter.copy_(parameter.to(stored))
+        if name in specs:
+            parameter.copy_(parameter.to(specs[name].dtype))

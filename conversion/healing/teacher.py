@@ -15,6 +15,7 @@ from conversion.errors import ConversionError
 from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, HealStage
 from conversion.healing.streams import LayerStreams, decoder_layers
+from conversion.healing.whole import check_whole
 from conversion.options import DTYPES
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import read_source_model
@@ -62,15 +63,27 @@ class LiveTeacher:
         return targets, self.streams.take()
 
 
-def find_teacher(source: str | Path, student: DiffLlamaConfig, folder: Path, options: HealingOptions) -> SourceFolder:
+def find_teacher(
+    source: str | Path,
+    student: DiffLlamaConfig,
+    folder: Path,
+    options: HealingOptions,
+    allow_pickle: bool = False,
+) -> SourceFolder:
     """
     A LLaMA that can teach the student in `folder`; its weights' files are checked, none is loaded.
 
-    Raises ConversionError for what is no LLaMA, and where vocabulary, tokenizer or, if streams are compared, layers or
-    width differ.
+    Raises ConversionError for what is no whole LLaMA, and where vocabulary, tokenizer or, if streams are compared,
+    layers or width differ.
     """
-    found = locate_source(source)
-    config: Any = read_source_model(found.folder).config
+    found = locate_source(source, allow_pickle=allow_pickle)
+    model = read_source_model(found.folder)
+    if model.kind != "llama":
+        raise ConversionError(
+            f"teacher {source}: model_type is {model.raw['model_type']!r}, expected 'llama'; give the LLaMA that was "
+            "converted, or choose stage lm, which needs none"
+        )
+    config: Any = model.config
     needed = ["vocab_size"]
     if options.stage == HealStage.LOCAL or options.hidden_weight:
         needed += ["num_hidden_layers", "hidden_size"]
@@ -82,8 +95,14 @@ def find_teacher(source: str | Path, student: DiffLlamaConfig, folder: Path, opt
                 "converted, or one of its kind"
             )
     _check_tokenizers(source, found.folder, folder)
-    CheckpointReader(found.folder)
+    CheckpointReader(found.folder, allow_pickle=allow_pickle)
+    check_whole(found.folder, LlamaForCausalLM)
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of a checkpoint: safetensors, or pickles where there is nothing else."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:

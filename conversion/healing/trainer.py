@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, FilesError
 from conversion.healing.data import Rows
 from conversion.healing.losses import distillation_loss, stream_distance
 from conversion.healing.measures import measure
@@ -20,6 +21,7 @@ from conversion.healing.optimizer import MuonWithAdamW, muon_groups
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage
 from conversion.healing.streams import LayerStreams
 from conversion.healing.teacher import LiveTeacher, Teacher
+from conversion.healing.work import last_checkpoint
 from modeling_diff.training.lambda_values import differential_attentions, layer_lambda, trained_module, whole
 from modeling_diff.training.optimizer import DiffTrainer
 
@@ -95,6 +97,16 @@ class HealingTrainer(DiffTrainer):
             self.optimizer = MuonWithAdamW(groups)
         return super().create_optimizer(model)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """FilesError for the disk, of which safetensors and torch tell by errors of their own."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise FilesError(
+                f"{self.args.output_dir}: step {self.state.global_step} could not be saved "
+                f"({' '.join(str(error).split())}); free space there and run again"
+            ) from error
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -151,9 +163,10 @@ class StopOnNonFinite(TrainerCallback):
         norm = nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
         if bool(torch.isfinite(whole(norm))):
             return
+        kept = f". What was saved before stays in {self.checkpoints}" if last_checkpoint(self.checkpoints) else ""
         raise ConversionError(
             f"step {state.global_step + 1}: the loss or its gradient is NaN or infinite; lower the learning rate "
-            f"(--learning-rate) or look for NaN in the checkpoint. What was saved before stays in {self.checkpoints}"
+            f"(--learning-rate) or look for NaN in the checkpoint{kept}"
         )
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from conversion.checkpoint import CheckpointReader
 from conversion.errors import FilesError, file_errors
 from conversion.healing.data import map_rows, pack_rows, split_rows
-from conversion.target import locked
+from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, Trained
+from conversion.healing.output import stored_specs
+from conversion.target import check_space, locked, partial_folder
+from conversion.writer import SMALL_FILES_BYTES
 
 
-IDENTITY, COUNTS = "identity.json", "rows.json"
+KEPT_CHECKPOINTS = 2
+IDENTITY, COUNTS, TRAINER = "identity.json", "rows.json", "trainer"
 
 
 def processes() -> PartialState:
@@ -23,29 +28,55 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def work_folder(output: Path) -> Path:
-    real = output.absolute()
-    return real.with_name(f".{real.name}.healing")
+def work_folder(real: Path) -> Path:
+    """Where a healing for the target `real` keeps what it can go on from."""
+    return partial_folder(real).with_suffix(".healing")
+
+
+def least_bytes(reader: CheckpointReader, options: HealingOptions, steps: int | None) -> int:
+    """
+    What a healing needs on disk at the least: the output beside Trainer checkpoints.
+
+    These are float32 weights and the optimiser's moments of those that are trained: two with AdamW, one with Muon,
+    the few adapters' not counted. `steps` None: as many as there are checkpoints to save.
+    """
+    output = sum(spec.num_bytes for spec in stored_specs(reader, options.dtype).values()) + SMALL_FILES_BYTES
+    if options.lora:
+        return output
+    sizes = {name: torch.Size(info.shape).numel() for name, info in reader.tensors.items()}
+    attention_alone = options.stage == HealStage.LOCAL or options.train == Trained.ATTENTION
+    trained = sum(size for name, size in sizes.items() if not attention_alone or ".self_attn." in name)
+    moments = 1 if options.optimizer == HealOptimizer.MUON else 2
+    checkpoint = 4 * (sum(sizes.values()) + moments * trained)
+    saved = min(options.checkpoints, steps or options.checkpoints)
+    # The oldest goes when the newest is whole; when the output is written, the newest ones are still there.
+    return max(min(saved, KEPT_CHECKPOINTS + 1) * checkpoint, min(saved, KEPT_CHECKPOINTS) * checkpoint + output)
 
 
 @contextmanager
-def opened(folder: Path, identity: Mapping[str, Any], resume: bool) -> Iterator[None]:
+def opened(folder: Path, identity: Mapping[str, Any], resume: bool, num_bytes: int) -> Iterator[None]:
     """
-    The folder, empty, or with `resume` as an earlier run of the same identity left it; held against other runs.
+    The folder, empty and with room for `num_bytes`, or with `resume` as an earlier run of the same identity left it.
 
-    Raises FilesError for a folder of another run, naming what differs, and for one in use.
+    It is held against other runs, and stays behind only with a Trainer checkpoint in it, from which a run can go on.
+    Raises FilesError for a folder of another run, naming what differs, for one in use, and for too little room.
     """
     state = processes()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             with file_errors(folder):
-                _open(folder, json.loads(json.dumps(identity)), resume)
+                _open(folder, json.loads(json.dumps(identity)), resume, num_bytes)
         state.wait_for_everyone()
-        yield
+        try:
+            yield
+        finally:
+            if state.is_main_process and last_checkpoint(folder / TRAINER) is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
+def _open(folder: Path, identity: Mapping[str, Any], resume: bool, num_bytes: int) -> None:
     path = folder / IDENTITY
     if resume and path.is_file():
         earlier = json.loads(path.read_text())
@@ -56,6 +87,7 @@ def _open(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
             )
         return
     shutil.rmtree(folder, ignore_errors=True)
+    check_space(folder, num_bytes)
     folder.mkdir()
     path.write_text(json.dumps(identity))
 

@@ -54,6 +54,7 @@ BAD = {
     "torn.jsonl": (b'{"text": "abc"}\n{"text": ', "line 2 is not JSON"),
     "other.jsonl": (b'{"body": "abc"}', 'neither "text"'),
     "list.jsonl": (b"[1, 2]", 'neither "text"'),
+    "half.jsonl": (b'\n{"text": "abc \\ud800 abc"}', r"line 2: text has '\\ud800' at 4"),
     "large.jsonl": (b'{"input_ids": [5, 96]}', "holds 96"),
     "words.jsonl": (b'{"input_ids": ["a"]}', "holds 'a'"),
     "true.jsonl": (b'{"input_ids": [true]}', "holds True"),

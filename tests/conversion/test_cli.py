@@ -142,12 +142,20 @@ def test_unexpected_errors_are_one_line_too(tmp_path, llama, monkeypatch):
     assert result.exit_code == 1 and "unexpected KeyError" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_interrupt_exits_130(tmp_path, llama, monkeypatch):
+@pytest.mark.parametrize("command", ["convert", "export", "heal"])
+@pytest.mark.parametrize("kept", [None, "partial", "calibration", "healing"])
+def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command, kept):
     def interrupted(*arguments, **options):
+        if kept:
+            (tmp_path / f".out.{kept}").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.__main__.convert_checkpoint", interrupted)
-    assert run("convert", llama, tmp_path / "out").exit_code == 130
+    place = "conversion.heal" if command == "heal" else "conversion.__main__"
+    monkeypatch.setattr(f"{place}.{command}_checkpoint", interrupted)
+    result = run(command, "from", tmp_path / "out", *(["--data", "text"] if command == "heal" else []))
+    assert result.exit_code == 130
+    left = f"{tmp_path}/.out.{kept} stays for --resume" if kept else "nothing half done was left"
+    assert result.stderr == f"interrupted; {left}\n"
 
 
 def test_inspect_reads_llama_and_diffllama(tmp_path, llama):

@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
-from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
-from random_llamas import SMALL, random_llama, saved
+from healing_toys import CONTEXT, heal, make_toys, weights
+from random_llamas import SMALL, token_ids
+from saved_checkpoints import names, snapshot
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conversion import ConversionError, FilesError, verify_checkpoint
 from conversion.healing import run as healing_run
+from conversion.healing.cache import fill_cache
 from conversion.healing.data import pack_rows
 from conversion.healing.options import HealingOptions
 from conversion.healing.student import load_student
+from conversion.healing.teacher import load_teacher
 from modeling_diff.training.lambda_values import differential_attentions, layer_lambda
 
 
@@ -139,6 +142,44 @@ def test_cached_logits_stand_in_for_the_teacher(toys, tmp_path, monkeypatch):
         assert torch.equal(tensor, weights(tmp_path / "second")[name]), name
 
 
+class Asked:
+    """A teacher that does something at every question, and then answers."""
+
+    def __init__(self, folder, at_question):
+        self.teacher, self.at_question = load_teacher(folder, HealingOptions()), at_question
+        self.model = self.teacher.model
+
+    def targets(self, ids, numbers):
+        self.at_question()
+        return self.teacher.targets(ids, numbers)
+
+
+def test_two_runs_do_not_write_one_cache(toys, tmp_path):
+    rows, at_work = token_ids(length=8, batch=6).int(), 0
+
+    def another_run():
+        nonlocal at_work
+        with pytest.raises(FilesError, match="another run is writing"):
+            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, 4, 2)
+        at_work += 1
+
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, 4, 2)
+    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, 4, 2)
+    assert at_work == 3
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
+    fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: pytest.fail("the cache was there")), rows, 4, 2)
+    assert names(tmp_path) == ["alone", "one"]
+
+
+def test_a_cache_that_is_interrupted_leaves_nothing(toys, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(tmp_path / "cache" / "one", Asked(toys / "llama", interrupt), token_ids().int(), 4, 2)
+    assert names(tmp_path / "cache") == []
+
+
 # peft asks transformers by the old name
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_adapters_are_merged_into_a_plain_checkpoint(toys, tmp_path):
@@ -168,18 +209,27 @@ def test_a_callers_model_and_callbacks_are_used(toys, tmp_path):
 
 
 class Spoil(TrainerCallback):
+    def __init__(self, steps_done):
+        self.steps_done = steps_done
+
     def on_step_begin(self, args, state, control, model, **kwargs):
-        if state.global_step == 4:
+        if state.global_step == self.steps_done:
             model.model.norm.weight.data[0] = float("nan")
 
 
 def test_nan_stops_with_one_message_and_the_last_checkpoint_stays(toys, tmp_path):
     with pytest.raises(ConversionError, match=r"^step 5: the loss or its gradient is NaN") as caught:
-        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil()]})
-    assert "\n" not in str(caught.value)
+        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil(4)]})
+    assert "\n" not in str(caught.value) and "stays in" in str(caught.value)
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.healing" / "trainer" / "checkpoint-4"
     assert all(tensor.isfinite().all() for tensor in weights(kept).values())
+
+
+def test_nan_before_the_first_checkpoint_leaves_nothing(toys, tmp_path):
+    with pytest.raises(ConversionError, match=r"look for NaN in the checkpoint$"):
+        heal(toys, tmp_path / "out", arguments={"callbacks": [Spoil(0)]})
+    assert names(tmp_path) == []
 
 
 def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
@@ -198,97 +248,6 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
     assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
     assert pack_rows(paths, Letters(), 4, 128, 2, tmp_path / "two").tolist() == rows[:2].tolist()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": 129}, "reads at most 128"),
-        ({"stage": "melt"}, "expected one of local, kl, lm"),
-        ({"steps": 0}, "steps is 0"),
-        ({"tokens": 100}, "both say how long"),
-        ({"learning_rate": -1.0}, "learning_rate is -1"),
-        ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
-        ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
-        ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
-        ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
-        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "leave lora out there"),
-        ({"norm_share": 1.5}, "a share from 0 to 1"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(toys, tmp_path, options, message):
-    with pytest.raises(ConversionError, match=message) as caught:
-        heal(toys, tmp_path / "out", **options)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "out").exists()
-
-
-def other_llama(folder, **changes):
-    return saved(random_llama(**changes), folder / "other")
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"vocab_size": 100}, {}, "vocab_size is 100, and the checkpoint's is 96"),
-        ({"num_hidden_layers": 3}, {"stage": "local"}, "num_hidden_layers is 3"),
-        ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "num_hidden_layers is 3"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused(toys, tmp_path, changes, options, message):
-    with pytest.raises(ConversionError, match=message):
-        heal(toys, tmp_path / "out", **options, arguments={"teacher": other_llama(tmp_path, **changes)})
-
-
-def test_another_tokenizer_is_refused(toys, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    for folder, words in ((tmp_path / "student", "ab"), (tmp_path / "other", "ba")):
-        vocabulary = {word: index for index, word in enumerate(words)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-        source = toys / "v1" if folder.name == "student" else toys / "llama"
-        folder.mkdir()
-        for path in source.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    with pytest.raises(ConversionError, match="its tokenizer has other tokens"):
-        heal(tmp_path, tmp_path / "out", "student", arguments={
-            "teacher": tmp_path / "other", "data": toys / "data.jsonl"
-        })  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"teacher": None}, "learns from a teacher"),
-        ({"data": []}, "no file was given"),
-        ({"data": "missing.jsonl"}, "does not exist"),
-        ({"held_out": "missing.jsonl"}, "does not exist"),
-    ],
-)
-def test_missing_input_is_refused(toys, tmp_path, arguments, message):
-    with pytest.raises(ConversionError, match=message):
-        heal(toys, tmp_path / "out", arguments=arguments)
-
-
-def test_data_of_no_use_are_refused(toys, tmp_path):
-    contents = {"empty": "", "text": "words", "short": json.dumps({"input_ids": [1, 2]}),
-                "strange": json.dumps({"input_ids": [96]})}  # fmt: skip
-    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens", "strange": "holds 96"}
-    for name, content in contents.items():
-        (tmp_path / f"{name}.jsonl").write_text(content)
-        with pytest.raises(ConversionError, match=messages[name]):
-            heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
-    with pytest.raises(ConversionError, match="7 rows of 16 tokens, and 4 are held out"):
-        heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
-
-
-def test_a_used_target_and_a_foreign_source_are_refused(toys, healed, tmp_path):
-    with pytest.raises(FilesError, match="not empty"):
-        heal(toys, healed)
-    with pytest.raises(ConversionError, match="model_type is 'llama'"):
-        heal(toys, tmp_path / "out", "llama")
 
 
 def test_options_are_recorded_with_the_rate_that_was_used():

@@ -7,9 +7,11 @@ import signal
 
 import pytest
 from healing_toys import heal, make_toys, weights
+from saved_checkpoints import names
 from transformers import TrainerCallback
 
 from conversion import FilesError
+from conversion.target import kept_work
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -34,8 +36,12 @@ class Kill(TrainerCallback):
 
 
 class Stop(TrainerCallback):
+    def __init__(self, steps_done):
+        self.steps_done = steps_done
+
     def on_step_begin(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
+        if state.global_step == self.steps_done:
+            raise KeyboardInterrupt
 
 
 class Steps(TrainerCallback):
@@ -71,9 +77,27 @@ def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(toys, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def interrupted(toys, output, **options):
+def interrupted(toys, output, steps_done=3, **options):
+    """By default behind a Trainer checkpoint, of the second step."""
     with pytest.raises(KeyboardInterrupt):
-        heal(toys, output, arguments={"callbacks": [Stop()]}, **options)
+        heal(toys, output, arguments={"callbacks": [Stop(steps_done)]}, **options)
+
+
+def test_what_a_run_can_go_on_from_stays_and_no_more(toys, tmp_path):
+    interrupted(toys, tmp_path / "out", steps_done=1)
+    assert names(tmp_path) == [] == kept_work(tmp_path / "out")
+    interrupted(toys, tmp_path / "out")
+    assert names(tmp_path) == [".out.healing"]
+    assert kept_work(tmp_path / "out") == [tmp_path / ".out.healing"]
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "ü" * 127])
+def test_any_legal_name_will_do(toys, tmp_path, name):
+    interrupted(toys, tmp_path / name)
+    (kept,) = kept_work(tmp_path / name)
+    assert names(tmp_path) == [kept.name]
+    heal(toys, tmp_path / name, arguments={"resume": True})
+    assert names(tmp_path) == [name]
 
 
 def test_another_runs_work_is_refused_with_resume_and_replaced_without(toys, tmp_path):

@@ -1,0 +1,27 @@
+"""Whether a checkpoint has all that its model is made of: what is missing would be random, and not noticed."""
+
+from pathlib import Path
+from typing import Any
+
+from conversion.errors import ConversionError
+
+
+def check_whole(folder: Path, model_class: Any) -> None:
+    """ConversionError unless transformers finds the model's tensors in `folder`, all of them and no others.
+
+    On the meta device: headers are read, and no weights.
+    """
+    _, report = model_class.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+    )
+    faults = {
+        "is missing": report["missing_keys"],
+        "is unknown": report["unexpected_keys"],
+        "has another shape than config.json says": [name for name, *_ in report["mismatched_keys"]],
+    }
+    for fault, names in faults.items():
+        if names:
+            raise ConversionError(
+                f"{folder}: tensor {min(names)} {fault} ({len(names)} in all), expected the tensors of a whole "
+                f"{model_class.__name__}; get the complete checkpoint"
+            )
