@@ -1,35 +1,34 @@
 """The command line: arguments only. `python -m conversion --help`."""
 
-import json
 import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from huggingface_hub import logging as hub_logging
-from huggingface_hub.utils import disable_progress_bars
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Column, Table
-from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from conversion.checkpoint import parse_size
-from conversion.convert import ConversionReport, convert_checkpoint
+from conversion.convert import convert_checkpoint
 from conversion.describe import describe_checkpoint
+from conversion.display import (
+    byte_progress,
+    layer_progress,
+    one_line_errors,
+    quiet_client,
+    show_conversion,
+    show_description,
+    show_healing,
+    show_push,
+    show_verification,
+    step_progress,
+)
 from conversion.errors import ConversionError
 from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
-from conversion.hub import PushReport, push_checkpoint, read_verification
+from conversion.hub import push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
-from conversion.target import kept_work
-from conversion.upload_files import TOKEN
-from conversion.verify import VerificationReport, verify_checkpoint
+from conversion.verify import verify_checkpoint
 
 
 app = typer.Typer(
@@ -39,9 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(markup=False), Console(stderr=True, markup=False)  # paths may hold [brackets]
-COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
-
 DEFAULTS = HealingOptions()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -97,7 +93,9 @@ def convert(
     calibration_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = CALIBRATION_TOKENS,
     stages: Annotated[
         Any,
-        typer.Option(parser=parse_stages, metavar="|".join(STAGES), help="Stages of the calibration; all by default."),
+        typer.Option(
+            parser=parse_stages, metavar=",".join(STAGES), help="Of the calibration, some of these; all by default."
+        ),
     ] = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
@@ -119,15 +117,15 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a LLaMA checkpoint into a Differential Transformer."""
-    with _one_line_errors(verbose, output), _layer_progress() as layer_progress, _progress("converting") as progress:
+    with one_line_errors(verbose, output), layer_progress() as on_layer, byte_progress("converting") as progress:
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
             calibration=calibration, calibration_tokens=calibration_tokens, stages=stages, dtype=dtype,
             max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
             backbone_only=backbone_only, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite, dry_run=dry_run,
-            overwrite=overwrite, resume=resume, progress=progress, calibration_progress=layer_progress,
+            overwrite=overwrite, resume=resume, progress=progress, calibration_progress=on_layer,
         )  # fmt: skip
-    _show_conversion(report, as_json, "would write" if dry_run else "wrote")
+    show_conversion(report, as_json, "would write" if dry_run else "wrote")
 
 
 @app.command()
@@ -138,9 +136,9 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Check files, tensors and checksums, then what was promised of the function. Exit code 1 if a check fails."""
-    with _one_line_errors(verbose):
+    with one_line_errors(verbose):
         report = verify_checkpoint(output, against)
-    _show_verification(report, as_json)
+    show_verification(report, as_json)
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -157,12 +155,12 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
-    with _one_line_errors(verbose, target), _progress("exporting") as progress:
+    with one_line_errors(verbose, target), byte_progress("exporting") as progress:
         report = export_checkpoint(
             output, target, format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume,
             progress=progress,
         )  # fmt: skip
-    _show_conversion(report, as_json, "wrote")
+    show_conversion(report, as_json, "wrote")
 
 
 @app.command()
@@ -173,15 +171,9 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Say what a checkpoint is: heads, widths, parameters, lambda a layer, which conversion made it."""
-    with _one_line_errors(verbose):
+    with one_line_errors(verbose):
         description = describe_checkpoint(folder, allow_pickle)
-    if as_json:
-        _print_json(description)
-        return
-    table = Table(show_header=False, box=None)
-    for key, value in description.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
-    out.print(table)
+    show_description(description, as_json)
 
 
 @app.command()
@@ -206,25 +198,12 @@ def push(
     verbose: Verbose = False,
 ) -> None:
     """Upload to the Hub, in one commit, all that a stranger needs to load it. The token comes from `hf auth login`."""
-    with _one_line_errors(verbose), _quiet_client():
+    with one_line_errors(verbose), quiet_client():
         report = push_checkpoint(
             folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, format=format,
             verification=None if verification is None else read_verification(verification),
         )  # fmt: skip
-    _show_push(report, as_json)
-
-
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """The Hub's client without its warnings, which name signed addresses; progress bars on a terminal only."""
-    before = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    if not err.is_terminal:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(before)
+    show_push(report, as_json)
 
 
 @app.command()
@@ -289,7 +268,7 @@ def heal(
     """Train a converted checkpoint towards the LLaMA that it was made from: one stage a run."""
     from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
 
-    with _one_line_errors(verbose, output), _step_progress() as progress:
+    with one_line_errors(verbose, output), step_progress() as progress:
         options = HealingOptions(
             stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
             optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
@@ -302,120 +281,7 @@ def heal(
             checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, allow_pickle=allow_pickle,
             max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
-    _show_healing(report, as_json)
-
-
-@contextmanager
-def _one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        kept = ", ".join(map(str, kept_work(target))) if target else ""
-        left = f"{kept} stays for --resume" if kept else "nothing half done was left"
-        err.print(f"interrupted; {left}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from error
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        known = isinstance(error, ConversionError)
-        message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
-        message = TOKEN.sub("<token>", message)
-        err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A progress callback: bytes, rate and time left on a terminal, silence elsewhere."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _layer_progress() -> Iterator[Any]:
-    """A calibration's progress: layer, stage and time left on a terminal, silence elsewhere."""
-    columns = (TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("calibrating", total=None, where="", visible=False)
-
-        def update(layer: int, num_layers: int, stage: str, done: float) -> None:
-            # A layer's last stage takes about half of its time.
-            share = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
-            width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
-            where = f"layer {layer + 1} of {num_layers}, {stage}"
-            completed = layer + share[stage] + width * done
-            bar.update(task, completed=completed, total=num_layers, where=where, visible=True)
-
-        yield update
-
-
-def _show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:
-    if as_json:
-        shown = {"output": str(report.output), "num_bytes": report.num_bytes, "notes": list(report.notes)}
-        _print_json(shown | {"record": report.record})
-        return
-    out.print(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
-    out.print(f"promise: {report.record['promise']['text']}", highlight=False, soft_wrap=True)
-    for note in report.notes:
-        out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_push(report: PushReport, as_json: bool) -> None:
-    if as_json:
-        _print_json(asdict(report) | {"num_bytes": report.num_bytes})
-        return
-    verb = "uploaded to" if report.commit else "would upload to"
-    title = f"{verb} {report.repo_id}, {report.revision}"
-    table = Table("file", Column("bytes", justify="right"), title=title, box=None)
-    for name, num_bytes in report.files.items():
-        table.add_row(name, f"{num_bytes:,}")
-    table.add_row(f"{len(report.files)} files", f"{report.num_bytes:,}", style="bold")
-    out.print(table)
-    if report.url:
-        out.print(report.url, highlight=False, soft_wrap=True)
-    for note in report.notes:
-        out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _step_progress() -> Iterator[Any]:
-    """A healing's progress: steps and time left on a terminal, silence elsewhere."""
-    columns = (TextColumn("healing, step {task.completed}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("healing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _show_healing(report: Any, as_json: bool) -> None:
-    if as_json:
-        _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
-        return
-    out.print(f"wrote {report.output}", highlight=False, soft_wrap=True)
-    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda a layer", title="held-out rows", box=None)
-    for row in report.table:
-        shown = [
-            "" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "kl", "greedy_agreement", "recovered")
-        ]
-        table.add_row(f"{row['tokens']:,}", *shown, " ".join(f"{value:.3f}" for value in row["lambda"]))
-    out.print(table)
-    for note in report.notes:
-        out.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_verification(report: VerificationReport, as_json: bool) -> None:
-    if as_json:
-        _print_json(report.to_dict())
-        return
-    table = Table("check", "outcome", "detail", title=f"{report.output} ({report.promise})", box=None)
-    for check in report.checks:
-        table.add_row(check.name, Text(check.outcome, style=COLOURS[check.outcome]), check.detail)
-    out.print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True, default=str))
+    show_healing(report, as_json)
 
 
 def _terminate(signum: int, frame: Any) -> None:

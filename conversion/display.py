@@ -1,0 +1,167 @@
+"""What the command line shows: results as tables or JSON, progress, and errors in one line."""
+
+import json
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from conversion.convert import ConversionReport
+from conversion.errors import ConversionError
+from conversion.hub import PushReport
+from conversion.options import STAGES
+from conversion.target import kept_work
+from conversion.upload_files import TOKEN
+from conversion.verify import VerificationReport
+
+
+out, err = Console(markup=False), Console(stderr=True, markup=False)  # paths may hold [brackets]
+COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
+
+
+@contextmanager
+def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = ", ".join(map(str, kept_work(target))) if target else ""
+        left = f"{kept} stays for --resume" if kept else "nothing half done was left"
+        err.print(f"interrupted; {left}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from error
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        known = isinstance(error, ConversionError)
+        message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
+        message = TOKEN.sub("<token>", message)
+        err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """The Hub's client without its warnings, which name signed addresses; progress bars on a terminal only."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    if not err.is_terminal:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Any]:
+    """A progress callback: bytes, rate and time left on a terminal, silence elsewhere."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def layer_progress() -> Iterator[Any]:
+    """A calibration's progress: layer, stage and time left on a terminal, silence elsewhere."""
+    columns = (TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("calibrating", total=None, where="", visible=False)
+
+        def update(layer: int, num_layers: int, stage: str, done: float) -> None:
+            # A layer's last stage takes about half of its time.
+            share = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
+            width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
+            where = f"layer {layer + 1} of {num_layers}, {stage}"
+            completed = layer + share[stage] + width * done
+            bar.update(task, completed=completed, total=num_layers, where=where, visible=True)
+
+        yield update
+
+
+@contextmanager
+def step_progress() -> Iterator[Any]:
+    """A healing's progress: steps and time left on a terminal, silence elsewhere."""
+    columns = (TextColumn("healing, step {task.completed}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("healing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:
+    if as_json:
+        shown = {"output": str(report.output), "num_bytes": report.num_bytes, "notes": list(report.notes)}
+        _print_json(shown | {"record": report.record})
+        return
+    out.print(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
+    out.print(f"promise: {report.record['promise']['text']}", highlight=False, soft_wrap=True)
+    _show_notes(report.notes)
+
+
+def show_verification(report: VerificationReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    table = Table("check", "outcome", "detail", title=f"{report.output} ({report.promise})", box=None)
+    for check in report.checks:
+        table.add_row(check.name, Text(check.outcome, style=COLOURS[check.outcome]), check.detail)
+    out.print(table)
+
+
+def show_description(description: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(description)
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in description.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    out.print(table)
+
+
+def show_push(report: PushReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(report) | {"num_bytes": report.num_bytes})
+        return
+    verb = "uploaded to" if report.commit else "would upload to"
+    title = f"{verb} {report.repo_id}, {report.revision}"
+    table = Table("file", Column("bytes", justify="right"), title=title, box=None)
+    for name, num_bytes in report.files.items():
+        table.add_row(name, f"{num_bytes:,}")
+    table.add_row(f"{len(report.files)} files", f"{report.num_bytes:,}", style="bold")
+    out.print(table)
+    if report.url:
+        out.print(report.url, highlight=False, soft_wrap=True)
+    _show_notes(report.notes)
+
+
+def show_healing(report: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
+        return
+    out.print(f"wrote {report.output}", highlight=False, soft_wrap=True)
+    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda a layer", title="held-out rows", box=None)
+    for row in report.table:
+        shown = [
+            "" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "kl", "greedy_agreement", "recovered")
+        ]
+        table.add_row(f"{row['tokens']:,}", *shown, " ".join(f"{value:.3f}" for value in row["lambda"]))
+    out.print(table)
+    _show_notes(report.notes)
+
+
+def _show_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        out.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True, default=str))
