@@ -9,10 +9,9 @@ STATUS = {
     "calibrated": "**Near its source, not equal to it**: it has its source's size; its attention was fitted, layer by "
     "layer, on {tokens} tokens of text, and nothing was trained end to end. Measure it before use; healing "
     "(distillation from its source) brings it nearer.",
-    "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens} towards its "
-    "source's behaviour. What that reached stands below; measure it on your own task before use.",
+    "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens}. "
+    "What that reached stands below; measure it on your own task before use.",
 }
-LAMBDA_MODULES = {"v1": "diff_lambda", "v2": "lambda_proj"}
 LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,15 +26,15 @@ The model's code comes with the weights and is run: read it first, and pin the r
 loading does it without `trust_remote_code`."""
 FINE_TUNE = """\
 With the Trainer or TRL as any causal language model; give λ no weight decay and a learning rate of its own. With PEFT,
-λ has to be named, as adapters pass over it otherwise:
+what is new has to be named, as adapters pass over it otherwise:
 
 ```python
 from peft import LoraConfig, get_peft_model
 
 lora = LoraConfig(
     task_type="CAUSAL_LM",
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    modules_to_save=["{lambda_module}"],
+    target_modules={target_modules},
+    modules_to_save={new_modules},
 )
 adapted = get_peft_model(model, lora)
 ```"""

@@ -58,15 +58,16 @@ class HealingOptions:
     Choices that change what is learnt; all of them are recorded in conversion.json.
 
     tokens, steps: how long, one of them; without either, once through the data.
-    context: tokens a row; what the model can read or 1024, if that is less.
-    batch_rows: rows a step, over all devices; micro_rows: rows a device takes at once (None: as few as fit evenly).
+    context: tokens a row; None: 1024, or what the model can read if that is less.
+    batch_rows: rows a step, over all devices; micro_rows: rows a device takes at once. None: as many as
+        divide its share of a step, up to 8,192 tokens.
     learning_rate: its peak, reached after `warmup_share` of the steps; it falls to 0 by a cosine. None: RATES.
     norm_share: share of the steps in which a large `sub_norm_eps` falls to the paper's 1e-5, geometrically.
     hidden_weight: weight of the distance between the streams behind each layer, beside KL.
     cross_entropy_weight: its share of the loss of the stage KL.
     cached_logits: the teacher's most likely tokens kept a position, on disk, in place of the teacher in memory.
     lora: rank of adapters that are trained in place of the matrices, and merged at the end.
-    dtype, teacher_dtype: None keeps each tensor's own, and means bfloat16 on a GPU, float32 on a CPU.
+    dtype: of the output; None: each tensor keeps its own. teacher_dtype: None: bfloat16 on a GPU, float32 on a CPU.
     """
 
     stage: HealStage = HealStage.KL

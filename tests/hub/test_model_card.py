@@ -16,6 +16,7 @@ from conversion.hub import plan_upload
 from conversion.licences import llama_terms
 from conversion.model_card import GENERATED, CardFacts, lambda_plot, render_card, source_metadata
 from conversion.verify import read_record
+from modeling_diff.training import lora_config
 
 
 HEALED = {
@@ -139,16 +140,18 @@ def test_nothing_is_loaded_from_elsewhere(card):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_snippets_run(card, converted, variant):
     """As they stand, with the folder for the repository's name; the adapter trains lambda."""
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     load, fine_tune = python_blocks(card)
     assert "revision" in load
     names: dict = {}
     exec(load.replace(card_name(card), str(converted[variant])), names)
     exec(fine_tune, names)
-    assert isinstance(names["adapted"], peft.PeftModel)
+    recommended = lora_config(names["model"])
+    assert names["lora"].target_modules == recommended.target_modules
+    assert names["lora"].modules_to_save == recommended.modules_to_save
     names["adapted"](input_ids=torch.tensor([[1, 5, 9, 13]]), labels=torch.tensor([[1, 5, 9, 13]])).loss.backward()
     trained = {name for name, parameter in names["adapted"].named_parameters() if parameter.grad is not None}
-    assert any(("diff_lambda" if variant == "v1" else "lambda_proj") in name for name in trained)
+    assert all(any(module in name for name in trained) for module in recommended.modules_to_save)
 
 
 def card_name(card: ModelCard) -> str:
