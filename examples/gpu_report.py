@@ -150,17 +150,22 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def against_limits(output: Path) -> list[str]:
-    """A line for each ratio of times that has a limit: the least and largest of all shapes, and whether it holds."""
+def against_limits(output: Path, since: float = 0.0) -> list[str]:
+    """
+    A line for each ratio of times that has a limit: the least and largest of all shapes, and whether it holds.
+
+    Of files written after `since` (seconds, as `time.time` counts them), not of what an earlier run has left.
+    """
     found: dict[str, tuple[list[float], float]] = {}
-    for path in output.glob("attention_*.json"):
+    written = [path for path in sorted(output.glob("*.json")) if path.stat().st_mtime >= since]
+    for path in (path for path in written if path.name.startswith("attention_")):
         rows = [row for row in json.loads(path.read_text())["rows"] if row["form"] == "triton"]
         for phase, limit in ATTENTION_LIMITS.items():
             ratios = [row["ratio_to_same_kernel"] for row in rows if row["phase"] == phase]
             found[f"attention, {phase}, over LLaMA through the same kernel"] = ratios, limit
         ratios = [row["ratio_to_llama"] for row in rows if row["phase"] == "forward"]
         found["attention, forward, over LLaMA's fastest backend"] = ratios, 2.0
-    for path in (*output.glob("model_time_*.json"), *output.glob("model_compiled_*.json")):
+    for path in (path for path in written if path.name.startswith(("model_time_", "model_compiled_"))):
         for phase, times in json.loads(path.read_text())["seconds"].items():
             found[f"model, {phase}, over LLaMA"] = [times["v1"] / times["llama"]], 1 / MODEL_LIMITS[phase]
             found[f"model, {phase}, over transformers' DiffLlama"] = [times["v1"] / times["stock diffllama"]], 1.0
@@ -193,14 +198,14 @@ def main() -> None:
         return
 
     commands = part_commands(arguments)
-    deadline = time.monotonic() + 60 * arguments.minutes
+    began, deadline = time.time(), time.monotonic() + 60 * arguments.minutes
     record: dict = {"environment": environment(arguments.device), "parts": {}, "seconds": {}, "fine_tuning": {}}
     for index, name in enumerate(arguments.parts):
         share = SHARES[name] / sum(SHARES[later] for later in arguments.parts[index:])
         start = time.monotonic()
         record["parts"][name] = run(commands[name], output / f"{name}.log", share * (deadline - start))
         record["seconds"][name] = time.monotonic() - start
-        record["limits"] = against_limits(output)
+        record["limits"] = against_limits(output, began)
         if name == "fine_tuning" and record["parts"][name] == "ok":
             record["fine_tuning"] = json.loads((output / "fine_tuning.json").read_text())
         (output / "report.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -60,6 +60,13 @@ def test_ratios_are_read_against_their_limits(tmp_path):
     ]
 
 
+def test_ratios_of_an_earlier_run_are_not_told_again(tmp_path):
+    path = tmp_path / "model_time_bfloat16_4096.json"
+    path.write_text(json.dumps({"seconds": {"decode": {"llama": 1.0, "v1": 1.02, "stock diffllama": 0.9}}}))
+    assert len(gpu_report.against_limits(tmp_path, path.stat().st_mtime)) == 2
+    assert gpu_report.against_limits(tmp_path, path.stat().st_mtime + 1) == []
+
+
 def test_no_part_may_take_more_than_its_share(tmp_path, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(gpu_report, "SHARES", {"tests": 5, "memory": 1, "lora": 1})
