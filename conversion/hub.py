@@ -174,11 +174,12 @@ def _card(
 
 
 def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:
-    """ConversionError where a card would say of these files what is known of others."""
-    if changed := changed_files(folder, record):
+    """ConversionError where a card would say of these weights what is known of others."""
+    # Not of config.json and code, whose owner may have changed what no number depends on: `verify` tells of them.
+    if changed := [name for name in changed_files(folder, record) if name.endswith(".safetensors")]:
         raise ConversionError(
-            f"{folder / changed[0]}: not the file that {RECORD} speaks of; remove {RECORD} if it was changed on "
-            "purpose, or convert again"
+            f"{folder / changed[0]}: not the weights that {RECORD} speaks of; remove {RECORD} if they were trained "
+            "since, or convert again"
         )
     if verification is None:
         return

@@ -125,12 +125,9 @@ def test_changed_config_and_code_are_found(v1, tmp_path, change, name):
     change(folder)
     check = next(check for check in verify_checkpoint(folder).checks if check.name == "checksums")
     assert (check.outcome, check.detail) == ("failed", f"{name} has changed")
-    with pytest.raises(ConversionError, match=f"{name}: not the file that conversion.json speaks of"):
-        push_checkpoint(folder, "me/x", dry_run=True)
     weights_alone = {"model.safetensors": read_record(folder)["sha256"]["model.safetensors"]}
     edited("conversion.json", sha256=weights_alone)(folder)
     assert outcomes(verify_checkpoint(folder))["checksums"] == "passed"
-    assert push_checkpoint(folder, "me/x", dry_run=True).files
 
 
 def test_record_names_all_that_computes_and_nothing_that_is_the_users(v1, tmp_path):
