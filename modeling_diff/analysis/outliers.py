@@ -101,7 +101,8 @@ def quantise(
     """
     magnitudes = scores.abs() if visible is None else scores.abs().masked_fill(~visible, 0)
     largest = magnitudes.amax(-1 if over == "row" else (-2, -1), keepdim=True)
-    step = (largest / (2 ** (bits - 1) - 1)).clamp_min(torch.finfo(scores.dtype).tiny)
+    # Where nothing is visible, any step will do that leaves what is hidden finite.
+    step = torch.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 1)
     return (scores / step).round() * step
 
 
