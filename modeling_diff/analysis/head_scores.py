@@ -71,11 +71,9 @@ def map_kinds(maps: LayerMaps) -> dict[str, MapKind]:
 
 def pattern_scores(weights: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Sums over queries after the first two tokens, (H,) each, of maps (B, H, Q, S): attention to the token before, to
-    the first token, entropy in nats. The first two see so little that every head would score.
+    Sums over queries, (H,) each, of maps (B, H, Q, S): attention to the token before, to the first token, entropy in
+    nats.
     """
-    late = queries >= 2
-    weights, queries = weights[:, :, late], queries[late]
     absolute = normalise(weights.abs(), "sum")
     previous = weights.gather(-1, (queries - 1)[None, None, :, None].expand(*weights.shape[:3], 1))
     return {
@@ -85,16 +83,23 @@ def pattern_scores(weights: torch.Tensor, queries: torch.Tensor) -> dict[str, to
     }
 
 
-def score_patterns(model: nn.Module, input_ids: torch.Tensor, **choices: Any) -> dict[Key, dict[str, float]]:
+def score_patterns(
+    model: nn.Module, input_ids: torch.Tensor, *, queries: Sequence[int] | None = None, **choices: Any
+) -> dict[Key, dict[str, float]]:
     """
     Mean attention to the previous and the first token and mean entropy (nats), over texts (B, T) without padding.
 
-    `choices` are those of `visit_maps`. ValueError for texts of fewer than three tokens.
+    Means are over `queries`, all by default, but the first two tokens, which see so little that every head would
+    score. `choices` are those of `visit_maps`. ValueError where no query is left.
     """
-    if input_ids.shape[-1] < 3:
-        raise ValueError(f"{input_ids.shape[-1]} tokens: patterns show from the third token on; give longer texts.")
-    num_rows = len(input_ids) * (input_ids.shape[1] - 2)
-    return _summed(model, input_ids, pattern_scores, num_rows, **choices)
+    asked = range(input_ids.shape[-1]) if queries is None else queries
+    late = [int(query) for query in asked if query not in (0, 1)]
+    if not late:
+        raise ValueError(
+            f"queries {list(asked)} of {input_ids.shape[-1]} tokens: patterns show from the third token on; give "
+            "longer texts or later queries."
+        )
+    return _summed(model, input_ids, pattern_scores, len(input_ids) * len(late), queries=late, **choices)
 
 
 def repeated_tokens(

@@ -1,6 +1,7 @@
 """Scores find the heads that were built for them, in LLaMA and in its exact V2 mirror; ablation shows what they do."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from planted_heads import (
     planted_llama,
 )
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from conversion import convert_checkpoint
 from conversion.layout import HeadPairing
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.analysis import report_measurements
 from modeling_diff.analysis.ablation import ablated_heads, ablation_effects, loss_nats, mean_head_outputs
 from modeling_diff.analysis.head_pairs import paired_scores
 from modeling_diff.analysis.head_scores import (
@@ -34,6 +38,7 @@ from modeling_diff.analysis.head_scores import (
     score_table,
     write_scores,
 )
+from modeling_diff.analysis.needles import library_text
 
 
 WORDS = range(1, VOCABULARY)
@@ -96,6 +101,51 @@ def test_entropy_tells_sharp_heads_from_uniform_ones(scores):
     even = torch.arange(3, 22, dtype=torch.float64).log().mean().item()
     assert entropy[UNIFORM_HEAD] == pytest.approx(even, abs=1e-5)
     assert entropy[PREVIOUS_HEAD] < 0.01 and entropy[FIRST_HEAD] < 0.01
+
+
+def test_patterns_of_chosen_queries_are_means_over_those_behind_the_second_token():
+    model = planted_llama()
+    model.set_attn_implementation("eager")
+    found = score_patterns(model, texts(), queries=[1, 5, 11, 18])
+    for layer, attention in enumerate(model(texts(), output_attentions=True).attentions):
+        rows = attention[:, :, [5, 11, 18]].double()  # (B, H, Q, S)
+        previous = rows[:, :, [0, 1, 2], [4, 10, 17]].mean((0, 2))
+        entropy = -(rows * rows.clamp_min(1e-300).log()).sum(-1).mean((0, 2))
+        for head in range(4):
+            of_head = found[layer, head, "attention"]
+            expected = {
+                "previous_token": previous[head].item(),
+                "first_token": rows[:, head, :, 0].mean().item(),
+                "entropy_nats": entropy[head].item(),
+            }
+            assert of_head == pytest.approx(expected, abs=1e-5)  # float32
+
+
+def letters():
+    """As LLaMA 1 and 2, but a token a letter: a space is one that decodes to nothing by itself."""
+    alphabet = ["<unk>", "\u2581", *(chr(code) for code in (10, *range(33, 127)))]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_the_reports_needles_begin_with_the_space_that_is_a_token(llama, monkeypatch):
+    given, tokenizer = [], letters()
+    assert tokenizer.decode(tokenizer("a b").input_ids[2]) == ""
+    monkeypatch.setattr(
+        report_measurements, "score_heads", lambda model, rows, prompts, **rest: given.extend(prompts) or []
+    )
+    effort = report_measurements.Effort((128,), head_prompts=3)
+    report_measurements._heads(llama, tokenizer, library_text(20_000), texts(), effort)
+    assert len(given) == 3
+    for prompt in given:
+        text = "".join(tokenizer.convert_ids_to_tokens(prompt.input_ids)).replace("\u2581", " ")
+        city = re.search(r"of (\w+) is$", text).group(1)
+        needle = re.search(rf"of {city} is( \d{{4}})\.", text)
+        assert prompt.needle == needle.span(1)
 
 
 def test_the_mirrors_maps_score_as_llamas_and_its_difference_half(mirror, scores):
@@ -209,6 +259,8 @@ def test_scores_become_a_grid_a_table_and_json(scores, tmp_path):
     ("call", "message"),
     [
         (lambda llama, folder: score_patterns(llama, torch.ones(1, 2).long()), "2 tokens"),
+        (lambda llama, folder: score_patterns(llama, texts(), queries=[1]), "queries \\[1\\] of 21 tokens"),
+        (lambda llama, folder: score_patterns(llama, texts(), queries=[5, 21]), "there are 21 tokens"),
         (lambda llama, folder: score_induction(llama, repeats=1), "repeats=1"),
         (lambda llama, folder: score_induction(llama, length=40), "length=40"),
         (lambda llama, folder: score_retrieval(llama, []), "prompts is empty"),
