@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .attention_mass import REGIONS, AttentionMass, measure_attention, token_regions, views_of
-from .head_scores import RetrievalPrompt, score_heads
+from .head_scores import needle_retrieval, score_heads
 from .maps import LayerMaps, attention_layers, visit_maps
 from .needle_runs import NeedleGrid, answer_prompts, run_grid
 from .needles import CITIES, NeedlePrompt, NeedleTask, Template, count_tokens, make_prompts, score
@@ -132,14 +132,8 @@ def attention_profile(model: Any, tokenizer: Any, prompt: NeedlePrompt) -> dict[
 
 def _heads(model: Any, tokenizer: Any, text: str, rows: torch.Tensor, effort: Effort) -> list[dict[str, Any]]:
     """Every score of every map of every head; retrieval of one needle's number, said with the text of the question."""
-    prompts = []
     task = NeedleTask(max(effort.lengths_tokens))
-    for prompt in make_prompts(task, tokenizer, text, effort.head_prompts, effort.seed):
-        ids, regions = token_regions(tokenizer, prompt, prompt.text)
-        places = (regions == REGIONS.index("answer")).nonzero().flatten().tolist()
-        # A space that is a token of its own is to be said before the number, as it was in the needle.
-        start = places[0] - (tokenizer.decode(ids[places[0] - 1]) == " ")
-        prompts.append(RetrievalPrompt(ids, (start, places[-1] + 1)))
+    prompts = needle_retrieval(tokenizer, make_prompts(task, tokenizer, text, effort.head_prompts, effort.seed))
     special = set(tokenizer.all_special_ids)
     vocabulary = [i for i in range(min(len(tokenizer), model.config.vocab_size)) if i not in special]
     first = tokenizer.bos_token_id
