@@ -15,26 +15,35 @@ def read_records(paths: list[Path]) -> list[dict]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --data takes JSON lines or text files")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it") from None
         if path.suffix not in (".jsonl", ".json"):
             records.append({"text": text})
             continue
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not JSON ({error.msg}); give one object a line"
-                    ) from None
+        # Not splitlines(): JSON may hold U+2028 and its like, which are line ends to Python alone.
+        lines = enumerate(text.split("\n"), 1)
+        records += [read_record(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     return records
+
+
+def read_record(line: str, place: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg}); give one object a line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object a line")
+    return record
 
 
 def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """
     `input_ids` and `labels` of every record, -100 where there is no loss.
 
-    Raises `ValueError` for no data, unknown fields, a missing chat template, and what is longer than `max_length`.
+    Raises `ValueError` for no data, unknown fields, a missing chat template or eos, and what is longer than
+    `max_length`.
     """
     examples = []
     for number, record in enumerate(records, 1):
@@ -45,6 +54,11 @@ def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
             ids = tokenizer(text, add_special_tokens=False).input_ids
             examples.append(checked({"input_ids": ids, "labels": list(ids)}, number, max_length))
         elif {"prompt", "completion"} <= record.keys():
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    f"record {number} has a completion, and the tokenizer no eos_token to end it; set one in "
+                    "tokenizer_config.json"
+                )
             prompt = tokenizer(record["prompt"]).input_ids
             prompt = prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt
             answer = [*tokenizer(record["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]

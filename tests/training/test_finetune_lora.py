@@ -17,6 +17,7 @@ ASSETS = EXAMPLES / "assets" / "tiny-llama"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune_lora  # noqa: E402
+import finetuning_data  # noqa: E402
 
 
 # peft 0.21 asks transformers 5.23 by a name that is deprecated there.
@@ -131,12 +132,34 @@ def test_bad_data_gets_one_clear_error(checkpoint, refuses):
         ("", "no example in it"),
         ('{"text": \n', "line 1: not JSON"),
         ('{"question": "?"}\n', "record 1 has ['question']"),
+        ('[{"text": "a"}]', "line 1: list, not an object"),
+        ('{"text": "a"}\n5\n', "line 2: int, not an object"),
         (json.dumps({"prompt": "a " * 200, "completion": "b"}), "and --max-length is 64"),
     ):
         (folder / "bad.jsonl").write_text(text)
         refuses(message, data="bad.jsonl")
     refuses("no such file", data="nowhere.jsonl")
     refuses("no chat template", chat_template=None)
+
+
+def test_lines_end_where_json_lines_do(tmp_path):
+    texts = ["one\u2028line", "next\x85line", "form\u000cfeed"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "data.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert [record["text"] for record in finetuning_data.read_records([tmp_path / "data.jsonl"])] == texts
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
+        finetuning_data.read_records([tmp_path / "latin.txt"])
+
+
+def test_completions_need_an_eos_token():
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="record 1 has a completion, and the tokenizer no eos_token"):
+        finetuning_data.tokenize([{"prompt": "a", "completion": "b"}], tokenizer, 64)
 
 
 @pytest.mark.parametrize("variant", ["v2"], indirect=True)
