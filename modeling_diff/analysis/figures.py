@@ -77,9 +77,12 @@ def full_colour(weights: torch.Tensor) -> float:
 
 
 def plain_label(label: str, length: int = 12) -> str:
-    """A token fit to be written beside an axis: line ends and runs of spaces visible, nothing read as mathematics."""
-    word = label.removeprefix(" ") or "_"
-    word = word.replace("\n", "\\n").replace("\t", "\\t").replace("    ", "_").replace("$", r"\$")
+    """
+    A token fit to be written beside an axis: line ends, runs of spaces and what cannot be printed, or be in an SVG,
+    visible, nothing read as mathematics.
+    """
+    word = (label.removeprefix(" ") or "_").replace("    ", "_").replace("$", r"\$")
+    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in word)
     return word if len(word) <= length else word[: length - 2] + ".."
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import zlib
+from xml.etree import ElementTree
 
 import numpy
 import pytest
@@ -201,6 +202,16 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
         map_figure({"one": maps.first[0, 0]}, ["a"] * 3)
     with pytest.raises(ValueError, match="head=9"):
         pair_figure(maps, 9)
+
+
+def test_svgs_of_any_text_are_xml(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from modeling_diff.analysis.figures import map_figure, save_figure
+
+    labels = ["a\x0cb", "\x1b[0m", "\x00", "\n", "\uffff", "\ud800", "<b>&", "é"]
+    path = save_figure(map_figure({"one": torch.rand(8, 8).tril()}, labels), tmp_path / "map.svg")
+    written = {"".join(text.itertext()) for text in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")}
+    assert written >= {r"a\x0cb", r"\x1b[0m", r"\x00", r"\n", r"\uffff", r"\ud800", "<b>&", "é"}
 
 
 def test_zero_is_white_on_the_diverging_scale():
