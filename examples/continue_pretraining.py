@@ -45,7 +45,11 @@ ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
 
 def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 and its tokenizer; raises `ValueError` where they do not fit each other or the context."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{arguments.model}: no tokenizer can be loaded from there ({reason})") from error
     if arguments.eos_token:
         tokenizer.eos_token = arguments.eos_token
     model = AutoModelForCausalLM.from_pretrained(
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             smoke(arguments, Path(folder))
         try:
             result = continue_pretraining(arguments)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"continue_pretraining: {error}")
     if not PartialState().is_main_process:
         return

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
@@ -87,14 +87,22 @@ def local_tasks(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     return tasks
 
 
-def evaluate(name: str, tasks: list, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: no tokenizer can be loaded from there ({reason})") from error
+
+
+def evaluate(name: str, tokenizer: PreTrainedTokenizerBase, tasks: list, arguments: argparse.Namespace) -> dict:
     """{task: {metric: value}} of one model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).to(device).eval()
-    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(name), batch_size=arguments.batch_size)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
     results = simple_evaluate(
         model=harness, tasks=tasks, limit=arguments.limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
     )
@@ -144,9 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             tasks = arguments.tasks or local_tasks(Path(folder), arguments)
+            tokenizers = {name: load_tokenizer(name) for name in arguments.model}
+            results = {name: evaluate(name, tokenizer, tasks, arguments) for name, tokenizer in tokenizers.items()}
         except (OSError, ValueError) as error:
             sys.exit(f"evaluate_models: {error}")
-        results = {name: evaluate(name, tasks, arguments) for name in arguments.model}
     print_table(results)
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

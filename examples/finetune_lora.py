@@ -59,7 +59,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def load_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{arguments.model}: no tokenizer can be loaded from there ({reason})") from error
     if arguments.pad_token:
         tokenizer.pad_token = arguments.pad_token
     if arguments.chat_template:
@@ -317,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
             smoke(arguments, Path(folder))
         try:
             result = finetune(arguments, console)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"finetune_lora: {error}")
     result["command"] = " ".join(["python examples/finetune_lora.py", *(sys.argv[1:] if argv is None else argv)])
     (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")

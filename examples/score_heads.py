@@ -15,18 +15,19 @@ the small LLaMA of this repository, and any model that copies.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.ablation import ablation_effects
 from modeling_diff.analysis.figures import save_figure, score_figure
-from modeling_diff.analysis.head_pairs import pair_table, paired_scores
+from modeling_diff.analysis.head_pairs import pair_table, paired_scores, read_conversion
 from modeling_diff.analysis.head_scores import (
     SCORES,
     HeadScore,
@@ -38,6 +39,7 @@ from modeling_diff.analysis.head_scores import (
     score_table,
     write_scores,
 )
+from modeling_diff.analysis.needle_runs import check_context
 from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
 
 
@@ -89,24 +91,24 @@ def write_plot(scores: list[HeadScore], name: str, path: Path) -> None:
     save_figure(score_figure(grids, f"{name}: {kind}"), path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=str(ASSETS), help="folder or Hub id")
-    parser.add_argument("--converted", type=Path, help="a V1 conversion of it: show which heads were paired")
-    parser.add_argument("--prompts", type=int, default=16, help="needles to retrieve")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a text and of a prompt")
-    parser.add_argument("--ablate", type=int, default=0, help="how many heads to take out")
-    parser.add_argument("--rows", type=int, default=12, help="rows of the printed table")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("out/heads"), help="folder")
-    parser.add_argument("--smoke", action="store_true", help="two short prompts")
-    arguments = parser.parse_args(argv)
-    if arguments.smoke:
-        arguments.prompts, arguments.length, arguments.ablate = 2, 96, min(arguments.ablate, 1)
-    logging.disable_progress_bar()
-    console = Console(width=120)
+def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; ValueError for what would go wrong with them after all the work."""
+    if arguments.converted:
+        read_conversion(arguments.converted)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{arguments.checkpoint}: no tokenizer can be loaded from there ({reason})") from error
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    # A number of four digits and the space before it are five tokens at most.
+    check_context(model, arguments.length + 5, f"--length={arguments.length} and a number said again")
+    return model, tokenizer
+
+
+def show_heads(arguments: argparse.Namespace, console: Console) -> None:
+    """Scores, prints and writes all that is asked for."""
+    model, tokenizer = load(arguments)
     filler = library_text()
     task = NeedleTask(arguments.length, needles=2)
     prompts = needle_retrieval(tokenizer, make_prompts(task, tokenizer, filler, arguments.prompts, arguments.seed))
@@ -123,6 +125,27 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.ablate:
         effects = show_ablation(console, model, texts, prompts, scores, arguments.ablate)
         (arguments.output / "ablation.json").write_text(json.dumps(effects, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default=str(ASSETS), help="folder or Hub id")
+    parser.add_argument("--converted", type=Path, help="a V1 conversion of it: show which heads were paired")
+    parser.add_argument("--prompts", type=int, default=16, help="needles to retrieve")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text and of a prompt")
+    parser.add_argument("--ablate", type=int, default=0, help="how many heads to take out")
+    parser.add_argument("--rows", type=int, default=12, help="rows of the printed table")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("out/heads"), help="folder")
+    parser.add_argument("--smoke", action="store_true", help="two short prompts")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.prompts, arguments.length, arguments.ablate = 2, 96, min(arguments.ablate, 1)
+    logging.disable_progress_bar()
+    try:
+        show_heads(arguments, Console(width=120))
+    except (OSError, ValueError) as error:
+        sys.exit(f"score_heads: {error}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ and for a differential model both maps and the difference of one head. `--smoke`
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
@@ -22,7 +23,7 @@ from modeling_diff.analysis.aggregate import mean_maps
 from modeling_diff.analysis.figures import heads_figure, map_figure, pair_figure, save_figure
 from modeling_diff.analysis.maps import attention_layers, collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels, token_span
-from modeling_diff.analysis.view_html import MAX_TOKENS, AttentionView, view_attention, write_html
+from modeling_diff.analysis.view_html import MAX_TOKENS, view_attention, write_html
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
@@ -34,23 +35,22 @@ TEXT = (
 )
 
 
-def load(checkpoint: str):
-    """A model and its tokenizer; ValueError where the checkpoint has none."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     try:
-        return model, AutoTokenizer.from_pretrained(checkpoint)
+        return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: no tokenizer can be loaded from there, and a text needs one.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: no tokenizer can be loaded from there ({reason})") from error
 
 
-def marked(views: list[AttentionView], tokenizer, text: str, phrase: str | None) -> tuple[int, int] | None:
-    """First and last shown token of the phrase's first occurrence."""
-    if phrase is None:
-        return None
+def marked(tokenizer: PreTrainedTokenizerBase, text: str, phrase: str, start: int) -> tuple[int, int]:
+    """First and last token of the phrase's first occurrence, counted from `start`, the first that is shown."""
     if phrase not in text:
         raise ValueError(f"--mark {phrase!r}: does not occur in the text.")
     first, last = token_span(tokenizer, text, (text.index(phrase), text.index(phrase) + len(phrase)))
-    return first - views[0].start, last - 1 - views[0].start
+    if first < start:
+        raise ValueError(f"--mark {phrase!r}: stands before the tokens that are shown; raise --max-tokens.")
+    return first - start, last - 1 - start
 
 
 def write_figures(model, ids: torch.Tensor, labels: list[str], name: str, choices: dict, folder: Path) -> torch.Tensor:
@@ -67,6 +67,34 @@ def write_figures(model, ids: torch.Tensor, labels: list[str], name: str, choice
     return mean_maps(model, ids, **choices)[0]
 
 
+def show(arguments: argparse.Namespace, names: list[str], choices: dict) -> None:
+    """Writes the page and every figure, after what can be checked without the models."""
+    text = arguments.text_file.read_text(encoding="utf-8") if arguments.text_file else arguments.text
+    text = text[:60] if arguments.smoke else text
+    tokenizers = [load_tokenizer(checkpoint) for checkpoint in arguments.checkpoints]
+    ids = [encode_text(tokenizer, text) for tokenizer in tokenizers]
+    labels = [token_labels(tokenizer, row[0].tolist()) for tokenizer, row in zip(tokenizers, ids, strict=True)]
+    same_tokens = all(words == labels[0] for words in labels)
+    mark = None
+    if arguments.mark is not None:
+        if not same_tokens:
+            raise ValueError(
+                f"--mark {arguments.mark!r}: the two tokenizers cut the text differently; view one model."
+            )
+        mark = marked(tokenizers[0], text, arguments.mark, max(0, len(labels[0]) - arguments.max_tokens))
+    views, means = [], {}
+    for name, checkpoint, row, words in zip(names, arguments.checkpoints, ids, labels, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        views.append(view_attention(model, row, words, name, max_tokens=arguments.max_tokens, **choices))
+        means[name] = write_figures(model, row, words, name.replace(" ", "_"), choices, arguments.output)
+    page = write_html(views, arguments.output / "attention.html", f"Attention of {' and '.join(names)}", mark)
+    # Tokens are written out beside the means of two models only where they are the same.
+    figure = map_figure(means, labels[0] if same_tokens else None)
+    for suffix in ("png", "svg"):
+        print(save_figure(figure, arguments.output / f"mean.{suffix}"))
+    print(page)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", default=[str(ASSETS)], help="one or two folders or Hub ids")
@@ -80,29 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a short text and two layers")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
-    text = arguments.text_file.read_text(encoding="utf-8") if arguments.text_file else arguments.text
-    choices = {"layers": arguments.layers, "heads": arguments.heads}
-    if arguments.smoke:
-        text, choices["layers"] = text[:60], [0, 2]
+    choices = {"layers": [0, 2] if arguments.smoke else arguments.layers, "heads": arguments.heads}
     if len(arguments.checkpoints) > 2:
         parser.error("give one checkpoint, or two to be shown side by side")
     names = [Path(checkpoint).name for checkpoint in arguments.checkpoints]
     names = names if len(set(names)) == len(names) else [f"{i + 1} {name}" for i, name in enumerate(names)]
-    views, means = [], {}
     try:
-        for name, checkpoint in zip(names, arguments.checkpoints, strict=True):
-            model, tokenizer = load(checkpoint)
-            ids = encode_text(tokenizer, text)
-            labels = token_labels(tokenizer, ids[0].tolist())
-            views.append(view_attention(model, ids, labels, name, max_tokens=arguments.max_tokens, **choices))
-            means[name] = write_figures(model, ids, labels, name.replace(" ", "_"), choices, arguments.output)
-        mark = marked(views, tokenizer, text, arguments.mark)
-        page = write_html(views, arguments.output / "attention.html", f"Attention of {' and '.join(names)}", mark)
-    except ValueError as error:
-        parser.error(str(error))
-    for suffix in ("png", "svg"):
-        print(save_figure(map_figure(means, labels), arguments.output / f"mean.{suffix}"))
-    print(page)
+        show(arguments, names, choices)
+    except (OSError, ValueError) as error:
+        sys.exit(f"view_attention: {error}")
 
 
 if __name__ == "__main__":

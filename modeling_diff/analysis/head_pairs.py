@@ -28,9 +28,7 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
     Raises ValueError for a folder without such a conversion, or one of a LLaMA with other heads.
     """
     folder = Path(converted)
-    record, config = (_read(folder / name) for name in ("conversion.json", "config.json"))
-    if config.get("variant") != "v1" or record["source"]["kind"] != "llama":
-        raise ValueError(f"{folder}: pairs no heads of a LLaMA; give a V1 conversion of one.")
+    record, config = read_conversion(folder)
     by_head = {(score.layer, score.head): score for score in scores if score.map == "attention"}
     count = 2 * config["num_attention_heads"]
     if set(by_head) != {(layer, head) for layer in range(config["num_hidden_layers"]) for head in range(count)}:
@@ -45,6 +43,14 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
             first, second = (by_head[layer, order[2 * head + m]] for m in (0, 1))
             pairs.append(PairScores(layer, head, first, second))
     return pairs
+
+
+def read_conversion(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What conversion.json and config.json of a V1 conversion hold; ValueError for a folder without such a one."""
+    record, config = (_read(folder / name) for name in ("conversion.json", "config.json"))
+    if config.get("variant") != "v1" or record["source"]["kind"] != "llama":
+        raise ValueError(f"{folder}: pairs no heads of a LLaMA; give a V1 conversion of one.")
+    return record, config
 
 
 def query_order(record: dict[str, Any], config: dict[str, Any], layer: int) -> list[int]:

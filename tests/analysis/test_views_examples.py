@@ -1,11 +1,15 @@
 """The two examples run as their docstrings say, in their smallest form, and say in one line what is wrong."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,17 +45,75 @@ def test_score_heads_writes_scores_and_ablations(tmp_path):
     assert (tmp_path / "out/heads/scores.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
-def test_view_attention_says_in_one_line_what_is_wrong(tmp_path):
-    bare = tmp_path / "bare"
-    bare.mkdir()
+@pytest.fixture
+def bare(tmp_path):
+    """The small LLaMA without its tokenizer."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).symlink_to(TINY_LLAMA / name)
+        (folder / name).symlink_to(TINY_LLAMA / name)
+    return folder
+
+
+@pytest.fixture
+def letters(bare):
+    """The small LLaMA with a tokenizer of a token a byte."""
+    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(bare)
+    return bare
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """An example's main stops with one line that holds the message."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(tmp_path)
+
+    def check(name, message, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(name).main([str(argument) for argument in arguments])
+        said = str(stopped.value)
+        assert said.startswith(f"{name}: ") and message in said and "\n" not in said
+
+    return check
+
+
+@pytest.mark.slow
+def test_two_models_may_have_two_tokenizers(letters, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(letters), "--smoke")
+    assert result.returncode == 0, result.stderr[-3000:]
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "out/attention/attention.html").read_text(), re.DOTALL)
+    first, second = (model["tokens"] for model in json.loads(data.group(1))["models"])
+    assert len(second) == 60 > len(first) and (tmp_path / "out/attention/mean.svg").is_file()
+
+
+def test_view_attention_says_in_one_line_what_is_wrong(bare, refuses):
     for arguments, message in (
-        ((str(bare),), "no tokenizer can be loaded"),
+        (("nowhere",), "nowhere: no tokenizer can be loaded"),
+        ((bare,), "no tokenizer can be loaded"),
         (("--text", " "), "text is empty"),
+        (("--text-file", "absent.txt"), "absent.txt"),
         (("--layers", "5"), "layers=[5]: there are 5 layers"),
         (("--text", "word " * 600), "max_position_embeddings=512"),
+        (("--mark", "Madrid"), "--mark 'Madrid': does not occur"),
+        (("--mark", "4821", "--max-tokens", "20"), "--mark '4821': stands before the tokens that are shown"),
     ):
-        result = run(tmp_path, "view_attention.py", *arguments)
-        assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr[-3000:]
+        refuses("view_attention", message, *arguments)
+
+
+def test_two_tokenizers_have_no_mark_in_common(letters, refuses):
+    refuses("view_attention", "cut the text differently", TINY_LLAMA, letters, "--mark", "4821")
+
+
+def test_score_heads_says_in_one_line_what_is_wrong_before_its_work(refuses, monkeypatch):
+    module = importlib.import_module("score_heads")
+    monkeypatch.setattr(module, "make_prompts", lambda *arguments: pytest.fail("this is work"))
+    for arguments, message in (
+        (("nowhere",), "nowhere: no tokenizer can be loaded"),
+        (("--converted", "nowhere"), "conversion.json: not there"),
+        (("--length", "100000"), "max_position_embeddings is 512"),
+    ):
+        refuses("score_heads", message, *arguments)

@@ -36,9 +36,13 @@ def test_text_documents_are_the_text():
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--model", "x", "--lines", "99999"], "--lines"), (["--model", "x", "--text", "absent.txt"], "absent.txt")],
+    [
+        (["--model", "x", "--lines", "99999"], "--lines"),
+        (["--model", "x", "--text", "absent.txt"], "absent.txt"),
+        (["--model", str(ASSETS), "nowhere"], r"^evaluate_models: nowhere: no tokenizer can be loaded.*$"),
+    ],
 )
-def test_text_that_will_not_do_is_refused(words, message):
+def test_what_will_not_do_is_refused_before_anything_is_measured(words, message):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     with pytest.raises(SystemExit, match=message):
         evaluate_models.main(words)

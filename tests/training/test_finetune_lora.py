@@ -120,7 +120,8 @@ def refuses(checkpoint, capsys):
     def check(message, **options):
         with pytest.raises(SystemExit) as stopped:
             run(checkpoint, **options)
-        assert message in str(stopped.value) and str(stopped.value).startswith("finetune_lora: ")
+        said = str(stopped.value)
+        assert message in said and said.startswith("finetune_lora: ") and "\n" not in said
 
     return check
 
@@ -166,6 +167,9 @@ def test_completions_need_an_eos_token():
 def test_bad_settings_get_one_clear_error(checkpoint, refuses):
     refuses("max_position_embeddings=64", max_length=65)
     refuses("no checkpoint in", resume=True)
+    refuses("absent.jinja", chat_template=checkpoint.parent / "absent.jinja")
+    with pytest.raises(SystemExit, match=r"^finetune_lora: .*nowhere: no tokenizer can be loaded from there.*$"):
+        run(checkpoint.parent / "nowhere")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(checkpoint)

@@ -169,6 +169,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tokenizer, texts, tmp_pat
     tokenizer.save_pretrained(folder)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.jsonl").write_text('{"text": "w5 w6"}\n{"txt": "w5"}\n')
+    assert "nowhere: no tokenizer can be loaded" in refused(tmp_path / "nowhere", texts, output)
     assert "no file matches" in refused(folder, str(tmp_path / "*.absent"), output)
     assert "no text" in refused(folder, str(tmp_path / "empty.txt"), output)
     assert "line 2" in refused(folder, str(tmp_path / "bad.jsonl"), output)
@@ -207,6 +208,15 @@ def test_datasets_are_read_as_files_are(tokenizer, tmp_path):
     datasets.Dataset.from_list(lines).save_to_disk(tmp_path / "saved")
     expected = PackedRows(text_files([str(tmp_path / "rows.jsonl")]), tokenizer, 16).first_pass()
     assert PackedRows(dataset_documents(str(tmp_path / "saved"), "train"), tokenizer, 16).first_pass() == expected
+
+
+def test_a_dataset_that_is_nowhere_is_named_in_one_line(tokenizer, tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    tiny_model("v2").save_pretrained(tmp_path / "v2")
+    tokenizer.save_pretrained(tmp_path / "v2")
+    words = ["--model", str(tmp_path / "v2"), "--dataset", "nowhere", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"^continue_pretraining: .*nowhere.*$"):
+        continue_pretraining.main(words)
 
 
 @pytest.mark.parametrize("size", pretrain_from_scratch.SIZES)
