@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from loading import load_tokenizer
 from pretraining_data import PackedRows, dataset_documents, text_files
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -45,11 +45,7 @@ ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
 
 def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 and its tokenizer; raises `ValueError` where they do not fit each other or the context."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{arguments.model}: no tokenizer can be loaded from there ({reason})") from error
+    tokenizer = load_tokenizer(arguments.model)
     if arguments.eos_token:
         tokenizer.eos_token = arguments.eos_token
     model = AutoModelForCausalLM.from_pretrained(

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from loading import load_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
@@ -85,14 +86,6 @@ def local_tasks(folder: Path, arguments: argparse.Namespace) -> list[dict]:
         ],
     }
     return tasks
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: no tokenizer can be loaded from there ({reason})") from error
 
 
 def evaluate(name: str, tokenizer: PreTrainedTokenizerBase, tasks: list, arguments: argparse.Namespace) -> dict:

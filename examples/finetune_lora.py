@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 from finetuning_data import Example, read_records, tokenize
+from loading import load_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     PreTrainedModel,
@@ -58,12 +58,8 @@ ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def load_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{arguments.model}: no tokenizer can be loaded from there ({reason})") from error
+def prepare_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(arguments.model)
     if arguments.pad_token:
         tokenizer.pad_token = arguments.pad_token
     if arguments.chat_template:
@@ -293,7 +289,7 @@ def finetune(arguments: argparse.Namespace, console: Console) -> dict:
     last = get_last_checkpoint(checkpoints) if arguments.resume and checkpoints.is_dir() else None
     if arguments.resume and last is None:
         raise ValueError(f"--resume: no checkpoint in {checkpoints}; leave it out to start anew")
-    tokenizer = load_tokenizer(arguments)
+    tokenizer = prepare_tokenizer(arguments)
     model = load_base(arguments, arguments.load_in_4bit)
     if last is not None and model.config.model_type == "diff_llama":
         check_adapter(model, last)

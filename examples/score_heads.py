@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from loading import load_tokenizer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
@@ -95,11 +96,7 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     """The model and its tokenizer; ValueError for what would go wrong with them after all the work."""
     if arguments.converted:
         read_conversion(arguments.converted)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{arguments.checkpoint}: no tokenizer can be loaded from there ({reason})") from error
+    tokenizer = load_tokenizer(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
     # A number of four digits and the space before it are five tokens at most.
     check_context(model, arguments.length + 5, f"--length={arguments.length} and a number said again")

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from loading import load_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
@@ -33,14 +34,6 @@ TEXT = (
     "    return total / len(values)\n\nThe magic number of Lima is 1093.\n"
     "\nThe magic number of Oslo is 48"
 )
-
-
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint}: no tokenizer can be loaded from there ({reason})") from error
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, text: str, phrase: str, start: int) -> tuple[int, int]:
