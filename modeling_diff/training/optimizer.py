@@ -84,7 +84,8 @@ class DiffTrainerMixin(Trainer):
     `class DiffSFTTrainer(DiffTrainerMixin, SFTTrainer): ...`, then `lambda_factor` and `query_factor` as keywords,
     everything else as ever: rate, decay, `optim` and schedule come from the arguments. A `LambdaCallback` among
     `callbacks` is called before the integrations of `report_to`, so that they receive what it adds. V1's lambda is put
-    back to float32, as TRL casts every trainable parameter of a quantised model to bfloat16.
+    back to float32, as TRL casts every trainable parameter of a quantised model to bfloat16, and the norms over heads
+    that an adapter trains are put there: near 1 bfloat16 rounds an optimiser's steps to none.
     """
 
     def __init__(self, *args, lambda_factor: float = 1.0, query_factor: float = 1.0, **kwargs):
@@ -93,7 +94,8 @@ class DiffTrainerMixin(Trainer):
         for callback in [c for c in self.callback_handler.callbacks if isinstance(c, LambdaCallback)]:
             callback.attach(self)
         for name, parameter in self.model.named_parameters():
-            if "diff_lambda" in name.split("."):
+            parts = set(name.split("."))
+            if "diff_lambda" in parts or {"sub_norm", "modules_to_save"} <= parts:
                 parameter.data = parameter.data.float()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

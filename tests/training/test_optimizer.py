@@ -115,3 +115,20 @@ def test_trainer_refuses_an_optimiser_with_its_own_groups(tmp_path):
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"optimizer_dict": {}})
     with pytest.raises(ValueError, match="groups parameters itself"):
         trainer.create_optimizer()
+
+
+def test_adapter_on_a_bfloat16_base_trains_the_norm_over_heads(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = tiny_model("v1").to(torch.bfloat16)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    arguments = training_arguments(tmp_path, bf16=True, max_steps=1, learning_rate=2e-4)
+    trainer = DiffTrainer(model, arguments, train_dataset=random_rows())
+    trainer.train()
+    norms = {name: p.detach() for name, p in model.named_parameters() if "sub_norm.modules_to_save" in name}
+    assert len(norms) == 2
+    for weight in norms.values():
+        # Adam's first step is as long as the rate, and 1 what the norm was; float32 near 1.
+        torch.testing.assert_close((weight - 1).abs(), torch.full((8,), 2e-4), rtol=0, atol=1e-6)
+    trainer.save_model(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(tiny_model("v1"), tmp_path / "adapter").state_dict()
+    assert all(torch.equal(reloaded[name], weight) for name, weight in norms.items())
