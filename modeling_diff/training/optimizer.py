@@ -28,14 +28,15 @@ def parameter_groups(
     towards lambda_init in V1 and 1/2 in V2. `lambda_factor` multiplies the rate of lambda, `query_factor` that of
     `q_proj` in V2's differential layers, whose two copies of a LLaMA's queries move apart at the rate under Adam;
     1/3 is worth a try there. Adapters on a module are treated as the module is. LLaMA's own layers and models may be
-    passed as well. Names are read by their parts, so wrappers (peft, DDP, FSDP2, torch.compile) change nothing.
+    passed as well. Names are read by their parts, so wrappers (peft, DDP, FSDP2, torch.compile) change nothing. "rest"
+    comes first: the rate that a Trainer logs is the first group's.
 
     Raises `ValueError` if nothing is trainable, for a factor that is not above 0, and for FSDP1's flat parameters.
     """
     for name, factor in (("lambda_factor", lambda_factor), ("query_factor", query_factor)):
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"{name}={factor}: must be above 0; to freeze parameters, set requires_grad_(False).")
-    rates = {"lambda": lambda_factor * learning_rate, "queries": query_factor * learning_rate, "rest": learning_rate}
+    rates = {"rest": learning_rate, "queries": query_factor * learning_rate, "lambda": lambda_factor * learning_rate}
     queries = mirrored_query_modules(model)
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -46,12 +47,14 @@ def parameter_groups(
         raise ValueError("model: no parameter has requires_grad=True, there is nothing to train.")
     return [
         {
-            "params": parameters,
+            "params": members[kind, decayed],
             "lr": rates[kind],
             "weight_decay": weight_decay if decayed else 0.0,
             "name": kind if kind == "lambda" or decayed else f"{kind}, no decay",
         }
-        for (kind, decayed), parameters in sorted(members.items(), key=lambda item: item[0])
+        for kind in rates
+        for decayed in (True, False)
+        if (kind, decayed) in members
     ]
 
 
@@ -104,11 +107,10 @@ class DiffTrainerMixin(Trainer):
 
         Raises `ValueError` for an `optim` that chooses its parameters itself (GaLore, APOLLO, LOMO, layer-wise ones).
         """
+        given = self.optimizer_cls_and_kwargs
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
-            optimizer_cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-                self.args, opt_model
-            )
+            optimizer_cls, settings = given or self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & settings.keys():
                 raise ValueError(f"optim={self.args.optim}: it groups parameters itself; use a plain Trainer with it.")
             groups = parameter_groups(
@@ -120,7 +122,9 @@ class DiffTrainerMixin(Trainer):
             )
             # The Trainer takes groups that stand among the settings in the place of its own.
             self.optimizer_cls_and_kwargs = (optimizer_cls, settings | {"params": groups})
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = given  # the next trial of a search has other settings
+        return optimizer
 
 
 class DiffTrainer(DiffTrainerMixin):

@@ -110,6 +110,20 @@ def test_trainer_trains_the_groups(variant, optim, tmp_path):
     assert len(expected) == {"v1": 3, "v2": 4}[variant]
 
 
+def test_every_training_has_the_rate_of_its_arguments(tmp_path):
+    """As in a search over rates, which trains a new model in each trial; the rate that is logged is theirs as well."""
+    arguments = training_arguments(tmp_path, lr_scheduler_type="constant", max_steps=1)
+    trainer = DiffTrainer(
+        model_init=lambda: tiny_model("v1"), args=arguments, train_dataset=random_rows(), lambda_factor=LAMBDA_FACTOR
+    )
+    for rate in (1e-2, 1e-5):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == pytest.approx({"rest": rate, "rest, no decay": rate, "lambda": LAMBDA_FACTOR * rate})
+        assert trainer.state.log_history[0]["learning_rate"] == rate
+
+
 def test_trainer_refuses_an_optimiser_with_its_own_groups(tmp_path):
     trainer = DiffTrainer(tiny_model("v1"), training_arguments(tmp_path), train_dataset=random_rows())
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"optimizer_dict": {}})
