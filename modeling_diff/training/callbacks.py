@@ -31,7 +31,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
     | `lambda/grad_norm` | norm of all lambda parameters' gradients at the last step, after clipping |
 
     V1's lambda is warned of once when it is negative: the maps are then averaged, not subtracted. With a `floor`, it
-    is put back there after every optimiser step that went below. V2's lambda is a sigmoid, and needs no floor.
+    is put back there after every optimiser step that went below, unless it is frozen. V2's lambda is a sigmoid, and
+    needs no floor.
 
     With a plain Trainer, call `attach(trainer)` instead of passing it in `callbacks`. When training begins, raises
     `ValueError` for a model without differential layers, for a floor on V2, and under FSDP1.
@@ -104,13 +105,14 @@ class LambdaCallback(TrainerCallback, ExportableState):
         for layer, module in self.lambdas.items():
             if layer in self.running:
                 continue
-            if self.floor is not None:
-                hold_lambda(trained_module(module), self.floor)
-            elif not self.warned and (value := layer_lambda(trained_module(module))) < 0:
+            diff_lambda = trained_module(module)
+            if self.floor is not None and all(p.requires_grad for p in diff_lambda.parameters()):
+                hold_lambda(diff_lambda, self.floor)
+            elif not self.warned and (value := layer_lambda(diff_lambda)) < 0:
                 self.warned = True
                 logger.warning(
                     f"lambda of layer {layer} is {value:.4f} at step {state.global_step + 1}: below 0 the second map "
-                    "is added, not subtracted. LambdaCallback(floor=0.02) holds it up."
+                    "is added, not subtracted. LambdaCallback(floor=0.02) holds it up where it trains."
                 )
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:

@@ -194,6 +194,16 @@ def test_floor_holds_lambda_after_every_step(tmp_path, adapted):
     assert trainer.state.log_history[-2]["lambda/layer_0/mean"] > 0.2
 
 
+def test_floor_leaves_a_frozen_lambda(tmp_path, warnings_of_callbacks):
+    """What moved in the base would be missing from the adapter that is saved."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = tiny_model("v1", lambda_init=[0.5, -0.3])
+    frozen = {name: p.clone() for name, p in base.state_dict().items() if "diff_lambda" in name}
+    run(peft.get_peft_model(base, peft.LoraConfig(r=4)), tmp_path, LambdaCallback(floor=0.05))
+    assert len(frozen) == 8 and all(torch.equal(base.state_dict()[name], p) for name, p in frozen.items())
+    assert any("layer 1" in message for message in warnings_of_callbacks)
+
+
 def test_hold_lambda_leaves_what_is_above():
     module = tiny_model("v1").model.layers[0].self_attn.diff_lambda
     kept = {name: p.clone() for name, p in module.named_parameters()}
