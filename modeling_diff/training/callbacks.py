@@ -23,7 +23,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
 
     | key | what |
     |---|---|
-    | `lambda/layer_<l>/mean` | lambda (V1), its mean over heads and the training tokens since the last log (V2) |
+    | `lambda/layer_<l>/mean` | lambda (V1), its mean over heads and tokens, padding too, since the last log (V2) |
     | `lambda/layer_<l>/min`, `/max` | over the same tokens and heads (V2) |
     | `lambda/layer_<l>/distance` | mean less what it was at the first step, also after a resume |
     | `lambda/mean`, `lambda/min`, `lambda/max` | over layers |

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from modeling_diff.modeling_diff_llama import DiffLambda
 from modeling_diff.training import (
+    LORA_TARGETS,
     DiffTrainer,
     FiniteLossCallback,
     LambdaCallback,
@@ -98,6 +99,27 @@ def test_v2_log_holds_the_mean_over_tokens_and_heads(tmp_path, adapted):
         assert logs[f"lambda/layer_{layer}/max"] == pytest.approx(values.max().item(), abs=1e-6)
         assert logs[f"lambda/layer_{layer}/distance"] == 0
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class TrainerWithReference(DiffTrainer):
+    """As preference training with an adapter: the model without it is asked first, in training mode."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ["k_proj"]])
+def test_log_leaves_out_passes_of_the_reference(variant, targets, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    logged = []
+    for trainer_class in (DiffTrainer, TrainerWithReference):
+        model = peft.get_peft_model(tiny_model(variant), lora_config(tiny_model(variant), r=4, target_modules=targets))
+        trainer = run(model, tmp_path, LambdaCallback(), trainer_class=trainer_class, learning_rate=0.1)
+        logged.append([{name: logs[name] for name in logs if "lambda" in name} for logs in trainer.state.log_history])
+    assert logged[0] == logged[1] and abs(logged[0][-2]["lambda/layer_1/distance"]) > 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
