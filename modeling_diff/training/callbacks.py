@@ -63,7 +63,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed run measures its distance from the first start."""
-        return {"args": {"floor": self.floor}, "attributes": {"start": self.start, "attached": self.attached}}
+        return {"args": {"floor": self.floor}, "attributes": {"start": self.start}}
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -74,9 +74,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
                 "DiffTrainer, or attach(trainer)."
             )
         self.watch(model)
-        if state.global_step and not self.start:
-            saved = state.stateful_callbacks.get(type(self).__name__, {})
-            self.start = saved.get("attributes", {}).get("start", {})
+        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self.start = saved.get("attributes", {}).get("start", {})
 
     def watch(self, model: nn.Module) -> None:
         attentions = differential_attentions(model)
@@ -116,7 +115,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
                 )
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
-        if "loss" not in logs:
+        seen = self.start and all(running.count for running in self.running.values())
+        if "loss" not in logs or not seen:
             return
         values = self.metrics()
         logs |= values

@@ -94,12 +94,19 @@ class DiffTrainerMixin(Trainer):
     def __init__(self, *args, lambda_factor: float = 1.0, query_factor: float = 1.0, **kwargs):
         self.lambda_factor, self.query_factor = lambda_factor, query_factor
         super().__init__(*args, **kwargs)
-        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, LambdaCallback)]:
-            callback.attach(self)
+        self.attach_lambda_callbacks()
         for name, parameter in self.model.named_parameters():
             parts = set(name.split("."))
             if "diff_lambda" in parts or {"sub_norm", "modules_to_save"} <= parts:
                 parameter.data = parameter.data.float()
+
+    def attach_lambda_callbacks(self) -> None:
+        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, LambdaCallback)]:
+            callback.attach(self)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self.attach_lambda_callbacks()  # a restored callback is a new one, and the last
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """

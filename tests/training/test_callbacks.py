@@ -187,6 +187,45 @@ def test_distance_is_measured_from_the_first_start_after_a_resume(tmp_path):
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize("trainer_class", [DiffTrainer, Trainer])
+def test_restored_callback_reports_or_warns(trainer_class, tmp_path, warnings_of_callbacks):
+    """transformers puts a new callback in the place of a restored one, behind those that report."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        callback, reporter, arguments = LambdaCallback(), Reporter(), training_arguments(tmp_path, **saving)
+        trainer = trainer_class(
+            tiny_model("v1"), arguments, train_dataset=random_rows(), callbacks=[reporter, callback]
+        )
+        callback.attach(trainer)
+        arguments.report_to = ["a reporter"]
+        trainer.train(resume_from_checkpoint=checkpoint)
+    reported = "lambda/layer_1/distance" in reporter.logs[0]
+    warned = any("will not see lambda" in message for message in warnings_of_callbacks)
+    assert (reported, warned) == ((True, False) if trainer_class is DiffTrainer else (False, True))
+
+
+def test_distance_is_of_the_model_that_is_trained(tmp_path):
+    callback = LambdaCallback()
+    run(tiny_model("v1"), tmp_path, callback)
+    trainer = run(tiny_model("v1", lambda_init=[0.1, 0.1]), tmp_path, callback, learning_rate=1e-9)
+    # At this rate lambda stays where it is; float32.
+    assert trainer.state.log_history[0]["lambda/layer_0/distance"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_before_the_first_step_and_after_the_last_is_taken(variant, tmp_path):
+    callback = LambdaCallback()
+    trainer = DiffTrainer(
+        tiny_model(variant), training_arguments(tmp_path), train_dataset=random_rows(), callbacks=[callback]
+    )
+    callback.watch(trainer.model)
+    trainer.log({"loss": 2.0})
+    assert not any("lambda" in name for name in trainer.state.log_history[0])
+    trainer.train()
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["loss"] == 1.0
+
+
 @pytest.fixture
 def warnings_of_callbacks():
     records = []
