@@ -26,7 +26,8 @@ AUTO_MAP = {
 # something else. With this it stops, and says why.
 WRONG_CLASS_GUARD = {
     "lambda_std_dev": "This is not a checkpoint of transformers' own DiffLlama: load it through the auto classes with "
-    "trust_remote_code=True, or with modeling_diff."
+    "trust_remote_code=True, or with modeling_diff; a tool that takes a class by its name, such as TRL given a path, "
+    "has to be given the model itself."
 }
 
 
@@ -84,7 +85,7 @@ class DiffLlamaConfig(LlamaConfig):
                 f"model_type={model_type!r} is another architecture, whose weights mean something else here: a LLaMA "
                 "checkpoint comes over with `diff-llama convert`."
             )
-        if kwargs.pop("lambda_std_dev", None) not in (None, *WRONG_CLASS_GUARD.values()):
+        if isinstance(kwargs.pop("lambda_std_dev", None), int | float):  # a text is the guard, of any revision
             raise ValueError(
                 "lambda_std_dev is a field of transformers' own diffllama, which computes something else in another "
                 "weight order: here it is lambda_init_std, and checkpoints come over with `diff-llama convert`."

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Few and small: they train whole. A bare lambda vector could not be named here, peft takes modules alone.
 NEW_MODULES = {"v1": ["diff_lambda", "sub_norm"], "v2": ["lambda_proj"]}
+# Left out of quantisation: what trains whole, also the heads that peft adds to it.
+NOT_QUANTISED = ["lm_head", "score", "qa_outputs", "lambda_proj"]
 TASK_TYPES = {
+    "Model": "FEATURE_EXTRACTION",
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -30,7 +33,8 @@ def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides
     `overrides` are LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
     Without differential layers there is nothing to train whole, and nothing is named.
 
-    Raises `ValueError` for a model that is not of this project, `ImportError` without peft.
+    Raises `ValueError` for a model that is not of this project, or whose modules to train whole are quantised,
+    `ImportError` without peft.
     """
     from peft import LoraConfig
 
@@ -46,12 +50,26 @@ def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides
         "modules_to_save": list(NEW_MODULES[config.variant]) if differential else None,
         "task_type": next((task for suffix, task in TASK_TYPES.items() if class_name.endswith(suffix)), "CAUSAL_LM"),
     }
-    return LoraConfig(**(defaults | overrides))
+    lora = LoraConfig(**(defaults | overrides))
+    if isinstance(model_or_config, PreTrainedModel):
+        check_not_quantised(model_or_config, lora.modules_to_save or [])
+    return lora
+
+
+def check_not_quantised(model: PreTrainedModel, names: list[str]) -> None:
+    """Raises `ValueError` if a module of these names holds weights of bitsandbytes, which cannot be trained whole."""
+    for name, module in model.named_modules():
+        weights = module.parameters() if name.rpartition(".")[2] in names else ()
+        if any(not weight.is_floating_point() or hasattr(weight, "quant_state") for weight in weights):
+            raise ValueError(
+                f"{name}: is quantised, and is to be trained whole; load the base with four_bit_config(), or with "
+                f"llm_int8_skip_modules={NOT_QUANTISED} in its BitsAndBytesConfig."
+            )
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> BitsAndBytesConfig:
     """
-    A base in NF4 for QLoRA, all but what `lora_config` trains whole: a copy of 4-bit weights could not be trained.
+    A base in NF4 for QLoRA, all but heads and what `lora_config` trains whole: 4-bit weights could not be trained.
 
     `overrides` are BitsAndBytesConfig's own arguments.
     """
@@ -60,7 +78,7 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, **overrides: An
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": compute_dtype,
-        "llm_int8_skip_modules": ["lm_head", "lambda_proj"],
+        "llm_int8_skip_modules": list(NOT_QUANTISED),
     }
     return BitsAndBytesConfig(**(defaults | overrides))
 

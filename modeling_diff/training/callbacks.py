@@ -23,7 +23,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
 
     | key | what |
     |---|---|
-    | `lambda/layer_<l>/mean` | lambda (V1), its mean over heads and the training tokens since the last log (V2) |
+    | `lambda/layer_<l>/mean` | lambda (V1), its mean over heads and tokens, padding too, since the last log (V2) |
     | `lambda/layer_<l>/min`, `/max` | over the same tokens and heads (V2) |
     | `lambda/layer_<l>/distance` | mean less what it was at the first step, also after a resume |
     | `lambda/mean`, `lambda/min`, `lambda/max` | over layers |
@@ -31,7 +31,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
     | `lambda/grad_norm` | norm of all lambda parameters' gradients at the last step, after clipping |
 
     V1's lambda is warned of once when it is negative: the maps are then averaged, not subtracted. With a `floor`, it
-    is put back there after every optimiser step that went below. V2's lambda is a sigmoid, and needs no floor.
+    is put back there after every optimiser step that went below, unless it is frozen. V2's lambda is a sigmoid, and
+    needs no floor.
 
     With a plain Trainer, call `attach(trainer)` instead of passing it in `callbacks`. When training begins, raises
     `ValueError` for a model without differential layers, for a floor on V2, and under FSDP1.
@@ -62,7 +63,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed run measures its distance from the first start."""
-        return {"args": {"floor": self.floor}, "attributes": {"start": self.start, "attached": self.attached}}
+        return {"args": {"floor": self.floor}, "attributes": {"start": self.start}}
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -73,9 +74,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
                 "DiffTrainer, or attach(trainer)."
             )
         self.watch(model)
-        if state.global_step and not self.start:
-            saved = state.stateful_callbacks.get(type(self).__name__, {})
-            self.start = saved.get("attributes", {}).get("start", {})
+        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self.start = saved.get("attributes", {}).get("start", {})
 
     def watch(self, model: nn.Module) -> None:
         attentions = differential_attentions(model)
@@ -104,17 +104,19 @@ class LambdaCallback(TrainerCallback, ExportableState):
         for layer, module in self.lambdas.items():
             if layer in self.running:
                 continue
-            if self.floor is not None:
-                hold_lambda(trained_module(module), self.floor)
-            elif not self.warned and (value := layer_lambda(trained_module(module))) < 0:
+            diff_lambda = trained_module(module)
+            if self.floor is not None and all(p.requires_grad for p in diff_lambda.parameters()):
+                hold_lambda(diff_lambda, self.floor)
+            elif not self.warned and (value := layer_lambda(diff_lambda)) < 0:
                 self.warned = True
                 logger.warning(
                     f"lambda of layer {layer} is {value:.4f} at step {state.global_step + 1}: below 0 the second map "
-                    "is added, not subtracted. LambdaCallback(floor=0.02) holds it up."
+                    "is added, not subtracted. LambdaCallback(floor=0.02) holds it up where it trains."
                 )
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
-        if "loss" not in logs:
+        seen = self.start and all(running.count for running in self.running.values())
+        if "loss" not in logs or not seen:
             return
         values = self.metrics()
         logs |= values

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from modeling_diff.diff_attention import attention_maps, lambda_over_maps
 from modeling_diff.diff_attention_fused import is_stretches, mask_of_stretches
 
-from .lambda_values import layer_lambda, trained_module
+from .lambda_values import in_training, layer_lambda, trained_module
 
 
 class CancelledShare:
@@ -29,8 +29,8 @@ class CancelledShare:
         self.due = True
         self.value: torch.Tensor | None = None
         self.seen: dict[str, torch.Tensor] = {}
-        names = [name for name in ("q_proj", "k_proj", "lambda_proj") if hasattr(attention, name)]
-        self.hooks = [getattr(attention, name).register_forward_hook(self.keep(name)) for name in names]
+        self.names = [name for name in ("q_proj", "k_proj", "lambda_proj") if hasattr(attention, name)]
+        self.hooks = [getattr(attention, name).register_forward_hook(self.keep(name)) for name in self.names]
         self.hooks.append(attention.register_forward_hook(self.after_attention, with_kwargs=True))
 
     def measure(self) -> None:
@@ -39,14 +39,14 @@ class CancelledShare:
 
     def keep(self, name: str) -> Any:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            if self.due and module.training:
+            if self.due and in_training(module):
                 self.seen[name] = output.detach()[:1]
 
         return hook
 
     @torch.no_grad()
     def after_attention(self, attention: Any, inputs: tuple, settings: dict[str, Any], output: Any) -> None:
-        if not (self.due and attention.training):
+        if self.seen.keys() != set(self.names):
             return
         states = [self.seen[name].unflatten(-1, (-1, attention.map_dim)) for name in ("q_proj", "k_proj")]
         cos, sin = (part[:1] for part in settings["position_embeddings"])

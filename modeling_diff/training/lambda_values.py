@@ -27,6 +27,11 @@ def trained_module(module: nn.Module) -> nn.Module:
     return original
 
 
+def in_training(module: nn.Module) -> bool:
+    """Whether this is a pass of what is trained, and not of its reference: the model with its adapters disabled."""
+    return module.training and not getattr(module, "disable_adapters", False)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor of all ranks; a collective under FSDP2."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -68,7 +73,11 @@ def hold_lambda(diff_lambda: Any, floor: float) -> None:
 
 
 class RunningLambda:
-    """Mean, minimum and maximum of V2's lambda over the tokens and heads seen; a forward hook on `lambda_proj`."""
+    """
+    Mean, minimum and maximum of V2's lambda over the tokens and heads seen; a forward hook on `lambda_proj`.
+
+    Padding is among these tokens: no mask comes this way.
+    """
 
     def __init__(self):
         self.reset()
@@ -81,7 +90,7 @@ class RunningLambda:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, inputs: Any, lambda_logits: torch.Tensor) -> None:
-        if not module.training:
+        if not in_training(module):
             return
         values = lambda_logits.detach().float().sigmoid()  # (B, T, H)
         # Tensors, added up where they are: nothing waits for the device before a log is due.

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 from trainable_models import random_ids, tiny_model, train
+from transformers import BitsAndBytesConfig
 
-from modeling_diff import DiffLlamaForSequenceClassification, DiffLlamaForTokenClassification
+from modeling_diff import (
+    DiffLlamaForCausalLM,
+    DiffLlamaForQuestionAnswering,
+    DiffLlamaForSequenceClassification,
+    DiffLlamaForTokenClassification,
+    DiffLlamaModel,
+)
 from modeling_diff.diff_sub_norm import SubRMSNorm
 
 
@@ -233,6 +240,8 @@ def test_kernel_never_normalises_in_the_place_of_an_adapter():
     [
         (DiffLlamaForSequenceClassification, "SEQ_CLS", "score"),
         (DiffLlamaForTokenClassification, "TOKEN_CLS", "score"),
+        (DiffLlamaForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (DiffLlamaModel, "FEATURE_EXTRACTION", "lambda_proj"),  # without a head
     ],
 )
 def test_heads_get_their_task_and_train(model_class, task, head):
@@ -268,6 +277,42 @@ def test_four_bit_base_trains_and_comes_back(variant, tmp_path):
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")), expected)
+
+
+@pytest.mark.parametrize(
+    "model_class, head, labels",
+    [
+        (DiffLlamaForSequenceClassification, "score", {"labels": torch.tensor([0, 1])}),
+        (DiffLlamaForTokenClassification, "score", {"labels": random_ids() % 2}),
+        (
+            DiffLlamaForQuestionAnswering,
+            "qa_outputs",
+            {name: torch.tensor([3, 4]) for name in ("start_positions", "end_positions")},
+        ),
+    ],
+)
+def test_head_on_a_four_bit_base_trains(model_class, head, labels, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model("v2", model_class, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    base = model_class.from_pretrained(
+        tmp_path, quantization_config=four_bit_config(torch.float32), dtype=torch.float32
+    )
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    model(input_ids=random_ids(), **labels).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if f"{head}.modules_to_save.default.weight" in name]
+    assert len(gradients) == 1 and gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}], ids=repr
+)
+def test_quantised_lambda_is_refused_before_it_is_trained(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model("v2", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    base = DiffLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**bits))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.lambda_proj: is quantised.*llm_int8_skip_modules"):
+        lora_config(base)
+    assert lora_config(base, modules_to_save=None).modules_to_save is None
 
 
 def test_package_imports_without_peft():

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import convert_checkpoint
+from modeling_diff import DiffLlamaConfig
 from modeling_diff.training import LambdaCallback, four_bit_config, lora_config, parameter_groups
 from modeling_diff.training.optimizer import DiffTrainerMixin
 
@@ -30,6 +31,10 @@ SETTINGS = {
     "bf16": False,
     "disable_tqdm": True,
 }
+ROWS = datasets.Dataset.from_list([{"text": "def f(x):\n    return x"}] * 4)
+PREFERENCES = datasets.Dataset.from_list(
+    [{"prompt": f"{word} =", "chosen": " yes", "rejected": " no"} for word in ("ab", "cd", "ef", "gh")]
+)
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -64,14 +69,34 @@ def test_supervised_fine_tuning_learns(checkpoint, tmp_path):
     assert [g["name"] for g in trainer.optimizer.param_groups] == [g["name"] for g in groups]
 
 
+def test_path_is_refused_with_the_way_out(checkpoint, tmp_path):
+    """TRL takes the class that transformers has under our name, and would compute something else."""
+    with pytest.raises(Exception, match="such as TRL given a path, has to be given the model itself"):
+        trl.SFTTrainer(str(checkpoint), trl.SFTConfig(str(tmp_path), **SETTINGS), train_dataset=ROWS)
+
+
+def test_guard_of_another_wording_loads():
+    """Checkpoints keep the text of the revision that wrote them."""
+    assert DiffLlamaConfig(lambda_std_dev="Not transformers' own.").to_dict() == DiffLlamaConfig().to_dict()
+
+
+def test_full_preference_training_takes_a_reference(checkpoint, tmp_path):
+    trainer = trl.DPOTrainer(
+        model=load(checkpoint), ref_model=load(checkpoint), train_dataset=PREFERENCES,
+        args=trl.DPOConfig(str(tmp_path), **(SETTINGS | {"max_steps": 1})),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)  # as below
+
+
 def test_preference_training_starts_at_its_reference_and_learns(checkpoint, tmp_path):
     class DiffDPOTrainer(DiffTrainerMixin, trl.DPOTrainer):
         pass
 
     model = load(checkpoint)
-    rows = [{"prompt": f"{word} =", "chosen": " yes", "rejected": " no"} for word in ("ab", "cd", "ef", "gh")]
     trainer = DiffDPOTrainer(
-        model=model, args=trl.DPOConfig(str(tmp_path), **SETTINGS), train_dataset=datasets.Dataset.from_list(rows),
+        model=model, args=trl.DPOConfig(str(tmp_path), **SETTINGS), train_dataset=PREFERENCES,
         processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
         callbacks=[LambdaCallback()],
     )  # fmt: skip
@@ -91,9 +116,8 @@ def test_quantised_base_keeps_lambda_in_float32(checkpoint, tmp_path):
 
     quantised = {"quantization_config": four_bit_config(), "dtype": torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **quantised)
-    data = datasets.Dataset.from_list([{"text": "def f(x):\n    return x"}] * 4)
     trainer = DiffSFTTrainer(
-        model, trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})), train_dataset=data,
+        model, trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})), train_dataset=ROWS,
         processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
     )  # fmt: skip
     trainer.train()

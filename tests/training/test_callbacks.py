@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from modeling_diff.modeling_diff_llama import DiffLambda
 from modeling_diff.training import (
+    LORA_TARGETS,
     DiffTrainer,
     FiniteLossCallback,
     LambdaCallback,
@@ -100,6 +101,27 @@ def test_v2_log_holds_the_mean_over_tokens_and_heads(tmp_path, adapted):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class TrainerWithReference(DiffTrainer):
+    """As preference training with an adapter: the model without it is asked first, in training mode."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ["k_proj"]])
+def test_log_leaves_out_passes_of_the_reference(variant, targets, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    logged = []
+    for trainer_class in (DiffTrainer, TrainerWithReference):
+        model = peft.get_peft_model(tiny_model(variant), lora_config(tiny_model(variant), r=4, target_modules=targets))
+        trainer = run(model, tmp_path, LambdaCallback(), trainer_class=trainer_class, learning_rate=0.1)
+        logged.append([{name: logs[name] for name in logs if "lambda" in name} for logs in trainer.state.log_history])
+    assert logged[0] == logged[1] and abs(logged[0][-2]["lambda/layer_1/distance"]) > 1e-3
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("implementation", ["sdpa", "diff_chunked", "eager"])
 def test_cancelled_share_is_the_overlap_of_the_maps(variant, implementation, tmp_path):
@@ -165,6 +187,45 @@ def test_distance_is_measured_from_the_first_start_after_a_resume(tmp_path):
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize("trainer_class", [DiffTrainer, Trainer])
+def test_restored_callback_reports_or_warns(trainer_class, tmp_path, warnings_of_callbacks):
+    """transformers puts a new callback in the place of a restored one, behind those that report."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        callback, reporter, arguments = LambdaCallback(), Reporter(), training_arguments(tmp_path, **saving)
+        trainer = trainer_class(
+            tiny_model("v1"), arguments, train_dataset=random_rows(), callbacks=[reporter, callback]
+        )
+        callback.attach(trainer)
+        arguments.report_to = ["a reporter"]
+        trainer.train(resume_from_checkpoint=checkpoint)
+    reported = "lambda/layer_1/distance" in reporter.logs[0]
+    warned = any("will not see lambda" in message for message in warnings_of_callbacks)
+    assert (reported, warned) == ((True, False) if trainer_class is DiffTrainer else (False, True))
+
+
+def test_distance_is_of_the_model_that_is_trained(tmp_path):
+    callback = LambdaCallback()
+    run(tiny_model("v1"), tmp_path, callback)
+    trainer = run(tiny_model("v1", lambda_init=[0.1, 0.1]), tmp_path, callback, learning_rate=1e-9)
+    # At this rate lambda stays where it is; float32.
+    assert trainer.state.log_history[0]["lambda/layer_0/distance"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_before_the_first_step_and_after_the_last_is_taken(variant, tmp_path):
+    callback = LambdaCallback()
+    trainer = DiffTrainer(
+        tiny_model(variant), training_arguments(tmp_path), train_dataset=random_rows(), callbacks=[callback]
+    )
+    callback.watch(trainer.model)
+    trainer.log({"loss": 2.0})
+    assert not any("lambda" in name for name in trainer.state.log_history[0])
+    trainer.train()
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["loss"] == 1.0
+
+
 @pytest.fixture
 def warnings_of_callbacks():
     records = []
@@ -192,6 +253,16 @@ def test_floor_holds_lambda_after_every_step(tmp_path, adapted):
     held = [logs["lambda/layer_1/mean"] for logs in trainer.state.log_history if "loss" in logs]
     assert held[0] == pytest.approx(0.05, abs=1e-5) and all(value >= 0.05 for value in held)
     assert trainer.state.log_history[-2]["lambda/layer_0/mean"] > 0.2
+
+
+def test_floor_leaves_a_frozen_lambda(tmp_path, warnings_of_callbacks):
+    """What moved in the base would be missing from the adapter that is saved."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = tiny_model("v1", lambda_init=[0.5, -0.3])
+    frozen = {name: p.clone() for name, p in base.state_dict().items() if "diff_lambda" in name}
+    run(peft.get_peft_model(base, peft.LoraConfig(r=4)), tmp_path, LambdaCallback(floor=0.05))
+    assert len(frozen) == 8 and all(torch.equal(base.state_dict()[name], p) for name, p in frozen.items())
+    assert any("layer 1" in message for message in warnings_of_callbacks)
 
 
 def test_hold_lambda_leaves_what_is_above():

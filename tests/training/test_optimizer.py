@@ -110,8 +110,39 @@ def test_trainer_trains_the_groups(variant, optim, tmp_path):
     assert len(expected) == {"v1": 3, "v2": 4}[variant]
 
 
+def test_every_training_has_the_rate_of_its_arguments(tmp_path):
+    """As in a search over rates, which trains a new model in each trial; the rate that is logged is theirs as well."""
+    arguments = training_arguments(tmp_path, lr_scheduler_type="constant", max_steps=1)
+    trainer = DiffTrainer(
+        model_init=lambda: tiny_model("v1"), args=arguments, train_dataset=random_rows(), lambda_factor=LAMBDA_FACTOR
+    )
+    for rate in (1e-2, 1e-5):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == pytest.approx({"rest": rate, "rest, no decay": rate, "lambda": LAMBDA_FACTOR * rate})
+        assert trainer.state.log_history[0]["learning_rate"] == rate
+
+
 def test_trainer_refuses_an_optimiser_with_its_own_groups(tmp_path):
     trainer = DiffTrainer(tiny_model("v1"), training_arguments(tmp_path), train_dataset=random_rows())
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"optimizer_dict": {}})
     with pytest.raises(ValueError, match="groups parameters itself"):
         trainer.create_optimizer()
+
+
+def test_adapter_on_a_bfloat16_base_trains_the_norm_over_heads(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = tiny_model("v1").to(torch.bfloat16)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    arguments = training_arguments(tmp_path, bf16=True, max_steps=1, learning_rate=2e-4)
+    trainer = DiffTrainer(model, arguments, train_dataset=random_rows())
+    trainer.train()
+    norms = {name: p.detach() for name, p in model.named_parameters() if "sub_norm.modules_to_save" in name}
+    assert len(norms) == 2
+    for weight in norms.values():
+        # Adam's first step is as long as the rate, and 1 what the norm was; float32 near 1.
+        torch.testing.assert_close((weight - 1).abs(), torch.full((8,), 2e-4), rtol=0, atol=1e-6)
+    trainer.save_model(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(tiny_model("v1"), tmp_path / "adapter").state_dict()
+    assert all(torch.equal(reloaded[name], weight) for name, weight in norms.items())
