@@ -92,7 +92,7 @@ def _kernels_take(query, key, value, attention_mask, num_maps) -> bool:
         return False
     if not (query.shape[2] in (1, key.shape[2]) if attention_mask is None else is_stretches(attention_mask)):
         return False
-    training = torch.is_grad_enabled() and query.requires_grad
+    training = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     return kernels_agree(query.device, dtype, *widths, num_maps, training)
 
 

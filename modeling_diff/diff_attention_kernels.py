@@ -27,8 +27,11 @@ except ImportError:
         constexpr = None
 
 
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
+def _jit(kernel=None, *, any_value=()):
+    """triton.jit; sizes in `any_value` change from call to call, so nothing is compiled for 1 or multiples of 16."""
+    if kernel is None:
+        return lambda kernel: _jit(kernel, any_value=any_value)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=any_value)
 
 
 @_jit
@@ -115,6 +118,9 @@ def _attend(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both online softmaxes over the keys [begin, end); [first, last) is the union of the rows' intervals."""
+    # The second scores before the first softmax: then it runs during their product, and the second during p1 v. Wide
+    # tiles leave no registers for both.
+    EARLY: tl.constexpr = BLOCK_N * BLOCK_d <= 4096
     offsets = tl.arange(0, BLOCK_N)
     k_ptr += begin.to(tl.int64) * stride_k
     v_ptr += begin.to(tl.int64) * stride_v
@@ -124,13 +130,17 @@ def _attend(
         k1 = _load(k_ptr, stride_k, offsets, valid, d, BLOCK_d, MASKED)  # (BLOCK_N, BLOCK_d)
         v = _load(v_ptr, stride_v, offsets, valid, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
         s1 = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if MAPS == 2:
+            k2 = k1 if SHARE_K else _load(k_ptr + d, stride_k, offsets, valid, d, BLOCK_d, MASKED)
+            if EARLY:
+                s2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
         if MASKED:
             seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
             s1 = tl.where(seen, s1, float("-inf"))
         m1, l1, acc1 = _softmax_step(s1, m1, l1, acc1, v, scale, PRECISION)
         if MAPS == 2:
-            k2 = k1 if SHARE_K else _load(k_ptr + d, stride_k, offsets, valid, d, BLOCK_d, MASKED)
-            s2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+            if not EARLY:
+                s2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
             if MASKED:
                 s2 = tl.where(seen, s2, float("-inf"))
             m2, l2, acc2 = _softmax_step(s2, m2, l2, acc2, v, scale, PRECISION)
@@ -139,7 +149,7 @@ def _attend(
     return m1, l1, acc1, m2, l2, acc2
 
 
-@_jit
+@_jit(any_value=("B", "T", "S"))
 def fwd_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, weight_ptr, out_ptr, o_ptr, o2_ptr, lse1_ptr, lse2_ptr, rstd_ptr, scratch_ptr,
     start_ptr, length_ptr, bounds_ptr, window,
@@ -220,7 +230,7 @@ def _norm(o, weight_ptr, eps, norm_scale, D: tl.constexpr, BLOCK_D: tl.constexpr
     return o * rstd[:, None] * (weight * norm_scale)[None, :], rstd
 
 
-@_jit
+@_jit(any_value=("T", "N_ROWS"))
 def bwd_pre_kernel(
     grad_ptr, o_ptr, o2_ptr, lam_ptr, weight_ptr, rstd_ptr, do_ptr, delta1_ptr, delta2_ptr, dweight_ptr,
     H, T, N_ROWS, norm_scale,
@@ -232,10 +242,11 @@ def bwd_pre_kernel(
     offsets = tl.arange(0, BLOCK_M)
     dweight = tl.zeros([BLOCK_D], tl.float32)
     for i in range(TILES):
-        row0 = (tl.program_id(0).to(tl.int64) * TILES + i) * BLOCK_M
-        rows = row0 + offsets
+        row0 = (tl.program_id(0) * TILES + i) * BLOCK_M
+        rows = row0 + offsets  # int32: 2^31 of them would not fit into a GPU, and int64 divides many times slower
         valid = rows < N_ROWS
         stat = (rows // (H * T) * H + rows % H) * T + rows // H % T  # (B, T, H) -> (B, H, T)
+        row0 = row0.to(tl.int64)
         do = _load(grad_ptr + row0 * D, D, offsets, valid, D, BLOCK_D, True).to(tl.float32)
         o = _load(o_ptr + row0 * D, D, offsets, valid, D, BLOCK_D, True).to(tl.float32)
         if weight_ptr is not None:
@@ -281,22 +292,26 @@ def _dkdv_rows(
         do = _load(do_ptr, H * D, offsets, valid, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         # Rows past T have dO = 0 and lse = +inf, so they add nothing without a mask.
         lse1 = tl.load(lse1_ptr + rows, mask=valid, other=float("inf"))
-        p = tl.exp2(tl.dot(k1, tl.trans(q1), input_precision=PRECISION) * scale - lse1[None, :])
+        p = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
+        if MAPS == 2:
+            q2 = _load(q_ptr + stride_qh, stride_qt, offsets, valid, d, BLOCK_d, True)
+            lse2 = tl.load(lse2_ptr + rows, mask=valid, other=float("inf"))
+            p2 = tl.dot(k2, tl.trans(q2), input_precision=PRECISION)
+        if DK:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M), the same for both maps
+        p = tl.exp2(p * scale - lse1[None, :])
         if MASKED:
             lo, hi = _visible(tl.minimum(rows, T - 1), b, T, S, start_ptr, length_ptr, bounds_ptr, window, CAUSAL)
             seen = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :])
             p = tl.where(seen, p, 0.0)
         if DK:
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M), the same for both maps
             delta1 = tl.load(delta1_ptr + rows, mask=valid, other=0.0)
             # Score gradients and probabilities are rounded to the operands' dtype; the sums stay fp32.
             ds = p * (dp - delta1[None, :])
             dk1 = tl.dot(ds.to(q1.dtype), q1, dk1, input_precision=PRECISION)
         if MAPS == 2:
-            q2 = _load(q_ptr + stride_qh, stride_qt, offsets, valid, d, BLOCK_d, True)
-            lse2 = tl.load(lse2_ptr + rows, mask=valid, other=float("inf"))
             lam = tl.load(lam_ptr + rows * H, mask=valid, other=0.0)[None, :] if LAM_ROW else tl.load(lam_ptr)
-            p2 = lam * tl.exp2(tl.dot(k2, tl.trans(q2), input_precision=PRECISION) * scale - lse2[None, :])
+            p2 = lam * tl.exp2(p2 * scale - lse2[None, :])
             if MASKED:
                 p2 = tl.where(seen, p2, 0.0)
             p -= p2
@@ -314,7 +329,7 @@ def _dkdv_rows(
     return dk1, dk2, dv
 
 
-@_jit
+@_jit(any_value=("B", "S"))
 def bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, do_ptr, dk_ptr, dv_ptr, lse1_ptr, lse2_ptr, delta1_ptr, delta2_ptr,
     start_ptr, length_ptr, bounds_ptr, window,
@@ -408,6 +423,8 @@ def _dq_keys(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to dq1 and dq2."""
+    # As in `_attend`: the exponentials run during dp, the second map's arithmetic during the product of the first.
+    EARLY: tl.constexpr = BLOCK_N * BLOCK_d <= 4096
     offsets = tl.arange(0, BLOCK_N)
     k_ptr += begin.to(tl.int64) * stride_k
     v_ptr += begin.to(tl.int64) * stride_v
@@ -416,26 +433,32 @@ def _dq_keys(
         valid = (keys >= first) & (keys < last)
         k1 = _load(k_ptr, stride_k, offsets, valid, d, BLOCK_d, MASKED)
         v = _load(v_ptr, stride_v, offsets, valid, D, BLOCK_D, MASKED)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N), the same for both maps
-        p = tl.exp2(tl.dot(q1, tl.trans(k1), input_precision=PRECISION) * scale - lse1[:, None])
-        if MASKED:
-            seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-            p = tl.where(seen, p, 0.0)
-        ds = p * (dp - delta1[:, None])
-        dq1 = tl.dot(ds.to(k1.dtype), k1, dq1, input_precision=PRECISION)
+        p1 = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         if MAPS == 2:
             k2 = k1 if SHARE_K else _load(k_ptr + d, stride_k, offsets, valid, d, BLOCK_d, MASKED)
-            p = tl.exp2(tl.dot(q2, tl.trans(k2), input_precision=PRECISION) * scale - lse2[:, None])
+            if EARLY:
+                p2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N), the same for both maps
+        p1 = tl.exp2(p1 * scale - lse1[:, None])
+        if MASKED:
+            seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+            p1 = tl.where(seen, p1, 0.0)
+        ds = p1 * (dp - delta1[:, None])
+        dq1 = tl.dot(ds.to(k1.dtype), k1, dq1, input_precision=PRECISION)
+        if MAPS == 2:
+            if not EARLY:
+                p2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+            p2 = tl.exp2(p2 * scale - lse2[:, None])
             if MASKED:
-                p = tl.where(seen, p, 0.0)
-            ds = lam * p * (delta2[:, None] - dp)
+                p2 = tl.where(seen, p2, 0.0)
+            ds = lam * p2 * (delta2[:, None] - dp)
             dq2 = tl.dot(ds.to(k2.dtype), k2, dq2, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_k
         v_ptr += BLOCK_N * stride_v
     return dq1, dq2
 
 
-@_jit
+@_jit(any_value=("B", "T", "S"))
 def bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, lam_ptr, do_ptr, dq_ptr, lse1_ptr, lse2_ptr, delta1_ptr, delta2_ptr,
     start_ptr, length_ptr, bounds_ptr, window,
@@ -484,7 +507,7 @@ def bwd_dq_kernel(
         _store(dq_ptr + stride_dqh, stride_dqt, offsets, valid, dq2 * scaling, d, BLOCK_d)
 
 
-@_jit
+@_jit(any_value=("S", "SPLITS"))
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, start_ptr, length_ptr, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -557,7 +580,7 @@ def _merge(part_ptr, lse_ptr, stride, SPLITS, D: tl.constexpr, BLOCK_D: tl.const
     return acc / tl.where(z == 0, 1.0, z)
 
 
-@_jit
+@_jit(any_value=("SPLITS",))
 def combine_kernel(
     part_ptr, lse_ptr, lam_ptr, weight_ptr, out_ptr, H, G, T, SPLITS, eps, norm_scale,
     MAPS: tl.constexpr, LAM_ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -20,21 +20,22 @@ from .diff_attention_kernels import (
 )
 
 
+FUSE = {"enable_fp_fusion": True}  # a * b + c in one instruction: triton 3.10 no longer does so by default
 LOG2E = 1.4426950408889634
 DECODE_MAX_QUERIES = 8
-DECODE_MAX_ROWS = 64  # T * G, the rows of one decode tile
+DECODE_MAX_BYTES = 16384  # of one decode tile, T * G rows of head_dim: what registers and shared memory hold
 # What each kernel runs with, (BLOCK_M, BLOCK_N, warps, stages), by BLOCK_d; the first key is V1 (one key a map, values
 # 2d wide) or V2 (shared keys, values d wide). On sm_90, where groups of four warps multiply out of shared memory, the
 # tile whose fp32 accumulators stay in registers (BLOCK_M in fwd and dq, BLOCK_N in dkdv) has 16 rows a warp: with
 # fewer, two groups repeat each other's scores and exponentials; more do not fit into 255 registers a thread.
 TILES_SM_90 = {
-    ("v1", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
-    ("v1", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
-    ("v1", 128): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 32, 8, 2), "decode": (32, 4, 2)},
-    ("v2", 32): {"fwd": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
-    ("v2", 64): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
-    ("v2", 128): {"fwd": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 2), "decode": (64, 4, 2)},
-    ("v2", 256): {"fwd": (128, 32, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 8, 2), "decode": (32, 4, 2)},
+    ("v1", 32): {"fwd": (128, 64, 8, 3), "dkdv": (64, 128, 8, 3), "dq": (128, 64, 8, 3), "decode": (64, 4, 3)},
+    ("v1", 64): {"fwd": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3), "dq": (128, 64, 8, 3), "decode": (64, 4, 3)},
+    ("v1", 128): {"fwd": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3), "dq": (128, 32, 8, 3), "decode": (32, 4, 3)},
+    ("v2", 32): {"fwd": (128, 64, 8, 3), "dkdv": (64, 128, 8, 3), "dq": (128, 64, 8, 3), "decode": (64, 4, 3)},
+    ("v2", 64): {"fwd": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3), "dq": (128, 64, 8, 3), "decode": (64, 4, 3)},
+    ("v2", 128): {"fwd": (128, 64, 8, 3), "dkdv": (32, 128, 8, 2), "dq": (128, 64, 8, 3), "decode": (64, 4, 3)},
+    ("v2", 256): {"fwd": (128, 32, 8, 2), "dkdv": (32, 128, 8, 2), "dq": (64, 32, 8, 3), "decode": (32, 4, 3)},
 }
 # Everywhere else operands of a product are in registers, too, and consumer GPUs have 99 KiB of shared memory a program
 # instead of 227: where the tiles are wide, others fit both, without spills in the loops over keys.
@@ -127,9 +128,9 @@ def _flags(query, key, value, diff_lambda, is_causal, key_start, bounds, sliding
 
 
 def _decode_splits(device, programs, S, BLOCK_N):
-    """Enough splits for two programs a multiprocessor, each with at least two tiles of keys."""
+    """As many splits as run at once, two programs a multiprocessor, each with at least two tiles of keys."""
     processors = _multiprocessors(device.index) if device.type == "cuda" else 8
-    return max(1, min(_cdiv(2 * processors, programs), _cdiv(S, 2 * BLOCK_N), 128))
+    return max(1, min(2 * processors // max(1, programs), _cdiv(S, 2 * BLOCK_N), 128))
 
 
 def _on_its_device(launch):
@@ -167,7 +168,9 @@ def _forward(
     out, o, o2, stats = _forward_empty(query, value, flags["MAPS"], norm_weight is not None, keep)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     tiles, one_accumulator = _tiles(flags["SHARE_K"], flags["BLOCK_d"], query.dtype, _is_sm_90(query.device))
-    if not keep and bounds is None and T <= DECODE_MAX_QUERIES and T * H // K <= DECODE_MAX_ROWS:
+    group_rows = max(16, 1 << (T * H // K - 1).bit_length())
+    fits = group_rows * flags["BLOCK_D"] * query.element_size() <= DECODE_MAX_BYTES
+    if not keep and bounds is None and T <= DECODE_MAX_QUERIES and fits:
         block_n, warps, stages = tiles["decode"]
         splits = _decode_splits(query.device, B * K, S, block_n)
         parts = query.new_empty(B, K, splits, flags["MAPS"], T * H // K, D, dtype=torch.float32)
@@ -177,11 +180,12 @@ def _forward(
         decode_kernel[(B * K * splits,)](
             query, key, value, parts, lse, key_start, key_length, sliding_window, *strides,
             K, H // K, T, S, splits, scaling * LOG2E, **flags,
-            BLOCK_M=max(16, 1 << (T * H // K - 1).bit_length()), BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+            BLOCK_M=group_rows, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **FUSE,
         )  # fmt: skip
         combine_kernel[(B * T * H,)](
-            parts, lse, diff_lambda, norm_weight, out, H, H // K, T, splits, norm_eps, norm_scale, **shape, BLOCK_S=16
-        )
+            parts, lse, diff_lambda, norm_weight, out, H, H // K, T, splits, norm_eps, norm_scale, **shape, BLOCK_S=16,
+            **FUSE,
+        )  # fmt: skip
         return out, o, o2, stats
     lse1, lse2, rstd = stats if keep else (None, None, None)
     two_pass = one_accumulator and flags["MAPS"] == 2
@@ -191,7 +195,7 @@ def _forward(
         query, key, value, diff_lambda, norm_weight, out, o if keep else None, o2 if keep else None, lse1, lse2, rstd,
         scratch, key_start, key_length, bounds, sliding_window, *strides,
         B, H, H // K, T, S, scaling * LOG2E, norm_eps, norm_scale, **flags,
-        BLOCK_M=block_m, BLOCK_N=block_n, TWO_PASS=two_pass, num_warps=warps, num_stages=stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, TWO_PASS=two_pass, num_warps=warps, num_stages=stages, **FUSE,
     )  # fmt: skip
     return out, o, o2, stats
 
@@ -239,7 +243,7 @@ def _backward(
     bwd_pre_kernel[(programs,)](
         grad, o, o2, diff_lambda, norm_weight, stats[2], do, delta[0], delta[1], dweight, H, T, B * T * H, norm_scale,
         **{name: flags[name] for name in ("MAPS", "LAM_ROW", "D", "BLOCK_D")},
-        BLOCK_M=pre_rows, TILES=pre_tiles, num_warps=4,
+        BLOCK_M=pre_rows, TILES=pre_tiles, num_warps=4, **FUSE,
     )  # fmt: skip
     masks = (key_start, key_length, bounds, sliding_window)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
@@ -250,12 +254,13 @@ def _backward(
         bwd_dkdv_kernel[(_cdiv(S, block_n) * B * K,)](
             query, key, value, diff_lambda, do, dk, dv, stats[0], stats[1], delta[0], delta[1], *masks, *strides,
             *dk.stride()[:3], *dv.stride()[:3], *sizes, **flags,
-            BLOCK_M=block_m, BLOCK_N=block_n, DK=dk_now, DV=dv_now, num_warps=warps, num_stages=stages,
+            BLOCK_M=block_m, BLOCK_N=block_n, DK=dk_now, DV=dv_now, num_warps=warps, num_stages=stages, **FUSE,
         )  # fmt: skip
     block_m, block_n, warps, stages = tiles["dq"]
     bwd_dq_kernel[(_cdiv(T, block_m) * B * H,)](
         query, key, value, diff_lambda, do, dq, stats[0], stats[1], delta[0], delta[1], *masks, *strides,
         *dq.stride()[:3], *sizes, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        **FUSE,
     )  # fmt: skip
     # torch.sum orders its additions the same way every time, so both of these are deterministic, too.
     dlambda = stats.new_empty(0)
@@ -325,6 +330,9 @@ def _check(query, key, value, diff_lambda, is_causal, sliding_window, scaling):
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together: "
             f"the query needs {maps} maps a head and a multiple of {value.shape[1]} heads, key and value one (B, K, S)"
         )
+    lambda_shape = (query.shape[0], query.shape[2], query.shape[1] // 2)
+    if diff_lambda is not None and diff_lambda.shape not in ((), lambda_shape):
+        raise ValueError(f"diff_lambda must be () or {lambda_shape}, is {tuple(diff_lambda.shape)}")
     if scaling <= 0:
         raise ValueError(f"scaling={scaling} must be positive: the maximum is taken before it is applied")
     if sliding_window is not None and not is_causal:
@@ -332,6 +340,8 @@ def _check(query, key, value, diff_lambda, is_causal, sliding_window, scaling):
 
 
 def _check_masks(query, key, key_start, key_length, cu_seqlens, sequence_bounds):
+    if key_start is not None and key_start.shape != query.shape[:1]:
+        raise ValueError(f"key_start must be ({query.shape[0]},), is {tuple(key_start.shape)}")
     if cu_seqlens is None and sequence_bounds is None:
         return
     if query.shape[2] != key.shape[2] or (cu_seqlens is not None and query.shape[0] != 1):
@@ -394,6 +404,8 @@ def diff_attention_triton(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if diff_lambda is not None:
         diff_lambda = diff_lambda.float().contiguous()
+    if norm_weight is not None:
+        norm_weight = norm_weight.contiguous()
     if key_start is not None:
         key_start = key_start.to(torch.int32).contiguous()
     if key_length is not None:

@@ -149,6 +149,19 @@ else:
         assert tensors["key"].grad[1, :, :19].eq(0).all() and tensors["value"].grad[1, :, :19].eq(0).all()
         assert all(tensor.grad.isfinite().all() for tensor in tensors.values())
 
+    def test_weight_of_the_norm_may_be_a_slice(small_tiles):
+        case = Case(T=9, S=9, norm=True)
+        tensors = case.tensors()
+        weight = tensors["norm_weight"].detach()
+        strided = torch.stack((weight, torch.full_like(weight, 7.0)), dim=1)[:, 0]
+        states = [tensors[name].detach() for name in ("query", "key", "value", "diff_lambda")]
+        outputs = [diff_attention_triton(*states, norm_weight=w, **case.options()) for w in (weight, strided)]
+        assert not strided.is_contiguous() and torch.equal(*outputs)
+
+    def test_empty_batch_gives_an_empty_output(small_tiles):
+        states = [torch.empty(0, heads, length, 16) for heads, length in ((4, 1), (1, 5), (1, 5))]
+        assert diff_attention_triton(*states, torch.tensor(0.5), scaling=0.25).shape == (0, 1, 2, 16)
+
     def test_lambda_zero_is_plain_attention(small_tiles):
         case = Case("v2", T=33, S=33)
         query, key, value, _ = (tensor.detach() for tensor in case.tensors().values())
@@ -185,12 +198,13 @@ else:
             (Case(T=4, S=4, cu_seqlens=(0, 4)), {"key_start": torch.tensor([0])}, "key_start"),
             (Case(T=4, S=4, cu_seqlens=(0, 4), boundaries=((0, 4),)), {}, "not both"),
             (Case(T=4, S=5, boundaries=((0, 4),)), {}, "as many keys as queries"),
+            (Case(B=2, T=4, S=4), {"key_start": torch.tensor([0])}, r"key_start must be \(2,\), is \(1,\)"),
+            (Case(T=4, S=4), {"diff_lambda": torch.ones(1)}, r"diff_lambda must be \(\) or \(1, 4, 2\), is \(1,\)"),
             (Case(B=2, T=4, S=4, boundaries=((0, 4),)), {}, r"sequence_bounds must be \(2, 4, 2\), is \(1, 4, 2\)"),
         ],
     )
     def test_what_does_not_fit_is_refused_by_name(case, change, message):
         tensors = case.tensors()
         with pytest.raises(ValueError, match=message):
-            diff_attention_triton(
-                tensors["query"], tensors["key"], tensors["value"], tensors["diff_lambda"], **case.options() | change
-            )
+            states = (tensors[name] for name in ("query", "key", "value"))
+            diff_attention_triton(*states, **{"diff_lambda": tensors["diff_lambda"]} | case.options() | change)
