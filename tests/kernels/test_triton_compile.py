@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not there: registers, shared memory, spills, tensor cores.
 
-A spill outside the innermost loops is paid once a program; inside, once a tile of keys. The second must be none, or few.
+A spill outside the innermost loops is paid once a program; inside, once a tile of keys. The second must be none,
+or few.
 """
 
 import os
