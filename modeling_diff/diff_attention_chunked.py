@@ -132,7 +132,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its gradients in the shared form: dP = dO V^T serves both maps."""
     blocks = Blocks(query, key, value, diff_lambda, attention_mask, scaling, is_causal)
-    grad_query, grad_lambda = torch.empty_like(query), torch.zeros_like(diff_lambda)
+    grad_query, grad_key, grad_value, grad_lambda = _backward_empty(grad_output, query, key, value, diff_lambda)
+    grad_lambda.zero_()
     # Sums over blocks, so not narrower than float32.
     keys = split_keys(key, query.shape[-1]).contiguous()  # (B, K, 2 or 1, S, d)
     grad_keys = torch.zeros_like(keys, dtype=blocks.wide)
@@ -157,11 +158,12 @@ def _backward(
         _add_product(grad_key_rows, grad_scores.transpose(1, 2), blocks.query_rows(block), scaling)
         grad_block = block.of_maps(blocks.by_map(grad_query))
         grad_block.copy_(torch.bmm(grad_scores, key_rows).mul_(scaling).view_as(grad_block))
-    grad_key = grad_keys.transpose(2, 3).reshape(key.shape).to(key.dtype)
-    return grad_query, grad_key, grad_values.to(value.dtype), grad_lambda
+    split_keys(grad_key, query.shape[-1]).copy_(grad_keys)
+    return grad_query, grad_key, grad_value.copy_(grad_values), grad_lambda
 
 
 def _backward_empty(grad_output, *inputs):
+    """In the inputs' strides, with which compilers reckon."""
     return tuple(torch.empty_like(tensor) for tensor in inputs[:4])
 
 

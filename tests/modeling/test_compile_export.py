@@ -47,7 +47,7 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(model, random_
     input_ids = random_ids(2, 13)
     model.train()
     gradients = []
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # compiles the backward pass as well
     for forward in (model, compiled):
         model.zero_grad()
         forward(input_ids, labels=input_ids, use_cache=False).loss.backward()
