@@ -105,7 +105,7 @@ class DiffLlamaConfig(LlamaConfig):
         Fewer layers keep the first values of each list. `variant` is also a keyword of `from_pretrained`, for names of
         weight files: what is none of ours is passed on to it.
         """
-        weights_variant = {} if kwargs.get("variant") in (None, "v1", "v2") else {"variant": kwargs.pop("variant")}
+        weights_variant = {} if kwargs.get("variant", "v1") in ("v1", "v2") else {"variant": kwargs.pop("variant")}
         config_dict = config_dict | {name: kwargs[name] for name in ("variant", "num_hidden_layers") if name in kwargs}
         if "num_hidden_layers" in kwargs:
             config_dict = cls._first_layers(config_dict)
@@ -252,7 +252,7 @@ class DiffLlamaConfig(LlamaConfig):
                 )
 
     def _check_rope_type(self) -> None:
-        rope_type = self.rope_parameters["rope_type"]
+        rope_type = self.rotary_config().rope_parameters["rope_type"]  # whichever way it is spelt in a field set later
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}: LLaMA knows {', '.join(ROPE_TYPES)}.")
 

@@ -166,12 +166,24 @@ def test_variant_of_weight_files_is_not_taken_for_ours(tiny_model, variant, rand
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     with pytest.raises(OSError, match=r"model\.bf16\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path, variant="bf16")
+    assert AutoConfig.from_pretrained(tmp_path, variant=None).variant == variant
 
 
 def test_variant_given_to_an_auto_config_is_ours(tiny_config, tmp_path):
     tiny_config("v2").save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, variant="v1")
     assert (config.variant, config.map_dim, len(config.lambda_init)) == ("v1", 4, 2)
+
+
+@pytest.mark.parametrize("rope_parameters", [{"type": "linear", "factor": 2.0, "rope_theta": 500.0}, None], ids=str)
+def test_rope_given_on_loading_may_be_spelt_as_in_a_constructor(
+    tiny_model, variant, rope_parameters, random_ids, tmp_path
+):
+    input_ids = random_ids(1, 9)
+    tiny_model(variant).save_pretrained(tmp_path)
+    loaded = DiffLlamaForCausalLM.from_pretrained(tmp_path, rope_parameters=rope_parameters)
+    built = tiny_model(variant, rope_parameters=rope_parameters)
+    assert torch.equal(loaded(input_ids).logits, built(input_ids).logits)
 
 
 def test_hidden_size_that_heads_do_not_divide_is_refused_as_llama_refuses_it(tiny_config):
