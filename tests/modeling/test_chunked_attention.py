@@ -218,3 +218,13 @@ def test_chunked_training_memory_grows_with_the_length_and_not_its_square():
         [sys.executable, "-c", PEAK_MEMORY, "8192"], capture_output=True, text=True, check=True, timeout=300
     )
     assert int(result.stdout) < 200 * 2**20
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_compilers_are_told_what_the_operators_give(variant):
+    """Sizes and strides: inductor asserts both, so that a training step would end otherwise."""
+    inputs = [tensor.detach() for tensor in random_inputs(variant, 2, 2, 9, 9)]
+    grad_output = torch.randn(2, 9, 4, inputs[2].shape[-1], dtype=torch.float64)
+    operators = (diff_attention_chunked._forward_op, ()), (diff_attention_chunked._backward_op, (grad_output,))
+    for operator, given in operators:
+        torch.library.opcheck(operator, (*given, *inputs, None, 0.4, True), test_utils="test_faketensor")
