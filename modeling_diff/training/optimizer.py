@@ -80,6 +80,15 @@ def decays(name: str) -> bool:
     return parts[-1] != "bias" and not any(part.endswith(("norm", "magnitude_vector")) for part in parts)
 
 
+def widen(model: nn.Module) -> nn.Module:
+    """The model, with V1's lambda and the norms over heads that an adapter trains in float32."""
+    for name, parameter in model.named_parameters():
+        parts = set(name.split("."))
+        if "diff_lambda" in parts or {"sub_norm", "modules_to_save"} <= parts:
+            parameter.data = parameter.data.float()
+    return model
+
+
 class DiffTrainerMixin(Trainer):
     """
     A Trainer with these groups and a log that holds lambda; for transformers' Trainer and any that descends from it.
@@ -95,10 +104,10 @@ class DiffTrainerMixin(Trainer):
         self.lambda_factor, self.query_factor = lambda_factor, query_factor
         super().__init__(*args, **kwargs)
         self.attach_lambda_callbacks()
-        for name, parameter in self.model.named_parameters():
-            parts = set(name.split("."))
-            if "diff_lambda" in parts or {"sub_norm", "modules_to_save"} <= parts:
-                parameter.data = parameter.data.float()
+        widen(self.model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return widen(super().call_model_init(trial))
 
     def attach_lambda_callbacks(self) -> None:
         for callback in [c for c in self.callback_handler.callbacks if isinstance(c, LambdaCallback)]:

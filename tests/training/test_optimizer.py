@@ -131,14 +131,19 @@ def test_trainer_refuses_an_optimiser_with_its_own_groups(tmp_path):
         trainer.create_optimizer()
 
 
-def test_adapter_on_a_bfloat16_base_trains_the_norm_over_heads(tmp_path):
+@pytest.mark.parametrize("made", ["before", "by model_init"])
+def test_adapter_on_a_bfloat16_base_trains_the_norm_over_heads(made, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    base = tiny_model("v1").to(torch.bfloat16)
-    model = peft.get_peft_model(base, lora_config(base, r=4))
+
+    def adapted():
+        base = tiny_model("v1").to(torch.bfloat16)
+        return peft.get_peft_model(base, lora_config(base, r=4))
+
     arguments = training_arguments(tmp_path, bf16=True, max_steps=1, learning_rate=2e-4)
-    trainer = DiffTrainer(model, arguments, train_dataset=random_rows())
+    given = {"model": adapted()} if made == "before" else {"model_init": adapted}
+    trainer = DiffTrainer(args=arguments, train_dataset=random_rows(), **given)
     trainer.train()
-    norms = {name: p.detach() for name, p in model.named_parameters() if "sub_norm.modules_to_save" in name}
+    norms = {name: p.detach() for name, p in trainer.model.named_parameters() if "sub_norm.modules_to_save" in name}
     assert len(norms) == 2
     for weight in norms.values():
         # Adam's first step is as long as the rate, and 1 what the norm was; float32 near 1.
