@@ -185,6 +185,7 @@ def main(argv=None):
             args.calibration_tokens, args.held_out_tokens, args.local_steps = 1024, 1024, 5
         table = compare(folder, args)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python examples/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)])
         args.output.write_text(json.dumps({"command": command, "rows": table}, indent=1) + "\n")
 

@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from loading import load_tokenizer
 from timing import environment
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import modeling_diff  # noqa: F401 (registers the models)
 from conversion.convert import convert_checkpoint
@@ -42,13 +43,6 @@ def read_text(folder, path):
     """The text given, or what lies beside the first model, or the standard library's sources."""
     path = path or (folder / "heldout.txt" if (folder / "heldout.txt").exists() else None)
     return path.read_text(encoding="utf-8") if path else library_text()
-
-
-def load_tokenizer(folder):
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder}: no tokenizer that loads ({error}); copy its files there") from None
 
 
 def load_model(folder, args):
@@ -80,7 +74,7 @@ def labels_of(folders):
 
 def compare(folders, args):
     """The numbers of every model, and what they were measured with."""
-    tokenizer = load_tokenizer(folders[0])
+    tokenizer = load_tokenizer(str(folders[0]))
     text = read_text(folders[0], args.text)
     contexts = [json.loads((f / "config.json").read_text())["max_position_embeddings"] for f in folders]
     given = {"samples": args.samples, "seed": args.seed, "batch_size": args.batch_size}
@@ -129,7 +123,10 @@ def main(argv=None):
             folders = [EMBEDDED, Path(converted) / "v1-copy", Path(converted) / "v2-exact"]
             convert_checkpoint(EMBEDDED, folders[1], "v1")
             convert_checkpoint(EMBEDDED, folders[2], "v2")
-        data = compare(folders, args)
+        try:
+            data = compare(folders, args)
+        except (OSError, ValueError) as error:
+            sys.exit(f"compare_models: {error}")
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.with_suffix(".json").write_text(json.dumps(data) + "\n", encoding="utf-8")
     args.report.write_text(render(data), encoding="utf-8")

@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"evaluate_models: {error}")
     print_table(results)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -35,6 +35,9 @@ def read_record(line: str, place: str) -> dict:
         raise ValueError(f"{place}: not JSON ({error.msg}); give one object a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object a line")
+    for name in ("text", "prompt", "completion"):
+        if not isinstance(record.get(name, ""), str):
+            raise ValueError(f"{place}: {name} is {type(record[name]).__name__}, not a string")
     return record
 
 

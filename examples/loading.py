@@ -1,4 +1,4 @@
-"""What every example loads the same way, and says in one line where it cannot."""
+"""What examples load the same way, and say in one line where it cannot."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

@@ -7,7 +7,9 @@ import glob
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -42,18 +44,24 @@ def text_files(patterns: list[str], text_column: str = "text") -> Documents:
     return read
 
 
-def pieces(path: Path) -> Iterator[str]:
-    """Whole lines, about PIECE_BYTES at a time."""
+@contextmanager
+def opened(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8") as lines:
-            while piece := lines.readlines(PIECE_BYTES):
-                yield "".join(piece)
+            yield lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it, or narrow the pattern") from error
 
 
+def pieces(path: Path) -> Iterator[str]:
+    """Whole lines, about PIECE_BYTES at a time."""
+    with opened(path) as lines:
+        while piece := lines.readlines(PIECE_BYTES):
+            yield "".join(piece)
+
+
 def json_lines(path: Path, text_column: str) -> Iterator[Iterable[str]]:
-    with path.open(encoding="utf-8") as lines:
+    with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

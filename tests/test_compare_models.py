@@ -109,5 +109,13 @@ def test_bad_arguments_are_refused(main, capsys, tmp_path, arguments, message):
 
 def test_a_folder_without_a_tokenizer_is_refused(main, tmp_path):
     (tmp_path / "config.json").write_text((EXAMPLES / "assets/tiny-llama/config.json").read_text())
-    with pytest.raises(SystemExit, match="no tokenizer that loads"):
+    with pytest.raises(SystemExit, match="no tokenizer can be loaded"):
         main([str(tmp_path), "--report", str(tmp_path / "report.html")])
+
+
+def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path):
+    words = [str(EXAMPLES / "assets" / "tiny-llama"), "--report", str(tmp_path / "report.html")]
+    with pytest.raises(SystemExit, match=r"^compare_models: .*absent\.txt.*$"):
+        main([*words, "--text", str(tmp_path / "absent.txt")])
+    with pytest.raises(SystemExit, match=r"^compare_models: length_tokens=9999 .*$"):
+        main([*words, "--lengths", "9999"])

@@ -135,6 +135,7 @@ def test_bad_data_gets_one_clear_error(checkpoint, refuses):
         ('{"question": "?"}\n', "record 1 has ['question']"),
         ('[{"text": "a"}]', "line 1: list, not an object"),
         ('{"text": "a"}\n5\n', "line 2: int, not an object"),
+        ('{"prompt": "a", "completion": 5}\n', "line 1: completion is int, not a string"),
         (json.dumps({"prompt": "a " * 200, "completion": "b"}), "and --max-length is 64"),
     ):
         (folder / "bad.jsonl").write_text(text)
