@@ -1,6 +1,5 @@
 """The model card: what a checkpoint is, how it was made, what was measured, and what it needs, plainly."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from conversion.licences import LlamaTerms, llama_terms
-from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, STATUS
+from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
 from conversion.source import HUB_ID, SourceFolder
 from modeling_diff import DiffLlamaConfig
-from modeling_diff.training.adapters import LORA_TARGETS, NEW_MODULES
 
 
 INHERITED = ("license", "license_name", "license_link", "language")  # stated by the source, or not at all
@@ -79,7 +77,7 @@ def render_card(facts: CardFacts) -> str:
         f"## Sizes\n\n{_sizes(record, config)}",
         f"## λ, layer by layer\n\n{lambda_plot(facts.lambdas, config.num_hidden_layers)}",
         "## How to load\n\n" + LOAD.format(repo=facts.repo_id or facts.name),
-        "## How to fine-tune\n\n" + _fine_tune(config),
+        "## How to fine-tune\n\n" + FINE_TUNE.format(new_modules=NEW_MODULES[config.variant]),
         "## Limits\n\n" + LIMITS,
         *_licence(facts),
         "## Citation\n\n" + CITATION,
@@ -139,12 +137,6 @@ def lambda_plot(lambdas: Mapping[int, float], num_layers: int) -> str:
 def _bar(share: float) -> str:
     eighths = round(max(share, 0.0) * BAR_WIDTH * 8)
     return "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
-
-
-def _fine_tune(config: DiffLlamaConfig) -> str:
-    return FINE_TUNE.format(
-        target_modules=json.dumps(LORA_TARGETS), new_modules=json.dumps(NEW_MODULES[config.variant])
-    )
 
 
 def status_text(record: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ STATUS = {
     "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens}. "
     "What that reached stands below; measure it on your own task before use.",
 }
+# As in modeling_diff.training, whose import brings the Trainer and peft: seconds that no conversion should wait for.
+NEW_MODULES = {"v1": '["diff_lambda", "sub_norm"]', "v2": '["lambda_proj"]'}
 LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +35,7 @@ from peft import LoraConfig, get_peft_model
 
 lora = LoraConfig(
     task_type="CAUSAL_LM",
-    target_modules={target_modules},
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     modules_to_save={new_modules},
 )
 adapted = get_peft_model(model, lora)

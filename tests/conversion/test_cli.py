@@ -164,6 +164,17 @@ def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
     assert json.loads(run("inspect", theirs, "--json").stdout)["variant"] is None
 
 
+def test_commands_do_not_wait_for_what_only_training_needs():
+    script = (
+        "import sys, conversion.__main__\n"
+        "print([name for name in ('transformers.trainer', 'peft', 'bitsandbytes') if name in sys.modules])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert process.stdout == "[]\n"
+
+
 def test_sigterm_cleans_up_and_exits_143(tmp_path, llama):
     """Stopped for certain while writing: the process stops itself at the first progress report."""
     script = (
