@@ -19,7 +19,7 @@ LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 revision = "main"  # better: the full commit hash, from the repository's history
-tokenizer = AutoTokenizer.from_pretrained("{repo}", revision=revision)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", revision=revision, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{repo}", revision=revision, trust_remote_code=True)
 ```
 

@@ -143,6 +143,7 @@ def test_snippets_run(card, converted, variant):
     pytest.importorskip("peft")
     load, fine_tune = python_blocks(card)
     assert "revision" in load
+    assert load.count("trust_remote_code=True)") == load.count("from_pretrained(")  # the tokenizer asks for it, too
     names: dict = {}
     exec(load.replace(card_name(card), str(converted[variant])), names)
     exec(fine_tune, names)
