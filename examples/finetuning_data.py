@@ -35,10 +35,17 @@ def read_record(line: str, place: str) -> dict:
         raise ValueError(f"{place}: not JSON ({error.msg}); give one object a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object a line")
-    for name in ("text", "prompt", "completion"):
-        if not isinstance(record.get(name, ""), str):
+    for name in set(fields_read(record)) - {"messages"}:
+        if not isinstance(record[name], str):
             raise ValueError(f"{place}: {name} is {type(record[name]).__name__}, not a string")
     return record
+
+
+def fields_read(record: dict) -> tuple[str, ...]:
+    """The first of the forms that a record has, null being nothing; what else is in it is not read."""
+    given = {name for name, value in record.items() if value is not None}
+    forms = ("messages",), ("prompt", "completion"), ("text",)
+    return next((form for form in forms if given.issuperset(form)), ())
 
 
 def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
@@ -50,13 +57,14 @@ def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
     """
     examples = []
     for number, record in enumerate(records, 1):
-        if "messages" in record:
+        form = fields_read(record)
+        if form == ("messages",):
             if tokenizer.chat_template is None:
                 raise ValueError(f"record {number} has messages, and the tokenizer no chat template: --chat-template")
             text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
             ids = tokenizer(text, add_special_tokens=False).input_ids
             examples.append(checked({"input_ids": ids, "labels": list(ids)}, number, max_length))
-        elif {"prompt", "completion"} <= record.keys():
+        elif form == ("prompt", "completion"):
             if tokenizer.eos_token_id is None:
                 raise ValueError(
                     f"record {number} has a completion, and the tokenizer no eos_token to end it; set one in "
@@ -67,7 +75,7 @@ def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
             answer = [*tokenizer(record["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             labels = [-100] * len(prompt) + answer
             examples.append(checked({"input_ids": prompt + answer, "labels": labels}, number, max_length))
-        elif "text" in record:
+        elif form == ("text",):
             ids = tokenizer(record["text"], verbose=False).input_ids
             windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
             examples += [{"input_ids": window, "labels": list(window)} for window in windows if len(window) > 1]

@@ -144,6 +144,23 @@ def test_bad_data_gets_one_clear_error(checkpoint, refuses):
     refuses("no chat template", chat_template=None)
 
 
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        ({"messages": MESSAGES, "prompt": None, "text": 5}, "messages"),
+        ({"messages": None, "prompt": "a", "completion": None, "text": "b"}, "text"),
+    ],
+    ids=["messages", "text"],
+)
+def test_what_a_record_has_beside_the_form_that_is_read_does_not_matter(record, form, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS, chat_template=TEMPLATE)
+    tokens = []
+    for given in (record, {form: record[form]}):
+        (tmp_path / "data.jsonl").write_text(json.dumps(given))
+        tokens.append(finetuning_data.tokenize(finetuning_data.read_records([tmp_path / "data.jsonl"]), tokenizer, 64))
+    assert tokens[0] == tokens[1]
+
+
 def test_lines_end_where_json_lines_do(tmp_path):
     texts = ["one\u2028line", "next\x85line", "form\u000cfeed"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
