@@ -104,7 +104,7 @@ class HealingTrainer(DiffTrainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise FilesError(
                 f"{self.args.output_dir}: step {self.state.global_step} could not be saved "
-                f"({' '.join(str(error).split())}); free space there and run again"
+                f"({' '.join(str(error).split())}); free space there and run again with --resume"
             ) from error
 
     def evaluate(

@@ -226,5 +226,5 @@ def test_a_disk_that_fills_while_training_is_one_line(toys, tmp_path, limit):
         message = refusal(heal, toys, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "step 2 could not be saved" in message and "free space there" in message
+    assert "step 2 could not be saved" in message and "free space there and run again with --resume" in message
     assert names(tmp_path) == []
