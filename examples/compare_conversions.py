@@ -177,6 +177,8 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, help="write the table as JSON, too")
     parser.add_argument("--smoke", action="store_true", help="a toy of a model, few tokens, few steps")
     args = parser.parse_args(argv)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as toy:
         folder = args.model
         if args.smoke:
@@ -185,7 +187,6 @@ def main(argv=None):
             args.calibration_tokens, args.held_out_tokens, args.local_steps = 1024, 1024, 5
         table = compare(folder, args)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python examples/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)])
         args.output.write_text(json.dumps({"command": command, "rows": table}, indent=1) + "\n")
 

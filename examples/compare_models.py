@@ -124,10 +124,10 @@ def main(argv=None):
             convert_checkpoint(EMBEDDED, folders[1], "v1")
             convert_checkpoint(EMBEDDED, folders[2], "v2")
         try:
+            args.report.parent.mkdir(parents=True, exist_ok=True)
             data = compare(folders, args)
         except (OSError, ValueError) as error:
             sys.exit(f"compare_models: {error}")
-    args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.with_suffix(".json").write_text(json.dumps(data) + "\n", encoding="utf-8")
     args.report.write_text(render(data), encoding="utf-8")
     if args.figures:

@@ -144,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if arguments.output:
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
             tasks = arguments.tasks or local_tasks(Path(folder), arguments)
             tokenizers = {name: load_tokenizer(name) for name in arguments.model}
             results = {name: evaluate(name, tokenizer, tasks, arguments) for name, tokenizer in tokenizers.items()}
@@ -151,7 +153,6 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"evaluate_models: {error}")
     print_table(results)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

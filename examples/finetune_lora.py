@@ -311,11 +311,11 @@ def finetune(arguments: argparse.Namespace, console: Console) -> dict:
 def main(argv: list[str] | None = None) -> None:
     arguments, console = parse(argv), Console(soft_wrap=True)
     logging.set_verbosity_warning()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.smoke:
             smoke(arguments, Path(folder))
         try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
             result = finetune(arguments, console)
         except (OSError, ValueError) as error:
             sys.exit(f"finetune_lora: {error}")

@@ -113,9 +113,13 @@ def test_a_folder_without_a_tokenizer_is_refused(main, tmp_path):
         main([str(tmp_path), "--report", str(tmp_path / "report.html")])
 
 
-def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path):
+def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path, monkeypatch):
     words = [str(EXAMPLES / "assets" / "tiny-llama"), "--report", str(tmp_path / "report.html")]
     with pytest.raises(SystemExit, match=r"^compare_models: .*absent\.txt.*$"):
         main([*words, "--text", str(tmp_path / "absent.txt")])
     with pytest.raises(SystemExit, match=r"^compare_models: length_tokens=9999 .*$"):
         main([*words, "--lengths", "9999"])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("compare_models.compare", None)  # said before anything is measured
+    with pytest.raises(SystemExit, match=r"^compare_models: .*File exists.*file'$"):
+        main([*words[:2], str(tmp_path / "file" / "report.html")])
