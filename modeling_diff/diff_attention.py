@@ -111,10 +111,15 @@ def attends_causally(module: Any, is_causal: bool | None) -> bool:
     return getattr(module, "is_causal", True) if is_causal is None else is_causal
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast, where it is on."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to be asked there
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
 def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What attention on states of `dtype` is computed in: autocast's dtype where it is on."""
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to be asked there
-    return torch.get_autocast_dtype(device_type) if autocast else dtype
+    """What attention on states of `dtype` is computed in."""
+    return autocast_dtype(device_type) or dtype
 
 
 def is_exporting() -> bool:
@@ -124,7 +129,8 @@ def is_exporting() -> bool:
 
 def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The states as autocast, where it is on, casts them before scaled_dot_product_attention."""
-    return tuple(state.to(computing_dtype(state.dtype, state.device.type)) for state in states)
+    dtype = autocast_dtype(states[0].device.type)
+    return states if dtype is None else tuple(state.to(dtype) for state in states)
 
 
 def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:

@@ -221,7 +221,8 @@ class Blocks:
         self.all_values = value.contiguous()  # (B, K, S, D)
         self.all_keys = split_keys(key, query.shape[-1]).transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
         self.queries_at_once = max(1, BLOCK_ROWS // self.query.shape[3])
-        self.past = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).tril_()
+        past = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).tril_()
+        self.causal_bounds = _bounds(past, query.dtype)
         self._scratch: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Block]:
@@ -323,7 +324,7 @@ class Blocks:
         num_queries = block.queries.stop - block.queries.start
         if self.is_causal:
             by_query = scores.view(-1, num_queries, block.num_keys)
-            _mask(by_query[..., block.queries], self.past[:num_queries, :num_queries])
+            by_query[..., block.queries].clamp_(max=self.causal_bounds[:num_queries, :num_queries])
         elif self.attention_mask is not None:
             mask = self.mask(block)
             _mask(scores.view(len(mask), -1, num_queries, block.num_keys), mask)
@@ -343,10 +344,20 @@ def split_keys(key: torch.Tensor, map_dim: int) -> torch.Tensor:
     return key.unflatten(-1, (-1, map_dim)).transpose(2, 3)
 
 
+def _bounds(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    The largest score of each key: the lowest number, not -inf, where it is hidden, as rows may see nothing.
+
+    To clamp scores to it takes a third (16 bits) to a seventh of the time of `masked_fill_` on a CPU.
+    """
+    bounds = torch.full(mask.shape, math.inf, dtype=dtype, device=mask.device)
+    return bounds.masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hides keys from `scores` in place; the lowest number, not -inf, keeps rows that see nothing finite."""
+    """Hides keys from `scores` in place."""
     if mask.dtype == torch.bool:
-        return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        return scores.clamp_(max=_bounds(mask, scores.dtype))
     return scores.add_(mask).clamp_(min=torch.finfo(scores.dtype).min)
 
 

@@ -168,6 +168,23 @@ def test_chunked_leaves_padding_rows_finite(variant, length, additive):
     assert all(tensor.isfinite().all() for tensor in (output, *gradients))
 
 
+@pytest.mark.parametrize("mask_kind", ["causal", "padded"])
+@pytest.mark.parametrize("length", [FEW_QUERIES, FEW_QUERIES + 4])
+def test_chunked_hides_scores_that_overflow(variant, length, mask_kind):
+    """Infinite scores of the last key reach the last query alone, who sees it; added to, they would stay infinite."""
+    query, key, value, diff_lambda = random_inputs(variant, 2, 1, length, length, dtype=torch.float32)
+    mask = visible_keys("padded", length, length) if mask_kind == "padded" else None
+    outputs = []
+    for last in (1.0, torch.finfo(torch.float32).max):
+        with torch.no_grad():
+            query.abs_()  # no sum is of infinities of both signs
+            key[:, :, -1] = last
+        outputs.append(chunked_attention_forward(CAUSAL, query, key, value, mask, 4.0, diff_lambda)[0])
+    usual, overflown = outputs
+    assert overflown[:, -1].isnan().any()
+    assert torch.equal(overflown[:, :-1], usual[:, :-1])
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
