@@ -85,23 +85,28 @@ def compile_kernel(
     )
 
 
-def resources(compiled, tmp_path):
-    """Registers, shared bytes, spilled stores by place and tensor-core instructions, from the cubin."""
+def dump(compiled, tmp_path, option):
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, option, str(cubin)], capture_output=True, text=True, check=True).stdout
 
-    def dump(option):
-        return subprocess.run([CUOBJDUMP, option, str(cubin)], capture_output=True, text=True, check=True).stdout
 
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", dump("-sass"))]
+def resources(compiled, tmp_path):
+    """Registers and shared bytes, from the cubin."""
+    registers = int(re.search(r"REG:(\d+)", dump(compiled, tmp_path, "-res-usage"))[1])
+    return {"registers": registers, "shared_bytes": compiled.metadata.shared}
+
+
+def instructions(compiled, tmp_path):
+    """Spilled stores by place and tensor-core instructions, from the disassembly, which takes half a second."""
+    disassembly = dump(compiled, tmp_path, "-sass")
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", disassembly)]
     branches = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
     loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
     inner = [(begin, end) for begin, end in loops if not any(begin <= at < end and at != begin for at, _ in loops)]
     spills = [at for at, text in code if re.search(r"\bSTL\b", text)]
     inside = sum(any(begin <= at <= end for begin, end in inner) for at in spills)
     return {
-        "registers": int(re.search(r"REG:(\d+)", dump("-res-usage"))[1]),
-        "shared_bytes": compiled.metadata.shared,
         "spills_outside": len(spills) - inside,
         "spills_inside": inside,
         "hgmma": sum("HGMMA" in text for _, text in code),
@@ -121,6 +126,8 @@ def check(name, variant, map_dim, dtype, masks, tmp_path, architecture=90):
     for dk, dv in halves:
         compiled = compile_kernel(name, variant, map_dim, dtype, masks, dk, dv, architecture=architecture)
         found = resources(compiled, tmp_path)
+        if dtype != torch.float32:
+            found |= instructions(compiled, tmp_path)
         print(f"sm_{architecture} {name} {variant} d={map_dim} {DTYPES[dtype]} {masks=} {dk=} {dv=}: {found}")
         assert found["registers"] <= MAX_REGISTERS
         assert found["shared_bytes"] <= SHARED_KIB[architecture] * 1024
@@ -190,14 +197,14 @@ def test_kernel_fits_the_shared_memory_of_consumer_gpus(name, variant, map_dim, 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 100, 120])
 @pytest.mark.parametrize("name", ["fwd", "dkdv", "dq", "decode"])
-@pytest.mark.parametrize(("variant", "map_dim"), [("v1", 128), ("v2", 128), ("v2", 256)])
+@pytest.mark.parametrize(("variant", "map_dim"), [("v1", 128), ("v2", 256)])
 def test_wide_kernel_fits_other_gpus(name, variant, map_dim, architecture, tmp_path):
     check(name, variant, map_dim, torch.bfloat16, (), tmp_path, architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fwd", "dkdv", "dq", "decode"])
-@pytest.mark.parametrize(("variant", "map_dim"), [*SLOW_SHAPES, *SHAPES])
+@pytest.mark.parametrize(("variant", "map_dim"), [*SLOW_SHAPES, ("v1", 128), ("v2", 128)])
 def test_kernel_with_left_padding_or_another_width_fits_sm_90(name, variant, map_dim, tmp_path):
     check(name, variant, map_dim, torch.float16, ("start_ptr",), tmp_path)
 
