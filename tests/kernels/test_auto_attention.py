@@ -113,7 +113,6 @@ else:
         settings = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
         assert_equals_eager(model, lambda: [model.generate(ids, attention_mask=left_padding(ids), **settings)])
 
-    @pytest.mark.parametrize("model", ["v1"], indirect=True)  # the check is alike for both
     @pytest.mark.filterwarnings("ignore")
     def test_compiled_model_checks_the_kernels_and_runs_on_them(model, ids, unchecked):
         torch.compiler.reset()
@@ -124,7 +123,6 @@ else:
         holes[0, 6] = 0
         assert_equals_eager(model, lambda: [compiled(ids, attention_mask=holes, use_cache=False).logits[:, 7:]])
 
-    @pytest.mark.parametrize("model", ["v2"], indirect=True)
     def test_first_step_under_checkpointing_and_inference_mode(model, ids, unchecked):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
