@@ -21,8 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .diff_attention import attends_causally, cast_for_autocast, place_queries, subtract_maps
 
 
-# Rows and scores a block: enough for products to run at full speed, and its maps, of 2 MiB, stay in a CPU's caches.
+# Rows of queries a block: enough for products to run at full speed, and twice as many for long texts, where sums over
+# fewer blocks win more than is computed beyond the diagonal.
 BLOCK_ROWS = 128
+LONG_TEXT = 2048
+# Scores a block and thread: its maps, of 2 MiB, stay in a CPU's caches.
 BLOCK_SCORES = 2**19
 # Up to here keys are read as they lie in the cache, by queries padded with zeros; beyond, splitting them is cheaper.
 FEW_QUERIES = 8
@@ -220,7 +223,8 @@ class Blocks:
         self.query = self.by_map(query)
         self.all_values = value.contiguous()  # (B, K, S, D)
         self.all_keys = split_keys(key, query.shape[-1]).transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
-        self.queries_at_once = max(1, BLOCK_ROWS // self.query.shape[3])
+        block_rows = BLOCK_ROWS if self.num_queries < LONG_TEXT else 2 * BLOCK_ROWS
+        self.queries_at_once = max(1, block_rows // self.query.shape[3])
         past = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).tril_()
         self.causal_bounds = _bounds(past, query.dtype)
         self._scratch: dict[str, torch.Tensor] = {}
@@ -240,10 +244,10 @@ class Blocks:
                     yield Block(rows, slice(head, head + heads_at_once), queries, num_keys)
 
     def _heads_at_once(self, num_scores: int) -> int:
-        """How many key-value heads, of `num_scores` each, make a block."""
+        """How many key-value heads, of `num_scores` each, make a block: equally many for each thread."""
         if self.query.device.type != "cpu":  # no such caches
             return self.batch_size * self.num_key_value_heads
-        return max(1, BLOCK_SCORES // num_scores)
+        return torch.get_num_threads() * max(1, BLOCK_SCORES // num_scores)
 
     def _num_visible_keys(self, rows: slice, queries: slice) -> int:
         mask = self.attention_mask

@@ -73,18 +73,38 @@ def test_chunked_gives_outputs_and_gradients_of_the_reference(
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "padded"])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("block_scores", [1, 400, 700, 1500], ids=lambda scores: f"{scores} scores a block")
-def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, mask_kind, monkeypatch):
+def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, threads, mask_kind, monkeypatch):
     """
     Three rows of three key-value heads, of which each has 2 x 2 queries x 2 maps x 20 keys = 160 scores in the largest
     blocks: blocks of one head, of two and a rest, of one row, of several and a rest.
     """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     visible = visible_keys(mask_kind, 20, 20, batch_size=3)
     additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 4)
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", block_scores)
     mask = visible if mask_kind == "padded" else None
     assert_gives_the_reference(random_inputs(variant, 3, 2, 20, 20, batch_size=3), mask, additive)
+
+
+def test_chunked_blocks_are_larger_for_more_threads_and_for_long_texts(monkeypatch):
+    """Every thread works on heads of its own, as many as one thread alone has at once; and rows double."""
+
+    def shapes_of_blocks():
+        query, key, value, diff_lambda = random_inputs("v1", 4, 2, 64, 64)
+        blocks = diff_attention_chunked.Blocks(query, key, value, diff_lambda, None, 0.4, True)
+        return {(block.heads.stop - block.heads.start, block.queries.stop - block.queries.start) for block in blocks}
+
+    monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert shapes_of_blocks() == {(1, 8)}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert shapes_of_blocks() == {(2, 8)}
+    monkeypatch.setattr(diff_attention_chunked, "LONG_TEXT", 64)
+    assert shapes_of_blocks() == {(2, 16)}
 
 
 def test_chunked_attends_everywhere_where_the_module_is_not_causal(variant):
