@@ -121,10 +121,23 @@ def show_description(description: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(description)
         return
-    table = Table(show_header=False, box=None)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
     for key, value in description.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+        if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
+            for name, part in value.items():
+                table.add_row(f"{key}.{name}", _text(part))
+        else:
+            table.add_row(key, _text(value))
     out.print(table)
+
+
+def _text(value: Any) -> str:
+    """A value of `inspect` on as few lines as it takes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(part) for part in value)
+    return "-" if value is None else str(value)
 
 
 def show_push(report: PushReport, as_json: bool) -> None:

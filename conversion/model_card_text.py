@@ -1,8 +1,8 @@
 """The standing texts of a model card."""
 
 STATUS = {
-    "bit-exact": "It computes the same function: {promise}. "
-    "The second maps separate from the first once it is trained.",
+    "bit-exact": "It computes the same function: {promise}. Its default attention adds in another order, and differs "
+    "by rounding. The second maps separate from the first once it is trained.",
     "equal": "It computes the same function as its source, up to rounding.",
     "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "
     "attention maps that were trained to be added, and needs healing (distillation from its source) first.",

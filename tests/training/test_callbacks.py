@@ -68,6 +68,18 @@ def test_v1_log_holds_lambda_and_its_distance(tmp_path):
     assert not any(name.startswith("lambda") for name in reporter.logs[-1])  # the summary at the end has no loss
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_console_shows_lambda_but_not_of_every_layer(tmp_path, capsys, disable_tqdm):
+    """Whether a bar or `print` shows it. Attached again, as when a run is resumed, there is one such callback."""
+    trainer = run(tiny_model("v2"), tmp_path, LambdaCallback(), disable_tqdm=disable_tqdm)
+    printed = "".join(capsys.readouterr())
+    assert "lambda/mean" in printed and "lambda/grad_norm" in printed and "lambda/layer_" not in printed
+    assert "lambda/layer_1/mean" in trainer.state.log_history[0]
+    trainer.attach_lambda_callbacks()
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert names.count("LayersOffConsole") == 1
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_v2_log_holds_the_mean_over_tokens_and_heads(tmp_path, adapted):
     model = tiny_model("v2")
