@@ -76,13 +76,21 @@ def _normal(device, dtype, *shape, seed):
 
 
 def _inputs(device, dtype, map_dim, key_dim, head_dim, num_maps):
-    """Two rows, four heads, two key-value heads: no size is 1, which triton would compile for."""
+    """
+    Two rows, four heads, two key-value heads: no size is 1, which triton would compile for.
+
+    Scores as a trained model's: about 50, and a first key that is attended to. A softmax that overflows shows by them.
+    """
     wide = torch.float32  # of lambda and the norm's weight
     inputs = {
         "query": _normal(device, dtype, 2, 4 * num_maps, NUM_TOKENS, map_dim, seed=2),
         "key": _normal(device, dtype, 2, 2, NUM_TOKENS, key_dim, seed=3),
         "value": _normal(device, dtype, 2, 2, NUM_TOKENS, head_dim, seed=4),
     }
+    shared = (50 * map_dim**0.5) ** 0.5
+    inputs["query"][..., 0] = shared
+    inputs["key"][..., ::map_dim] = shared
+    inputs["key"][:, :, 0, ::map_dim] *= 1.08
     if num_maps == 2 and key_dim == map_dim:
         inputs["diff_lambda"] = _normal(device, wide, 2, NUM_TOKENS, 4, seed=5).sigmoid()
     elif num_maps == 2:

@@ -165,6 +165,16 @@ else:
                 assert not check.kernels_agree(CPU, torch.float32, *WIDTHS[widths], training)
         assert len(caplog.records) == 1 and f"their {named} is off by" in caplog.text
 
+    def test_kernels_whose_softmax_overflows_fail_the_check(unchecked, monkeypatch, caplog):
+        def without_maximum(query, key, value, diff_lambda, *, scaling, **_):
+            key, value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
+            weights = (query @ key.transpose(-1, -2) * scaling).exp().tril(key.shape[2] - query.shape[2])
+            return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2)
+
+        monkeypatch.setattr(check, "diff_attention_triton", without_maximum)
+        assert not check.kernels_agree(CPU, torch.float16, *WIDTHS["one map"], False)
+        assert "their output is off by nan" in caplog.text
+
     def test_kernels_that_do_not_compile_are_not_used_and_the_reason_is_given(
         model, ids, paths, unchecked, monkeypatch, caplog
     ):
