@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from conversion import convert_checkpoint
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -78,6 +80,25 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     record = json.loads((tmp_path / "out/conversion.json").read_text())
     assert set(record["jobs"]) == {"copy", "convert v1", "convert v2"}
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
+
+
+def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
+    llama = EXAMPLES / "assets" / "tiny-llama"
+    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    arguments = ("v2", "--against", str(llama), "--tokens", "64", "--output", "out/precision.json")
+    run_example(tmp_path, "compare_precision.py", *arguments)
+    rows = {
+        (row["model"], row["dtype"], row["attention"]): row
+        for row in json.loads((tmp_path / "out/precision.json").read_text())["rows"]
+    }
+    assert len(rows) == 4 + 6
+    for (model, dtype, attention), row in rows.items():
+        # Logits of up to 20: float32 keeps them to 1e-5 through five layers, bfloat16 to a few hundredths.
+        assert row["from float64"]["largest"] < (1e-3 if dtype == "float32" else 1)
+        assert row["from float64"]["kl_nats"] < (1e-9 if dtype == "float32" else 1e-2)
+        if model == "v2":
+            assert (row["from --against"]["largest"] == 0) == (attention != "diff_auto")
+    assert rows["v2", "float32", "sdpa"]["from float64"]["greedy_agreement"] == 1
 
 
 def test_published_llama_says_what_to_install(tmp_path):
