@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     try:
         rows = compare(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"compare_precision: {error}")
     show(rows)
     if arguments.output:
