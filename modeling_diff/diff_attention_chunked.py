@@ -21,11 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .diff_attention import attends_causally, cast_for_autocast, place_queries, subtract_maps
 
 
-# Rows of queries a block: enough for products to run at full speed, and twice as many for long texts, where sums over
-# fewer blocks win more than is computed beyond the diagonal.
+# Rows of queries a block: enough for products to run at full speed, and twice as many in 16 bits, whose products are
+# faster, and for long texts, where sums over fewer blocks win more than is computed beyond the diagonal.
 BLOCK_ROWS = 128
 LONG_TEXT = 2048
-# Scores a block and thread: its maps, of 2 MiB, stay in a CPU's caches.
+# Scores a block and thread: its maps, of 2 MiB, stay in a CPU's caches. Twice as many in 16 bits, by measurement.
 BLOCK_SCORES = 2**19
 # Up to here keys are read as they lie in the cache, by queries padded with zeros; beyond, splitting them is cheaper.
 FEW_QUERIES = 8
@@ -49,8 +49,8 @@ def chunked_attention_forward(
 
     `query` (B, 2H, T, d), `key` and `value` (B, K, S, D), `diff_lambda` () or (B, T, H), `attention_mask` as for
     `sdpa`: boolean or additive (B, 1, T, S), or (B, 2H, T, S) for each map, or None for query t attending to keys 0 to
-    t. In bfloat16 the scores are rounded to bfloat16 before the softmax, as in `eager`. Without `diff_lambda` it is
-    plain attention, for layers that kept LLaMA's.
+    t. In 16 bits the scores are rounded before the softmax, less about the largest of their query. Without
+    `diff_lambda` it is plain attention, for layers that kept LLaMA's.
     """
     if diff_lambda is None:
         return sdpa_attention_forward(
@@ -220,10 +220,14 @@ class Blocks:
         self.diff_lambda, self.scaling, self.is_causal = diff_lambda, scaling, is_causal
         self.attention_mask = None if attention_mask is None else attention_mask.expand(self.batch_size, -1, -1, -1)
         self.wide = torch.promote_types(query.dtype, torch.float32)
+        self.is_narrow = query.dtype != self.wide
         self.query = self.by_map(query)
         self.all_values = value.contiguous()  # (B, K, S, D)
-        self.all_keys = split_keys(key, query.shape[-1]).transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
-        block_rows = BLOCK_ROWS if self.num_queries < LONG_TEXT else 2 * BLOCK_ROWS
+        keys = split_keys(key, query.shape[-1])
+        self.all_keys = keys.transpose(3, 4).contiguous()  # (B, K, 2 or 1, d, S)
+        if self.is_narrow:
+            self.likely_keys = self._likely_keys(keys)
+        block_rows = 2 * BLOCK_ROWS if self.is_narrow or self.num_queries >= LONG_TEXT else BLOCK_ROWS
         self.queries_at_once = max(1, block_rows // self.query.shape[3])
         past = query.new_ones(self.queries_at_once, self.queries_at_once, dtype=torch.bool).tril_()
         self.causal_bounds = _bounds(past, query.dtype)
@@ -247,7 +251,20 @@ class Blocks:
         """How many key-value heads, of `num_scores` each, make a block: equally many for each thread."""
         if self.query.device.type != "cpu":  # no such caches
             return self.batch_size * self.num_key_value_heads
-        return torch.get_num_threads() * max(1, BLOCK_SCORES // num_scores)
+        block_scores = 2 * BLOCK_SCORES if self.is_narrow else BLOCK_SCORES
+        return torch.get_num_threads() * max(1, block_scores // num_scores)
+
+    def _likely_keys(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of (B, K, 2 or 1, T, d): each query's first visible key, and its own, if the last query sees its own."""
+        past, first_keys = 0, keys[:, :, :, :1].expand(-1, -1, -1, self.num_queries, -1)
+        if self.attention_mask is not None:
+            mask = self.attention_mask[:, 0]
+            first = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).argmax(-1)  # (B, T)
+            rows = torch.arange(self.batch_size, device=keys.device).unsqueeze(1)
+            first_keys = keys[rows, :, :, first].permute(0, 2, 3, 1, 4)
+            past = max(0, self._num_visible_keys(slice(None), slice(-1, None)) - self.num_queries)
+        own_keys = keys[:, :, :, past : past + self.num_queries] if self.num_queries <= self.num_keys else first_keys
+        return first_keys, own_keys
 
     def _num_visible_keys(self, rows: slice, queries: slice) -> int:
         mask = self.attention_mask
@@ -320,11 +337,26 @@ class Blocks:
             grad_block = block.of_heads(self.by_head(grad_lambda.unsqueeze(-1)))
             grad_block -= row_sums.view_as(grad_block)
 
+    def references(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
+        """
+        (2N, R, 1) in V1, (N, 2R, 1) in V2: about the largest score of each of `rows`, which is subtracted from them.
+
+        In bfloat16 a score of 50 is off by up to 0.13, and its key's weight by as much. Less the largest the scores of
+        keys that weigh are near 0. In trained models a query's first key, where attention rests, or its own is close.
+        """
+        scores = []
+        for keys in self.likely_keys:
+            keys = keys[block.rows, block.heads, :, block.queries].unsqueeze(3)  # (rows, heads, 2 or 1, 1, queries, d)
+            scores.append((rows.view(*keys.shape[:3], -1, *keys.shape[4:]) * keys).sum(-1, dtype=self.wide))
+        return torch.maximum(*scores).mul_(self.scaling).view(len(rows), -1, 1)
+
     def maps(self, block: Block) -> torch.Tensor:
         """Both softmax maps of a block, (N, 2, R, S) in float32 or wider."""
         rows = self.query_rows(block)
         scores = self.scratch("scores", rows.dtype, *rows.shape[:2], block.num_keys)
-        scores.baddbmm_(rows, self.key_columns(block), beta=0, alpha=self.scaling)
+        if self.is_narrow:
+            scores.copy_(self.references(block, rows))  # the difference is rounded, once
+        scores.baddbmm_(rows, self.key_columns(block), beta=-1 if self.is_narrow else 0, alpha=self.scaling)
         num_queries = block.queries.stop - block.queries.start
         if self.is_causal:
             by_query = scores.view(-1, num_queries, block.num_keys)
@@ -335,7 +367,7 @@ class Blocks:
         scores = scores.view(-1, 2, self.query.shape[3] * num_queries, block.num_keys)
         if scores.dtype != self.wide:
             scores = self.scratch("wide scores", self.wide, *scores.shape).copy_(scores)
-        return torch.softmax(scores, -1, out=self.scratch("maps", self.wide, *scores.shape))
+        return torch.softmax(scores, -1, out=scores)  # in place: less memory to write takes 0.95 of the time
 
     def weights(self, block: Block, maps: torch.Tensor) -> torch.Tensor:
         """A1 - lambda A2 of a block, (N, R, S) in the values' dtype; overwrites the first map."""

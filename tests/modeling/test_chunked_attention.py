@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diff_llama_by_definition import attention_by_definition
+from torch import nn
 
 from modeling_diff import diff_attention_chunked, diff_attention_reference
 from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward
@@ -224,6 +225,77 @@ def test_chunked_rounds_as_its_dtype_allows(variant, dtype, tolerance):
     expected = diff_attention_reference(*(tensor.double() for tensor in inputs), 0.4, additive)
     assert output.dtype == dtype
     assert (output.double() - expected).abs().max() < tolerance
+
+
+def trained_inputs(variant, dtype, attended, first_keys):
+    """
+    As `random_inputs`, but each query scores about 50, as in a trained LLaMA, with three keys: those from the first of
+    its sequence on, of which `first_keys` lists row and position, or its own and the two before.
+    """
+    query, key, value, diff_lambda = (tensor.detach() for tensor in random_inputs(variant, 2, 2, 300, 300, map_dim=64))
+    if attended == "near":
+        keys = key.unflatten(-1, (-1, 64)).transpose(2, 3).unsqueeze(2)  # (B, K, 1, 2 or 1, S, d)
+        keys = keys.expand(-1, -1, 2, 2, -1, -1).flatten(1, 3)
+        query += 6 * sum(keys.roll(past, dims=2) for past in range(3))
+    else:
+        query[..., 0] = key[..., ::64] = 0
+        for row, position in first_keys:
+            query[row, :, position:, 0] = 20
+            key[row, :, position : position + 3, ::64] = 20
+    return [tensor.to(dtype) for tensor in (query, key, value)] + [diff_lambda.float()]
+
+
+def two_calls(query, key, value, diff_lambda, mask):
+    """One flash call a map and a subtraction: (B, T, H, D)."""
+    map_dim, keys = query.shape[-1], key.repeat_interleave(2, 1)
+    first, second = (
+        nn.functional.scaled_dot_product_attention(
+            query[:, number::2], keys[..., start:][..., :map_dim], value.repeat_interleave(2, 1), mask
+        ).transpose(1, 2)
+        for number, start in enumerate((0, key.shape[-1] - map_dim))
+    )
+    return (first - (diff_lambda if diff_lambda.dim() == 0 else diff_lambda.unsqueeze(-1)) * second).to(query.dtype)
+
+
+@pytest.mark.parametrize("mask_kind", ["causal", "padded", "packed", "additive", "static cache"])
+@pytest.mark.parametrize("attended", ["first", "near"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_large_scores_keep_the_precision_of_two_flash_calls(variant, dtype, attended, mask_kind):
+    """A score of 50 alone is off by up to 0.13 in bfloat16; less the largest that a query has, it is not."""
+    first_keys = [(0, 0), (1, 40 if mask_kind == "padded" else 0)]
+    if mask_kind == "packed":
+        first_keys += [(0, 150), (1, 150)]
+    inputs = trained_inputs(variant, dtype, attended, first_keys)
+    visible = torch.ones(2, 1, 300, 300, dtype=torch.bool).tril()
+    if mask_kind == "padded":
+        visible[1, :, :, :40] = False
+        visible[1, :, :40, 0] = True
+    elif mask_kind == "packed":
+        visible[..., 150:, :150] = False
+    elif mask_kind == "static cache":  # the queries stand before the end of it
+        inputs[0] = inputs[0][:, :, 50:250]
+        inputs[3] = inputs[3] if variant == "v1" else inputs[3][:, 50:250]
+        visible = visible[..., 50:250, :]
+    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    grad_output = torch.randn(2, inputs[0].shape[2], 4, inputs[2].shape[-1])
+
+    def output_and_gradients(attention, wide=False):
+        leaves = [(tensor.double() if wide else tensor.clone()).requires_grad_() for tensor in inputs]
+        output = attention(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+
+    def chunked(query, key, value, diff_lambda):
+        mask = {"causal": None, "additive": additive.to(dtype)}.get(mask_kind, visible)
+        return chunked_attention_forward(CAUSAL, query, key, value, mask, 0.125, diff_lambda)[0]
+
+    def errors(found):
+        expected = output_and_gradients(lambda *leaves: diff_attention_reference(*leaves, 0.125, additive), wide=True)
+        return [((ours - right).norm() / right.norm()).item() for ours, right in zip(found, expected, strict=True)]
+
+    of_output, *of_gradients = errors(output_and_gradients(chunked))
+    of_two_calls, *_ = errors(output_and_gradients(lambda *leaves: two_calls(*leaves, visible)))
+    assert of_output < 2 * of_two_calls  # 7 to 20 times as much with scores rounded as they are
+    assert max(of_gradients) < 2 * torch.finfo(dtype).eps  # 5 to 27
 
 
 def test_chunked_under_autocast_computes_in_its_dtype(variant):
