@@ -365,7 +365,7 @@ class Blocks:
             mask = self.mask(block)
             _mask(scores.view(len(mask), -1, num_queries, block.num_keys), mask)
         scores = scores.view(-1, 2, self.query.shape[3] * num_queries, block.num_keys)
-        if scores.dtype != self.wide:
+        if self.is_narrow:
             scores = self.scratch("wide scores", self.wide, *scores.shape).copy_(scores)
         return torch.softmax(scores, -1, out=scores)  # in place: less memory to write takes 0.95 of the time
 

@@ -10,7 +10,7 @@ from diff_llama_by_definition import attention_by_definition
 from torch import nn
 
 from modeling_diff import diff_attention_chunked, diff_attention_reference
-from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward
+from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward, split_keys
 
 
 CAUSAL = SimpleNamespace(is_causal=True)
@@ -37,6 +37,11 @@ def visible_keys(kind, num_queries, num_keys, batch_size=2):
         visible[1, :, :, :3] = False
         visible[1, :, :3, 0] = True  # rows of padding see something, so that float64 has a value to compare
     return visible
+
+
+def as_additive(visible):
+    """The same mask to add to scores."""
+    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
 
 
 def assert_gives_the_reference(inputs, mask, additive):
@@ -66,7 +71,7 @@ def test_chunked_gives_outputs_and_gradients_of_the_reference(
 ):
     inputs = random_inputs(variant, num_key_value_heads, groups, num_queries, num_keys)
     visible = visible_keys("padded" if mask_kind == "padded" else "causal", num_queries, num_keys)
-    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    additive = as_additive(visible)
     needs_mask = mask_kind != "causal" or num_queries not in (1, num_keys)
     mask = additive if mask_kind == "additive" else visible if needs_mask else None
 
@@ -83,7 +88,7 @@ def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, threads
     """
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     visible = visible_keys(mask_kind, 20, 20, batch_size=3)
-    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    additive = as_additive(visible)
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 4)
     monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", block_scores)
     mask = visible if mask_kind == "padded" else None
@@ -221,7 +226,7 @@ def test_chunked_rounds_as_its_dtype_allows(variant, dtype, tolerance):
     query, key, value, diff_lambda = inputs
     output, _ = chunked_attention_forward(CAUSAL, query, key, value, None, 0.4, diff_lambda)
     visible = visible_keys("causal", 150, 150)
-    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    additive = as_additive(visible)
     expected = diff_attention_reference(*(tensor.double() for tensor in inputs), 0.4, additive)
     assert output.dtype == dtype
     assert (output.double() - expected).abs().max() < tolerance
@@ -234,8 +239,7 @@ def trained_inputs(variant, dtype, attended, first_keys):
     """
     query, key, value, diff_lambda = (tensor.detach() for tensor in random_inputs(variant, 2, 2, 300, 300, map_dim=64))
     if attended == "near":
-        keys = key.unflatten(-1, (-1, 64)).transpose(2, 3).unsqueeze(2)  # (B, K, 1, 2 or 1, S, d)
-        keys = keys.expand(-1, -1, 2, 2, -1, -1).flatten(1, 3)
+        keys = split_keys(key, 64).unsqueeze(2).expand(-1, -1, 2, 2, -1, -1).flatten(1, 3)  # (B, 2H, S, d)
         query += 6 * sum(keys.roll(past, dims=2) for past in range(3))
     else:
         query[..., 0] = key[..., ::64] = 0
@@ -276,7 +280,7 @@ def test_in_16_bits_large_scores_keep_the_precision_of_two_flash_calls(variant, 
         inputs[0] = inputs[0][:, :, 50:250]
         inputs[3] = inputs[3] if variant == "v1" else inputs[3][:, 50:250]
         visible = visible[..., 50:250, :]
-    additive = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    additive = as_additive(visible)
     grad_output = torch.randn(2, inputs[0].shape[2], 4, inputs[2].shape[-1])
 
     def output_and_gradients(attention, wide=False):
@@ -288,14 +292,24 @@ def test_in_16_bits_large_scores_keep_the_precision_of_two_flash_calls(variant, 
         mask = {"causal": None, "additive": additive.to(dtype)}.get(mask_kind, visible)
         return chunked_attention_forward(CAUSAL, query, key, value, mask, 0.125, diff_lambda)[0]
 
-    def errors(found):
-        expected = output_and_gradients(lambda *leaves: diff_attention_reference(*leaves, 0.125, additive), wide=True)
-        return [((ours - right).norm() / right.norm()).item() for ours, right in zip(found, expected, strict=True)]
+    def errors(attention):
+        pairs = zip(output_and_gradients(attention), expected, strict=True)
+        return [((found - right).norm() / right.norm()).item() for found, right in pairs]
 
-    of_output, *of_gradients = errors(output_and_gradients(chunked))
-    of_two_calls, *_ = errors(output_and_gradients(lambda *leaves: two_calls(*leaves, visible)))
+    expected = output_and_gradients(lambda *leaves: diff_attention_reference(*leaves, 0.125, additive), wide=True)
+    of_output, *of_gradients = errors(chunked)
+    of_two_calls, *_ = errors(lambda *leaves: two_calls(*leaves, visible))
     assert of_output < 2 * of_two_calls  # 7 to 20 times as much with scores rounded as they are
     assert max(of_gradients) < 2 * torch.finfo(dtype).eps  # 5 to 27
+
+
+def test_in_16_bits_there_may_be_more_queries_than_keys(variant):
+    inputs = [tensor.to(torch.bfloat16) for tensor in random_inputs(variant, 2, 2, 30, 20)]
+    expected = diff_attention_reference(*(tensor.double() for tensor in inputs), 0.4)
+    query, key, value, diff_lambda = inputs
+    visible = torch.ones(2, 1, 30, 20, dtype=torch.bool)
+    output, _ = chunked_attention_forward(CAUSAL, query, key, value, visible, 0.4, diff_lambda)
+    assert (output.double() - expected).abs().max() < 3e-2  # as in test_chunked_rounds_as_its_dtype_allows
 
 
 def test_chunked_under_autocast_computes_in_its_dtype(variant):
