@@ -67,9 +67,12 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaMA or transformers DiffLlama checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
     variant: Annotated[
-        Literal["v1", "v2"],
-        typer.Option(help="v1: same size, has to be healed. v2: same function exactly, some more query weights."),
-    ] = "v1",
+        Literal["v1", "v2"] | None,
+        typer.Option(
+            help="Needed for a LLaMA. v2: the same function exactly, with more query weights. v1: the same size, near "
+            "the function once calibrated."
+        ),
+    ] = None,
     layers: Annotated[
         Any,
         typer.Option(parser=parse_layers, metavar="0,4-7", help="Layers to make differential. All by default."),
@@ -90,6 +93,12 @@ def convert(
         Path | None,
         typer.Option(help="v1: text, JSON lines or a datasets folder; layers are fitted on it, and little is lost."),
     ] = None,
+    uncalibrated: Annotated[
+        bool,
+        typer.Option(
+            "--uncalibrated", help="v1: the plain copy, which loses most of the function and has to be healed."
+        ),
+    ] = False,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = CALIBRATION_TOKENS,
     stages: Annotated[
         Any,
@@ -120,8 +129,8 @@ def convert(
     with one_line_errors(verbose, output), layer_progress() as on_layer, byte_progress("converting") as progress:
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
-            calibration=calibration, calibration_tokens=calibration_tokens, stages=stages, dtype=dtype,
-            max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
+            calibration=calibration, uncalibrated=uncalibrated, calibration_tokens=calibration_tokens, stages=stages,
+            dtype=dtype, max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
             backbone_only=backbone_only, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite, dry_run=dry_run,
             overwrite=overwrite, resume=resume, progress=progress, calibration_progress=on_layer,
         )  # fmt: skip

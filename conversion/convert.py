@@ -33,7 +33,7 @@ from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
 from conversion.stream import Plan, Progress, write_plan
 from conversion.target import check_room
-from conversion.variants import promise, rules_and_fields
+from conversion.variants import UNCALIBRATED, check_uncalibrated, promise, rules_and_fields, variant_of_import
 from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
 
@@ -69,8 +69,9 @@ class ConversionReport:
 def convert_checkpoint(
     source: str | Path,
     output: str | Path,
-    variant: Literal["v1", "v2"] = "v1",
+    variant: Literal["v1", "v2"] | None = None,
     *,
+    uncalibrated: bool = False,
     layers: Sequence[int] | None = None,
     lambda_init: Literal["paper"] | float | Sequence[float] | None = None,
     norm: Literal["strict", "neutral"] = "strict",
@@ -95,10 +96,16 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Converts a LLaMA or transformers DiffLlama checkpoint, folder or Hub id; the output appears whole or not at all.
 
-    `ConversionOptions` says what the choices mean. `calibration` is text on which a V1 conversion is fitted layer by
-    layer, in `stages` of `calibrate.Stage` (all by default).
+    `ConversionOptions` says what the choices mean. A LLaMA needs `variant`, and V1 either `calibration`, text on which
+    it is fitted layer by layer in `stages` of `calibrate.Stage` (all by default), or `uncalibrated`, for the plain
+    copy; a source that is differential already needs neither.
     Raises ConversionError for bad input, FilesError for the target.
     """
+    check_uncalibrated(variant, calibration is not None, uncalibrated)
+    if variant is None or (variant == "v1" and calibration is None and not uncalibrated):
+        # Only an import needs no choice. A Hub source is asked for its config alone, before gigabytes come down.
+        described = locate_source(source, revision, config_only=True).folder
+        variant = variant_of_import(read_source_model(described, source_layout, backbone_only).kind, variant)
     options = ConversionOptions(
         variant, layers, lambda_init, norm, lambda_start, pairings, dtype, seed, source_layout, backbone_only,
         allow_nonfinite,
@@ -119,6 +126,8 @@ def convert_checkpoint(
     ready = prepare_calibration(found, model, reader, options, text) if text else None
     if ready:
         notes.append(ready.note)
+    elif options.variant == "v1" and model.kind == "llama":
+        notes.append(f"uncalibrated: {UNCALIBRATED}")
     kept_bytes = ready.estimate.disk_bytes if ready and resume else 0
     check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + kept_bytes)
     if dry_run:

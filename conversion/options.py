@@ -85,7 +85,7 @@ class ConversionOptions:
     source_layout: "unilm" for the authors' own V1 tensor names and rotary order.
     """
 
-    variant: Literal["v1", "v2"] = "v1"
+    variant: Literal["v1", "v2"]
     layers: Sequence[int] | None = None
     lambda_init: Literal["paper"] | float | Sequence[float] | None = None
     norm: Literal["strict", "neutral"] = "strict"

@@ -38,9 +38,12 @@ class SourceFolder:
         return self.hub_id or self.folder.resolve().name
 
 
-def locate_source(source: str | Path, revision: str | None = None, allow_pickle: bool = False) -> SourceFolder:
+def locate_source(
+    source: str | Path, revision: str | None = None, allow_pickle: bool = False, config_only: bool = False
+) -> SourceFolder:
     """The folder that `source` names, downloaded through the Hub's cache if it is a Hub id (`owner/name`).
 
+    With `config_only` nothing but config.json comes down.
     Raises ConversionError for a path or id under which nothing can be had.
     """
     folder = Path(source).expanduser()
@@ -48,11 +51,11 @@ def locate_source(source: str | Path, revision: str | None = None, allow_pickle:
         if revision is not None:
             raise ConversionError(f"--revision {revision}: {source} is a local path, and only Hub ids have revisions")
         return SourceFolder(folder)
-    return _download(str(source), revision, allow_pickle)
-
-
-def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> SourceFolder:
     patterns = [*TEXT_PATTERNS, *WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
+    return _download(str(source), revision, ["config.json"] if config_only else patterns)
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> SourceFolder:
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:

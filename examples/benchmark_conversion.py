@@ -75,7 +75,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def convert_v1(source: Path, target: Path) -> None:
-    convert_checkpoint(source, target, "v1")
+    convert_checkpoint(source, target, "v1", uncalibrated=True)
 
 
 def convert_v2(source: Path, target: Path) -> None:

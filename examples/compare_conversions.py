@@ -82,7 +82,7 @@ def lambdas(model):
 
 def plain_copy(folder, lambda_init):
     with tempfile.TemporaryDirectory() as target:
-        convert_checkpoint(folder, Path(target) / "v1", "v1", lambda_init=lambda_init)
+        convert_checkpoint(folder, Path(target) / "v1", "v1", uncalibrated=True, lambda_init=lambda_init)
         return DiffLlamaForCausalLM.from_pretrained(Path(target) / "v1", dtype=torch.float32)
 
 

@@ -63,6 +63,8 @@ def convert(start, args, folder):
     """The checkpoint of `start`, converted unless it is there."""
     if not folder.exists():
         options = {"variant": "v1"} | STARTS[start]
+        if options["variant"] == "v1" and "stages" not in options:
+            options["uncalibrated"] = True
         if "stages" in options:
             options |= {"calibration": args.model / "calibration.txt", "calibration_tokens": args.calibration_tokens}
         convert_checkpoint(args.model, folder, **options)

@@ -74,7 +74,7 @@ def main() -> None:
         arguments.calibration = ASSETS / "calibration.txt"
     fit = {"calibration": arguments.calibration, "calibration_tokens": 16384, "stages": ("pairing", "refit")}
     conversions: list[tuple[str, str, dict]] = [("LLaMA", "", {}), ("DIFF V2, exact", "v2", {})]
-    conversions += [("DIFF V1, copy", "v1", {})]
+    conversions += [("DIFF V1, copy", "v1", {"uncalibrated": True})]
     conversions += [("DIFF V1, paired and refit", "v1-fitted", fit)] if arguments.calibration else []
     for name, folder_name, options in conversions:
         start = time.perf_counter()

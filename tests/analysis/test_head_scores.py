@@ -230,7 +230,9 @@ def test_ablation_equals_zeroed_or_replaced_columns(variant):
 
 def test_pairs_show_which_roles_a_conversion_paired(llama_folder, scores, tmp_path):
     order = (1, 2, 3, 0)
-    convert_checkpoint(llama_folder, tmp_path / "chosen", "v1", pairings={0: HeadPairing(order, order)})
+    convert_checkpoint(
+        llama_folder, tmp_path / "chosen", "v1", uncalibrated=True, pairings={0: HeadPairing(order, order)}
+    )
     pairs = {(pair.layer, pair.head): pair for pair in paired_scores(scores, tmp_path / "chosen")}
     assert pairs[0, 0].positive.first_token > 0.99 and pairs[0, 0].subtracted.previous_token > 0.99
     assert (pairs[1, 1].positive.head, pairs[1, 1].subtracted.head) == (2, 3)  # neighbours, where nothing was chosen

@@ -25,8 +25,8 @@ def write_rows(path: Path, num_rows: int = 40, seed: int = 3) -> Path:
 def make_toys(folder: Path) -> Path:
     """`folder` with llama/, v1/, v1-neutral/, v2/ and data.jsonl in it."""
     saved(random_llama(), folder / "llama")
-    convert_checkpoint(folder / "llama", folder / "v1", "v1")
-    convert_checkpoint(folder / "llama", folder / "v1-neutral", "v1", norm="neutral")
+    convert_checkpoint(folder / "llama", folder / "v1", "v1", uncalibrated=True)
+    convert_checkpoint(folder / "llama", folder / "v1-neutral", "v1", uncalibrated=True, norm="neutral")
     convert_checkpoint(folder / "llama", folder / "v2", "v2")
     write_rows(folder / "data.jsonl")
     return folder

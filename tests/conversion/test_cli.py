@@ -16,6 +16,7 @@ from conversion.__main__ import app
 
 
 ROOT = Path(__file__).parents[2]
+V1 = ("--variant", "v1", "--uncalibrated")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_help_names_every_command_and_argument(command):
 
 
 def test_convert_verify_inspect_and_export(tmp_path, llama):
-    converted = run("convert", llama, tmp_path / "v1", "--lambda-init", "paper", "--layers", "0-1", "--seed", 3)
+    converted = run("convert", llama, tmp_path / "v1", *V1, "--lambda-init", "paper", "--layers", "0-1", "--seed", 3)
     assert converted.exit_code == 0, converted.stderr
     assert "healed before use" in converted.stdout and "no tokenizer" in converted.stdout
     verified = run("verify", tmp_path / "v1", "--against", llama)
@@ -55,10 +56,10 @@ def test_convert_verify_inspect_and_export(tmp_path, llama):
 def test_names_with_brackets_are_shown_whole(tmp_path, llama):
     """Not taken for the markup of the terminal's library."""
     output = tmp_path / "out [v1]"
-    assert f"wrote {output} (" in run("convert", llama, output).stdout
+    assert f"wrote {output} (" in run("convert", llama, output, *V1).stdout
     assert "out [v1] (parity)" in run("verify", output).stdout
     renamed = (tmp_path / "llama").rename(tmp_path / "source [red]")
-    run("convert", renamed, tmp_path / "v1")
+    run("convert", renamed, tmp_path / "v1", *V1)
     assert "source [red]" in run("inspect", tmp_path / "v1").stdout
 
 
@@ -74,7 +75,7 @@ def test_v2_through_the_options(tmp_path, llama):
 
 
 def test_lists_and_dry_run(tmp_path, llama):
-    result = run("convert", llama, tmp_path / "v1", "--lambda-init", "0.02,0.3", "--dry-run", "--json")
+    result = run("convert", llama, tmp_path / "v1", *V1, "--lambda-init", "0.02,0.3", "--dry-run", "--json")
     assert json.loads(result.stdout)["record"]["options"]["lambda_init"] == [0.02, 0.3]
     assert not (tmp_path / "v1").exists()
 
@@ -92,7 +93,7 @@ def test_lists_and_dry_run(tmp_path, llama):
     ],
 )
 def test_usage_errors_exit_2(tmp_path, llama, arguments):
-    assert run("convert", llama, tmp_path / "out", *arguments).exit_code == 2
+    assert run("convert", llama, tmp_path / "out", *V1, *arguments).exit_code == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -100,7 +101,7 @@ def test_bad_input_exits_1_and_target_faults_exit_3_in_one_line(tmp_path, llama)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for arguments, code in ((("nowhere", "out"), 1), ((llama, tmp_path / "full"), 3), ((llama, llama), 3)):
-        result = run("convert", *arguments)
+        result = run("convert", *arguments, "--variant", "v2")
         assert result.exit_code == code, result.stderr
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert "Traceback" not in result.stderr
@@ -108,7 +109,7 @@ def test_bad_input_exits_1_and_target_faults_exit_3_in_one_line(tmp_path, llama)
 
 
 def test_heal_trains_reports_and_goes_on(tmp_path, llama):
-    run("convert", llama, tmp_path / "v1")
+    run("convert", llama, tmp_path / "v1", *V1)
     data = write_rows(tmp_path / "rows.jsonl")
     held_out = write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
     command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data]
@@ -126,7 +127,7 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
 
 
 def test_heal_refuses_in_one_line(tmp_path, llama):
-    run("convert", llama, tmp_path / "v1")
+    run("convert", llama, tmp_path / "v1", *V1)
     data = write_rows(tmp_path / "rows.jsonl")
     result = run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--context", CONTEXT)
     assert result.exit_code == 1 and "learns from a teacher" in result.stderr and result.stderr.count("\n") == 1
@@ -187,7 +188,7 @@ def test_sigterm_cleans_up_and_exits_143(tmp_path, llama):
         "cli.convert_checkpoint = stopped; cli.main()"
     )
     process = subprocess.run(
-        [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out")],
+        [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out"), "--variant", "v2"],
         cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 128 + signal.SIGTERM, process.stderr

@@ -51,7 +51,7 @@ def test_copy_of_shared_maps_reproduces_llama(tmp_path, flavour):
     llama = random_llama(**FLAVOURS[flavour])
     pairings = dict.fromkeys(range(2), adjacent(llama.config))
     saved(share_maps(llama, pairings), tmp_path / "llama")
-    convert_checkpoint(tmp_path / "llama", tmp_path / "v1", lambda_init=0.0, norm="neutral")
+    convert_checkpoint(tmp_path / "llama", tmp_path / "v1", "v1", uncalibrated=True, lambda_init=0.0, norm="neutral")
     assert_same_logits(llama, load(tmp_path / "v1"))
 
 
@@ -63,10 +63,12 @@ def test_given_pairings_reproduce_llama_of_maps_shared_that_way(tmp_path):
     }
     llama = share_maps(random_llama(num_attention_heads=8, num_key_value_heads=4), pairings)
     saved(llama, tmp_path / "llama")
-    report = convert_checkpoint(tmp_path / "llama", tmp_path / "v1", pairings=pairings, lambda_init=0, norm="neutral")
+    report = convert_checkpoint(
+        tmp_path / "llama", tmp_path / "v1", "v1", uncalibrated=True, pairings=pairings, lambda_init=0, norm="neutral"
+    )
     assert_same_logits(llama, load(tmp_path / "v1"))
     assert report.record["options"]["pairings"]["1"]["kv_heads"] == (3, 1, 0, 2)
-    convert_checkpoint(tmp_path / "llama", tmp_path / "wrong", lambda_init=0, norm="neutral")
+    convert_checkpoint(tmp_path / "llama", tmp_path / "wrong", "v1", uncalibrated=True, lambda_init=0, norm="neutral")
     with pytest.raises(AssertionError):
         assert_same_logits(llama, load(tmp_path / "wrong"))
 
@@ -75,7 +77,9 @@ def test_layers_left_out_stay_llama(tmp_path):
     """Maps are shared in layer 1 only; layer 0 keeps its own attention, whatever its maps."""
     llama = random_llama()
     saved(share_maps(llama, {1: adjacent(llama.config)}), tmp_path / "llama")
-    convert_checkpoint(tmp_path / "llama", tmp_path / "v1", layers=[1], lambda_init=0.0, norm="neutral")
+    convert_checkpoint(
+        tmp_path / "llama", tmp_path / "v1", "v1", uncalibrated=True, layers=[1], lambda_init=0.0, norm="neutral"
+    )
     model = load(tmp_path / "v1")
     assert model.config.differential_layers == [1]
     assert_same_logits(llama, model)
@@ -84,14 +88,16 @@ def test_layers_left_out_stay_llama(tmp_path):
 @pytest.mark.parametrize("flavour", PAIRED)
 def test_parameter_count_is_llamas_and_six_d_a_layer(tmp_path, flavour):
     llama = random_llama(**FLAVOURS[flavour])
-    report = convert_checkpoint(saved(llama, tmp_path / "llama"), tmp_path / "v1")
+    report = convert_checkpoint(saved(llama, tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True)
     config = llama.config
     expected = llama.num_parameters() + 6 * config.head_dim * config.num_hidden_layers
     assert load(tmp_path / "v1").num_parameters() == report.record["parameters"]["output"] == expected
 
 
 def test_strict_norm_is_the_papers(tmp_path):
-    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", lambda_init="paper")
+    convert_checkpoint(
+        saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True, lambda_init="paper"
+    )
     model = load(tmp_path / "v1")
     assert model.config.lambda_init == [0.8 - 0.6 * math.exp(-0.3 * layer) for layer in range(2)]
     for layer in model.model.layers:
@@ -102,7 +108,7 @@ def test_strict_norm_is_the_papers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lambda_is_lambda_init_exactly_and_its_vectors_are_float32(tmp_path, dtype):
     source = saved(random_llama().to(dtype), tmp_path / "llama")
-    convert_checkpoint(source, tmp_path / "v1", lambda_init=[0.02, 0.3])
+    convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True, lambda_init=[0.02, 0.3])
     weights = load_file(tmp_path / "v1" / "model.safetensors")
     model = load(tmp_path / "v1")
     assert model.dtype == dtype
@@ -118,7 +124,7 @@ def test_lambda_is_lambda_init_exactly_and_its_vectors_are_float32(tmp_path, dty
 
 @pytest.mark.parametrize("norm", ["strict", "neutral"])
 def test_every_new_tensor_has_a_gradient(tmp_path, norm):
-    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", norm=norm)
+    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True, norm=norm)
     model = load(tmp_path / "v1")
     model(token_ids(), labels=token_ids()).loss.backward()
     new = {name: p.grad for name, p in model.named_parameters() if "diff_lambda" in name or "sub_norm" in name}
@@ -129,7 +135,7 @@ def test_every_new_tensor_has_a_gradient(tmp_path, norm):
 def test_same_seed_same_bytes_whatever_the_shards(tmp_path):
     source = saved(random_llama(), tmp_path / "llama")
     for name, options in {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"max_shard_size": "20KB"}}.items():
-        convert_checkpoint(source, tmp_path / name, **options)
+        convert_checkpoint(source, tmp_path / name, "v1", uncalibrated=True, **options)
     files = {name: sorted(p.name for p in (tmp_path / name).iterdir()) for name in "abcd"}
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files["a"])
     weights = load_file(tmp_path / "a" / "model.safetensors")
@@ -144,7 +150,9 @@ def test_same_seed_same_bytes_whatever_the_shards(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_casts_all_but_lambda(tmp_path, dtype):
-    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", dtype=dtype)
+    convert_checkpoint(
+        saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True, dtype=dtype
+    )
     weights = load_file(tmp_path / "v1" / "model.safetensors")
     assert {t.dtype for n, t in weights.items() if "diff_lambda" not in n} == {getattr(torch, dtype)}
     assert {t.dtype for n, t in weights.items() if "diff_lambda" in n} == {torch.float32}
@@ -162,9 +170,9 @@ def damaged(tmp_path, name, value):
 def test_overflow_to_float16_is_refused_by_name(tmp_path):
     source = damaged(tmp_path, "model.norm.weight", 1e6)
     with pytest.raises(ConversionError, match=r"model\.norm\.weight has entries up to 1e\+06"):
-        convert_checkpoint(source, tmp_path / "v1", dtype="float16")
+        convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True, dtype="float16")
     assert not (tmp_path / "v1").exists()
-    convert_checkpoint(source, tmp_path / "v1", dtype="bfloat16")
+    convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True, dtype="bfloat16")
 
 
 def test_nonfinite_values_are_refused_unless_allowed(tmp_path):
@@ -172,8 +180,8 @@ def test_nonfinite_values_are_refused_unless_allowed(tmp_path):
     with pytest.raises(
         ConversionError, match=r"mlp\.up_proj\.weight has 32 NaN or infinite entries, the first at \(1, 0\)"
     ):
-        convert_checkpoint(source, tmp_path / "v1")
-    convert_checkpoint(source, tmp_path / "v1", allow_nonfinite=True)
+        convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True)
+    convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True, allow_nonfinite=True)
     assert load_file(tmp_path / "v1" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"][1].isnan().all()
 
 
@@ -208,8 +216,10 @@ def test_nonfinite_values_are_refused_unless_allowed(tmp_path):
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
+    options = {"variant": "v1"} | options
+    llama = saved(random_llama(), tmp_path / "llama")
     with pytest.raises(ConversionError, match=message):
-        convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", **options)
+        convert_checkpoint(llama, tmp_path / "v1", uncalibrated=options["variant"] != "v2", **options)
     assert not (tmp_path / "v1").exists()
 
 
@@ -227,13 +237,15 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
     ],
 )
 def test_numbers_of_any_kind_are_understood_and_recorded(tmp_path, given, plain):
-    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "out", **given)
+    given = {"variant": "v1"} | given
+    llama = saved(random_llama(), tmp_path / "llama")
+    convert_checkpoint(llama, tmp_path / "out", uncalibrated=given["variant"] == "v1", **given)
     options = json.loads((tmp_path / "out" / "conversion.json").read_text())["options"]
     assert options | plain == options
 
 
 def test_output_loads_in_a_fresh_process_without_this_package(tmp_path):
-    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1")
+    convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True)
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A; "
         f"m = A.from_pretrained({str(tmp_path / 'v1')!r}, trust_remote_code=True); "
@@ -255,11 +267,11 @@ def test_companions_travel_and_absent_ones_are_reported(tmp_path):
     for name, text in texts.items():
         (source / name).write_text(text)
     (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: de\n---\nA model.\n")
-    report = convert_checkpoint(source, tmp_path / "v1")
+    report = convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True)
     for name, text in texts.items():
         assert name.endswith(".py") or (tmp_path / "v1" / name).read_text() == text
     assert not (tmp_path / "v1" / "modeling_custom.py").exists()
-    assert report.notes == []
+    assert [note.split(":")[0] for note in report.notes] == ["uncalibrated"]
     card = (tmp_path / "v1" / "README.md").read_text()
     assert "license: apache-2.0" in card and "needs healing" in card and "base_model" not in card
     assert str(tmp_path) not in card + (tmp_path / "v1" / "conversion.json").read_text()
@@ -271,27 +283,30 @@ def test_tied_model_with_a_copy_of_the_embedding(tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    assert "left out: lm_head.weight" in convert_checkpoint(source, tmp_path / "same").notes
+    assert "left out: lm_head.weight" in convert_checkpoint(source, tmp_path / "same", "v1", uncalibrated=True).notes
     weights["lm_head.weight"][0] += 1
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match="tie_word_embeddings is true, but"):
-        convert_checkpoint(source, tmp_path / "other")
+        convert_checkpoint(source, tmp_path / "other", "v1", uncalibrated=True)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         weights[name] = weights["model.embed_tokens.weight"].clone()
         weights[name][0, 0] = float("nan")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    assert "left out: lm_head.weight" in convert_checkpoint(source, tmp_path / "nan", allow_nonfinite=True).notes
+    assert (
+        "left out: lm_head.weight"
+        in convert_checkpoint(source, tmp_path / "nan", "v1", uncalibrated=True, allow_nonfinite=True).notes
+    )
 
 
 def test_tied_model_whose_embedding_is_stored_as_its_head(tmp_path):
     """transformers loads it alike."""
     source = saved(random_llama(tie_word_embeddings=True), tmp_path / "llama")
-    convert_checkpoint(source, tmp_path / "expected")
+    convert_checkpoint(source, tmp_path / "expected", "v1", uncalibrated=True)
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     for options in ({}, {"backbone_only": True}):
-        convert_checkpoint(source, tmp_path / "v1", **options, overwrite=True)
+        convert_checkpoint(source, tmp_path / "v1", "v1", uncalibrated=True, **options, overwrite=True)
         ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("v1", "expected"))
         assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -299,24 +314,36 @@ def test_tied_model_whose_embedding_is_stored_as_its_head(tmp_path):
 def test_interrupted_and_resumed_run_ends_as_if_never_stopped(tmp_path):
     source = saved(random_llama(), tmp_path / "llama")
     options = {"max_shard_size": "20KB", "dtype": "bfloat16"}
-    convert_checkpoint(source, tmp_path / "whole", **options)
+    convert_checkpoint(source, tmp_path / "whole", "v1", uncalibrated=True, **options)
 
     def stop_midway(done, total):
         if done > total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(source, tmp_path / "v1", **options, resume=True, progress=stop_midway)
+        convert_checkpoint(
+            source, tmp_path / "v1", "v1", uncalibrated=True, **options, resume=True, progress=stop_midway
+        )
     assert not (tmp_path / "v1").exists()
     seen = []
-    convert_checkpoint(source, tmp_path / "v1", **options, resume=True, progress=lambda done, total: seen.append(done))
+    convert_checkpoint(
+        source,
+        tmp_path / "v1",
+        "v1",
+        uncalibrated=True,
+        **options,
+        resume=True,
+        progress=lambda done, total: seen.append(done),
+    )
     assert seen[0] > seen[-1] / 4  # finished shards were kept
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "v1").iterdir()} == expected
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    report = convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", dry_run=True)
+    report = convert_checkpoint(
+        saved(random_llama(), tmp_path / "llama"), tmp_path / "v1", "v1", uncalibrated=True, dry_run=True
+    )
     assert report.num_bytes == 4 * report.record["parameters"]["output"]
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
@@ -327,14 +354,23 @@ def test_licence_outside_the_source_is_refused_before_a_byte_is_written(tmp_path
     (tmp_path / "terms").write_text("terms")
     (source / "LICENSE").symlink_to(tmp_path / "terms")
     with pytest.raises(ConversionError, match=r"LICENSE: links to .*terms, outside the folder"):
-        convert_checkpoint(source, tmp_path / "v1", dry_run=dry_run, progress=lambda *done: written.append(done))
+        convert_checkpoint(
+            source,
+            tmp_path / "v1",
+            "v1",
+            uncalibrated=True,
+            dry_run=dry_run,
+            progress=lambda *done: written.append(done),
+        )
     assert not written
 
 
 def test_progress_counts_every_byte_once(tmp_path):
     seen = []
     source = saved(random_llama(), tmp_path / "llama")
-    report = convert_checkpoint(source, tmp_path / "v1", progress=lambda done, total: seen.append((done, total)))
+    report = convert_checkpoint(
+        source, tmp_path / "v1", "v1", uncalibrated=True, progress=lambda done, total: seen.append((done, total))
+    )
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (report.num_bytes, report.num_bytes)
     assert SMALL["num_hidden_layers"] == 2  # what the parameter counts above take for granted

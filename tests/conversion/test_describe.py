@@ -11,7 +11,7 @@ from conversion.describe import describe_checkpoint
 @pytest.mark.parametrize(
     ("options", "name", "size"),
     [
-        ({"variant": "v1"}, "model.layers.1.self_attn.diff_lambda.lambda_k2", 8),
+        ({"variant": "v1", "uncalibrated": True}, "model.layers.1.self_attn.diff_lambda.lambda_k2", 8),
         ({"variant": "v2", "lambda_start": 0.3}, "model.layers.0.self_attn.lambda_proj.bias", 4),
     ],
 )

@@ -95,7 +95,7 @@ def test_export_refuses_other_models(tmp_path):
 def test_export_refuses_a_backbone(tmp_path, tied):
     """With tied embeddings no tensor lacks for a language model, and it is none all the same."""
     llama = saved(random_llama(tie_word_embeddings=tied), tmp_path / "llama")
-    convert_checkpoint(llama, tmp_path / "backbone", lambda_init="paper", backbone_only=True)
+    convert_checkpoint(llama, tmp_path / "backbone", "v1", uncalibrated=True, lambda_init="paper", backbone_only=True)
     with pytest.raises(ConversionError, match=r"architectures is \['DiffLlamaModel'\].*only a whole language model"):
         export_checkpoint(tmp_path / "backbone", tmp_path / "theirs")
 

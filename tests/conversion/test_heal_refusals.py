@@ -111,8 +111,11 @@ def test_a_teacher_that_is_no_whole_llama_is_refused(toys, tmp_path, kind):
 
 
 def test_a_student_that_is_not_whole_is_refused(toys, tmp_path):
-    convert_checkpoint(toys / "llama", tmp_path / "backbone", backbone_only=True)
-    without(convert_checkpoint(toys / "llama", tmp_path / "torn").output, "model.layers.1.mlp.up_proj.weight")
+    convert_checkpoint(toys / "llama", tmp_path / "backbone", "v1", uncalibrated=True, backbone_only=True)
+    without(
+        convert_checkpoint(toys / "llama", tmp_path / "torn", "v1", uncalibrated=True).output,
+        "model.layers.1.mlp.up_proj.weight",
+    )
     for student, message in {
         "backbone": r"architectures is \['DiffLlamaModel'\], a backbone",
         "torn": r"torn: tensor model.layers.1.mlp.up_proj.weight is missing \(1 in all\)",

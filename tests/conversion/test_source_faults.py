@@ -27,7 +27,7 @@ def folder_with(tmp_path, files):
 def assert_refused(folder, message, **options):
     """No weights are in these folders: to be refused for another reason, they must be refused before weights."""
     with pytest.raises(ConversionError, match=message) as caught:
-        convert_checkpoint(folder, folder.parent / "output", **options)
+        convert_checkpoint(folder, folder.parent / "output", "v1", uncalibrated=True, **options)
     assert "\n" not in str(caught.value)
     assert not (folder.parent / "output").exists()
 
@@ -113,7 +113,7 @@ def test_rotary_settings_said_twice_alike_are_fine(tmp_path):
     config = json.loads((llama / "config.json").read_text())
     config |= {"rope_theta": 10000, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}
     (llama / "config.json").write_text(json.dumps(config))
-    convert_checkpoint(llama, tmp_path / "output", dry_run=True)
+    convert_checkpoint(llama, tmp_path / "output", "v1", uncalibrated=True, dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_code_of_the_source_is_neither_run_nor_kept(tmp_path):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
-    convert_checkpoint(folder, tmp_path / "output")
+    convert_checkpoint(folder, tmp_path / "output", "v1", uncalibrated=True)
     assert not (tmp_path / "run").exists() and not (tmp_path / "output" / "modeling_evil.py").exists()
     assert "evil" not in (tmp_path / "output" / "config.json").read_text().lower()
 
@@ -168,7 +168,7 @@ def test_hub_ids_that_cannot_be_had(tmp_path, monkeypatch, error, message):
 
     monkeypatch.setattr(source, "snapshot_download", download)
     with pytest.raises(ConversionError, match=message):
-        convert_checkpoint("owner/name", tmp_path / "output", revision="v9")
+        convert_checkpoint("owner/name", tmp_path / "output", "v1", uncalibrated=True, revision="v9")
 
 
 def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(source, "snapshot_download", download)
-    report = convert_checkpoint("owner/name", tmp_path / "output", revision="main")
+    report = convert_checkpoint("owner/name", tmp_path / "output", "v1", uncalibrated=True, revision="main")
     assert (asked["hub_id"], asked["revision"]) == ("owner/name", "main")
     assert not any(pattern.endswith((".py", ".bin", ".pth")) or pattern == "*" for pattern in asked["allow_patterns"])
     assert report.record["source"]["revision"] == commit
@@ -191,4 +191,6 @@ def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
 
 def test_revision_of_a_local_folder_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="only Hub ids have revisions"):
-        convert_checkpoint(saved(random_llama(), tmp_path / "llama"), tmp_path / "output", revision="main")
+        convert_checkpoint(
+            saved(random_llama(), tmp_path / "llama"), tmp_path / "output", "v1", uncalibrated=True, revision="main"
+        )

@@ -27,7 +27,7 @@ def llama(tmp_path):
 def v1(tmp_path_factory):
     """Not to be changed."""
     folder = tmp_path_factory.mktemp("shared")
-    convert_checkpoint(saved(random_llama(), folder / "llama"), folder / "v1")
+    convert_checkpoint(saved(random_llama(), folder / "llama"), folder / "v1", "v1", uncalibrated=True)
     return folder / "v1"
 
 
@@ -64,7 +64,7 @@ def test_exact_conversions_with_options_pass(tmp_path, llama, options):
 
 
 def test_parity_conversion_is_measured_beside_a_wrong_one(tmp_path, llama):
-    convert_checkpoint(llama, tmp_path / "v1")
+    convert_checkpoint(llama, tmp_path / "v1", "v1", uncalibrated=True)
     report = verify_checkpoint(tmp_path / "v1", against=llama)
     assert report.passed, report.checks
     converted, wrong = (check for check in report.checks if check.outcome == "measured")
@@ -74,7 +74,7 @@ def test_parity_conversion_is_measured_beside_a_wrong_one(tmp_path, llama):
 
 def test_import_is_compared_with_transformers_own_class(tmp_path):
     source = saved(random_diffllama(), tmp_path / "theirs")
-    convert_checkpoint(source, tmp_path / "ours")
+    convert_checkpoint(source, tmp_path / "ours", "v1", uncalibrated=True)
     report = verify_checkpoint(tmp_path / "ours", against=source)
     assert report.passed and outcomes(report)["logits"] == "passed"
 
@@ -170,7 +170,7 @@ def test_conversion_that_is_off_in_one_weight_fails(tmp_path, llama):
 
 def test_dead_conversion_fails(tmp_path, llama):
     """All lambda vectors zero: the function of the start, and no gradient in any of them, ever."""
-    convert_checkpoint(llama, tmp_path / "v1")
+    convert_checkpoint(llama, tmp_path / "v1", "v1", uncalibrated=True)
     rewrite(tmp_path / "v1", lambda ws: [w.zero_() for name, w in ws.items() if "diff_lambda" in name])
     report = verify_checkpoint(tmp_path / "v1")
     assert outcomes(report)["liveness"] == "failed"

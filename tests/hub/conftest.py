@@ -144,7 +144,7 @@ def llama(tmp_path_factory) -> Path:
 def converted(llama, tmp_path_factory) -> dict[str, Path]:
     """The LLaMA as V1 (with the paper's lambda, so that it can be exported) and V2, in several shards each."""
     folder = tmp_path_factory.mktemp("converted")
-    for variant, options in (("v1", {"lambda_init": "paper"}), ("v2", {})):
+    for variant, options in (("v1", {"uncalibrated": True, "lambda_init": "paper"}), ("v2", {})):
         convert_checkpoint(llama, folder / variant, variant, max_shard_size="40KB", **options)
     return {variant: folder / variant for variant in VARIANTS}
 

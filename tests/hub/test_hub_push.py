@@ -61,7 +61,7 @@ def folders(converted, llama, tmp_path_factory):
     found["open"] = home / "open"
     convert_checkpoint(open_source, found["open"], "v2")
     found["whole"] = home / "whole"
-    convert_checkpoint(llama, found["whole"], "v1", lambda_init="paper")
+    convert_checkpoint(llama, found["whole"], "v1", uncalibrated=True, lambda_init="paper")
     found["verification"] = home / "verification.json"
     texts = [" ".join(f"w{3 + (start + step * 7) % 45}" for step in range(24)) for start in (0, 5)]
     verified = verify_checkpoint(converted["v1"], llama, texts=texts)
