@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.file_identity import file_state
 from conversion.safetensors_header import LFS_POINTER, TensorInfo, parse_json, quote, read_header
 
 
@@ -58,7 +59,7 @@ class CheckpointReader:
         names = sorted(set(listed.values())) or [single]
         self._paths = {name: checked_path(self.folder, name) for name in names}
         with file_errors(self.folder):
-            self._states = {name: _state(path.stat()) for name, path in self._paths.items()}
+            self._states = {name: file_state(path.stat()) for name, path in self._paths.items()}
         self._pickles: dict[str, dict[str, torch.Tensor]] = {}
         self._offsets: dict[str, int] = {}
         infos = [info for name in names for info in self._open(name)]
@@ -90,14 +91,15 @@ class CheckpointReader:
         changed since it was opened.
         """
         info = self.tensors[name]
+        path = self._paths[info.file]
         if self.is_pickle:
+            with file_errors(path):
+                self._check_unchanged(info.file, path.stat())
             return self._pickles[info.file][name]
         # Read, not mapped: mapped pages count as the process's memory until the file is closed, and a file cut short
         # under a map kills the process.
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
-        path = self._paths[info.file]
         with file_errors(path), path.open("rb", buffering=0) as stream:
-            self._check_unchanged(info.file, os.fstat(stream.fileno()))
             stream.seek(self._offsets[name])
             view = data.numpy().data
             while view:
@@ -105,6 +107,8 @@ class CheckpointReader:
                 if not count:
                     raise ConversionError(f"{path}: ends within tensor {quote(name)}; it changed while being read")
                 view = view[count:]
+            # After the last byte: then what was read, and what `sha256` reads, is what was opened.
+            self._check_unchanged(info.file, os.fstat(stream.fileno()))
         return data.view(info.dtype).reshape(info.shape)
 
     def sha256(self) -> dict[str, str]:
@@ -119,8 +123,14 @@ class CheckpointReader:
                 self._check_unchanged(file, os.fstat(stream.fileno()))
         return digests
 
+    def check_unchanged(self) -> None:
+        """ConversionError if a file has changed since it was opened; a pickle is mapped, and read after `read`."""
+        for file, path in self._paths.items():
+            with file_errors(path):
+                self._check_unchanged(file, path.stat())
+
     def _check_unchanged(self, file: str, now: os.stat_result) -> None:
-        if _state(now) != self._states[file]:
+        if file_state(now) != self._states[file]:
             raise ConversionError(
                 f"{self._paths[file]}: changed while being read; leave the source alone and run again"
             )
@@ -204,10 +214,6 @@ def checked_path(folder: Path, file: str) -> Path:
     if not real.is_file():
         raise ConversionError(f"{path}: not a regular file; download it again")
     return path
-
-
-def _state(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:

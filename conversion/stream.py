@@ -12,6 +12,7 @@ import torch
 
 from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, count_nonfinite, plan_shards
 from conversion.errors import ConversionError
+from conversion.file_identity import quick_identity
 from conversion.rules import Rule
 
 
@@ -119,6 +120,7 @@ def write_plan(
         for name, text in plan.texts.items():
             writer.write_text(name, text)
         source_record = {**plan.record["source"], "sha256": digests()}
+        plan.reader.check_unchanged()
         record = writer.write_record(RECORD, {**plan.record, "source": source_record})
         writer.commit()
     return record
@@ -126,7 +128,7 @@ def write_plan(
 
 def _fingerprint(plan: Plan) -> str:
     """Names source and options, so that only the very same work is resumed."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in plan.reader.files]
+    files = quick_identity(plan.reader.files)
     texts = sorted(plan.texts.items())
     identity = json.dumps([plan.record, files, texts, str(plan.dtype), plan.max_shard_bytes], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()

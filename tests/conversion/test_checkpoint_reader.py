@@ -1,9 +1,12 @@
 """CheckpointReader against real faults in real files; the oracle is the safetensors library."""
 
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import save_file
 from saved_checkpoints import read_refusal, same
 
 from conversion.errors import ConversionError, FilesError
+from conversion.file_identity import content_identity, quick_identity
 from conversion.reader import CheckpointReader, count_nonfinite
 from conversion.safetensors_header import DTYPES
 
@@ -244,6 +248,40 @@ def test_source_changed_while_open_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(FilesError, match="No such file"):
         reader.read("scalar")
+
+
+def changed_under_its_time(path):
+    """Other bytes, the same size, and the time of the last write put back."""
+    before = path.stat()
+    time.sleep(0.02)  # file systems count the time of a change in ticks of some milliseconds
+    with path.open("r+b") as stream:
+        stream.seek(-2, os.SEEK_END)
+        stream.write(b"\x01\x02")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_bytes_changed_with_the_time_put_back_are_refused(tmp_path, kind):
+    path = tmp_path / {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}[kind]
+    {"safetensors": save_file, "pickle": torch.save}[kind](TENSORS, path)
+    reader = CheckpointReader(tmp_path, allow_pickle=True)
+    reader.check_unchanged()
+    changed_under_its_time(path)
+    for action in (lambda: reader.read("scalar"), reader.sha256, reader.check_unchanged):
+        with pytest.raises(ConversionError, match="changed while being read"):
+            action()
+
+
+def test_identities_tell_files_apart(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(10**6))
+    quick, whole = quick_identity([path]), content_identity([path])
+    copied = shutil.copy(path, tmp_path / "copy")
+    assert content_identity([copied])[0][1] == whole[0][1], "a copy is the same content"
+    changed_under_its_time(path)
+    assert quick_identity([path])[0][-1] != quick[0][-1], "the last block is among the samples"
+    assert content_identity([path]) != whole == [["weights", hashlib.sha256(bytes(10**6)).hexdigest()]]
+    assert content_identity([tmp_path]) == content_identity([tmp_path / "copy", path]), "folders are their files"
 
 
 def test_pickle_needs_permission_and_reads_the_same(tmp_path):
