@@ -6,12 +6,17 @@ Maps 2i and 2i + 1 belong to head i, which reads key-value head i // G. In V1 a 
 maps of a head read the same key and D = d.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -104,6 +109,24 @@ def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
         return query
     by_place = query.unflatten(1, (-1, 2)).movedim(2, -1).diag_embed(dim1=2, dim2=4)  # (B, H, 2, T, 2, d)
     return by_place.flatten(1, 2).flatten(3)
+
+
+def operator_namespace(kind: str, module_name: str) -> str:
+    """
+    Returns the namespace of a module's operators, its own for every copy of a file that lives in one process.
+
+    A bundle's module is named after its folder, in any script and of any length, while torch takes ASCII letters only.
+    """
+    return f"{kind}_{hashlib.sha256(ascii(module_name).encode()).hexdigest()[:16]}"
+
+
+def warn_without_maps(implementation: str, output_attentions: bool | None) -> None:
+    """Warns once, as transformers' attentions do, that an implementation without whole maps returns no attentions."""
+    if output_attentions:
+        logger.warning_once(
+            f"`{implementation}` attention does not support `output_attentions=True` and returns none. Please "
+            'set your attention to `eager`, with set_attn_implementation("eager"), if you want them.'
+        )
 
 
 def attends_causally(module: Any, is_causal: bool | None) -> bool:

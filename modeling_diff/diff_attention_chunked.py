@@ -10,7 +10,6 @@ Training keeps only its inputs and computes each block's maps again for the grad
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,14 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .diff_attention import attends_causally, cast_for_autocast, place_queries, subtract_maps
+from .diff_attention import (
+    attends_causally,
+    cast_for_autocast,
+    operator_namespace,
+    place_queries,
+    subtract_maps,
+    warn_without_maps,
+)
 
 
 # Rows of queries a block: enough for products to run at full speed, and twice as many in 16 bits, whose products are
@@ -30,7 +36,7 @@ BLOCK_SCORES = 2**19
 # Up to here keys are read as they lie in the cache, by queries padded with zeros; beyond, splitting them is cheaper.
 FEW_QUERIES = 8
 # Operators are named after the module: a bundle copy of this file and the package can then live in one process.
-NAMESPACE = re.sub(r"\W", "_", __name__)
+NAMESPACE = operator_namespace("diff_chunked", __name__)
 
 
 def chunked_attention_forward(
@@ -56,6 +62,7 @@ def chunked_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    warn_without_maps("diff_chunked", kwargs.get("output_attentions"))
     query, key, value = cast_for_autocast(query, key, value)
     num_queries = query.shape[2]
     is_causal = bool(attends_causally(module, is_causal) and attention_mask is None and num_queries > 1)

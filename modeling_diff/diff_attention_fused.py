@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .diff_attention import attends_causally, cast_for_autocast
+from .diff_attention import attends_causally, cast_for_autocast, warn_without_maps
 from .diff_attention_triton import diff_attention_triton
 
 
@@ -135,6 +135,7 @@ def fused_attention_forward(
     Raises `ValueError` for a mask not made by `fused_attention_mask`, `RuntimeError` where the kernels cannot run.
     Without `diff_lambda` it is plain attention, for layers that kept LLaMA's.
     """
+    warn_without_maps("diff_triton", kwargs.get("output_attentions"))
     key_start = key_length = sequence_bounds = None
     if attention_mask is not None and not is_stretches(attention_mask):
         raise ValueError(

@@ -5,10 +5,10 @@ and D rounded up to powers of two.
 """
 
 import functools
-import re
 
 import torch
 
+from .diff_attention import operator_namespace
 from .diff_attention_kernels import (
     bwd_dkdv_kernel,
     bwd_dq_kernel,
@@ -55,7 +55,7 @@ ONE_ACCUMULATOR = {("v1", 128), ("v2", 256)}
 TILES_FP32 = {"fwd": (32, 32, 4, 1), "dkdv": (16, 16, 8, 1), "dq": (16, 32, 8, 1), "decode": (16, 4, 1)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Operators are named after the module: a bundle copy of this file and the package can then live in one process.
-NAMESPACE = re.sub(r"\W", "_", __name__)
+NAMESPACE = operator_namespace("diff_triton", __name__)
 
 
 def _cdiv(a, b):

@@ -8,7 +8,7 @@ import torch
 from fused_models import assert_close, build_model, with_eager
 from interpreter import INTERPRETED, assert_passes_interpreted
 
-from modeling_diff import diff_attention_auto
+from modeling_diff import diff_attention, diff_attention_auto
 from modeling_diff.diff_attention_triton import triton_can_run
 from modeling_diff.training import CancelledShare
 
@@ -76,6 +76,14 @@ else:
         expected, ours = with_eager(model, "diff_triton", run)
         for name, value in expected.items():
             assert_close(ours[name], value, name)
+
+    def test_attentions_asked_of_the_kernels_are_warned_of(model, inputs, monkeypatch):
+        texts = []
+        monkeypatch.setattr(diff_attention.logger, "warning_once", texts.append)
+        model.set_attn_implementation("diff_triton")
+        assert model(**inputs, output_attentions=True).attentions == ()
+        layers = model.config.num_hidden_layers
+        assert len(texts) == layers and all("`diff_triton` attention does not support" in text for text in texts)
 
     @pytest.mark.parametrize("kind", ["padded on the left", "packed"])
     @pytest.mark.parametrize("variant", ["v1", "v2"])

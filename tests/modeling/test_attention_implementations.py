@@ -4,9 +4,10 @@ from importlib import metadata
 
 import pytest
 import torch
-from transformers import modeling_flash_attention_utils
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
+from transformers.integrations import sdpa_attention
 
-from modeling_diff import AttentionMaps, DiffLlamaForCausalLM
+from modeling_diff import AttentionMaps, DiffLlamaForCausalLM, diff_attention
 
 
 # Rows of float32 maps sum to 1 within a few steps of 2^-23.
@@ -132,3 +133,32 @@ def test_attentions_of_layers_that_kept_llama_attention_are_theirs(tiny_model, v
     rows = attentions[0].sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=ROW_SUM_ATOL)
     assert attentions[1].shape == (2, 4, 9, 9)
+
+
+@pytest.fixture
+def warnings_given(monkeypatch):
+    """The texts given to `warning_once` by our attention and by `sdpa`, also those given before."""
+    texts = []
+    for module in (diff_attention, sdpa_attention):
+        monkeypatch.setattr(module.logger, "warning_once", texts.append)
+    return texts
+
+
+@pytest.mark.parametrize("differential_layers", [None, [1], []], ids=str)
+@pytest.mark.parametrize("name", [None, "diff_chunked", "sdpa"])
+def test_attentions_asked_of_a_path_without_maps_are_warned_of_as_in_llama(
+    tiny_model, variant, random_ids, warnings_given, name, differential_layers
+):
+    given = {} if name is None else {"attn_implementation": name}
+    model = tiny_model(variant, differential_layers=differential_layers, **given)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1))
+    expected = llama(random_ids(1, 5), output_attentions=True).attentions
+    assert len(warnings_given) == 1  # of LLaMA
+    assert model(random_ids(1, 5), output_attentions=True).attentions == expected == ()
+    ours = warnings_given[1:]
+    assert ours and all("does not support `output_attentions=True`" in text and "`eager`" in text for text in ours)
+    warnings_given.clear()
+    model(random_ids(1, 5))
+    model.set_attn_implementation("eager")
+    assert len(model(random_ids(1, 5), output_attentions=True).attentions) == model.config.num_hidden_layers
+    assert warnings_given == []
