@@ -12,6 +12,7 @@ from conversion.checkpoint import parse_size
 from conversion.convert import convert_checkpoint
 from conversion.describe import describe_checkpoint
 from conversion.display import (
+    ask_before_calibration,
     byte_progress,
     layer_progress,
     one_line_errors,
@@ -27,7 +28,7 @@ from conversion.errors import ConversionError
 from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.hub import push_checkpoint, read_verification
-from conversion.options import CALIBRATION_TOKENS, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
 from conversion.verify import verify_checkpoint
 
 
@@ -106,6 +107,13 @@ def convert(
             parser=parse_stages, metavar=",".join(STAGES), help="Of the calibration, some of these; all by default."
         ),
     ] = None,
+    lambda_floor: Annotated[
+        float,
+        typer.Option(help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."),
+    ] = LAMBDA_FLOOR,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Start calibrations of more than an hour without a question.")
+    ] = False,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     seed: Annotated[int, typer.Option(help="v1: of the lambda vectors.")] = 0,
@@ -130,9 +138,10 @@ def convert(
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
             calibration=calibration, uncalibrated=uncalibrated, calibration_tokens=calibration_tokens, stages=stages,
-            dtype=dtype, max_shard_size=max_shard_size, seed=seed, revision=revision, source_layout=source_layout,
-            backbone_only=backbone_only, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite, dry_run=dry_run,
-            overwrite=overwrite, resume=resume, progress=progress, calibration_progress=on_layer,
+            lambda_floor=lambda_floor, dtype=dtype, max_shard_size=max_shard_size, seed=seed, revision=revision,
+            source_layout=source_layout, backbone_only=backbone_only, allow_pickle=allow_pickle,
+            allow_nonfinite=allow_nonfinite, dry_run=dry_run, overwrite=overwrite, resume=resume, progress=progress,
+            before_calibration=ask_before_calibration(yes or as_json), calibration_progress=on_layer,
         )  # fmt: skip
     show_conversion(report, as_json, "would write" if dry_run else "wrote")
 

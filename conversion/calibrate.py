@@ -98,7 +98,8 @@ def calibrate(
     Differential attention for every layer of `layers` (all by default), fitted on `tokens` (R, T).
 
     `dtype` is that of the checkpoint to be written (the source's by default): layers are rounded to it before the
-    next is fitted. A `work_folder` of the same source, tokens and options is taken up where it was left.
+    next is fitted. No stage takes lambda below `local.lambda_floor`. A `work_folder` of the same source, tokens and
+    options is taken up where it was left.
     Raises ConversionError for heads that do not pair, tokens that are too few or unknown, activations not finite.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
@@ -124,7 +125,7 @@ def calibrate(
         streams.look_ahead(llama, layer, index)
         converted: nn.Module = layer
         if layers is None or index in layers:
-            lambdas = lambdas_to_try(lambda_init, index, local.lambda_floor if Stage.LOCAL in stages else 0.0)
+            lambdas = lambdas_to_try(lambda_init, index, local.lambda_floor)
             judges = max(1, len(tokens) // VALIDATION_SHARE)
             problem = LayerProblem(index, llama, tensors, layer, streams, seed, norm, lambdas, judges)
             weights = fit_stages(problem, stages, local, store, dtype, progress)
@@ -209,15 +210,24 @@ def run_stage(
 def lambdas_to_try(
     choice: Literal["grid", "paper"] | float | Sequence[float], index: int, floor: float
 ) -> tuple[float, ...]:
-    """The values of lambda_init from which the layer's is chosen; of the grid none is below `floor`."""
+    """Returns the values of lambda_init from which the layer's is chosen, none below `floor`.
+
+    Raises:
+        ConversionError: A number that is none of lambda_init, or is below `floor`.
+    """
     if choice == "grid":
-        return tuple(value for value in LAMBDA_GRID if value >= floor) or (floor,)
+        return (floor, *(value for value in LAMBDA_GRID if value > floor))
     if choice == "paper":
         return (paper_lambda_init(index),)
     value = choice[index] if isinstance(choice, Sequence) else choice
     if isinstance(value, str) or not 0 <= value < 1:
         raise ConversionError(
             f'lambda_init {value!r}: expected "grid", "paper" or numbers from 0 to below 1, one for all layers or each'
+        )
+    if value < floor:
+        raise ConversionError(
+            f"--lambda-init {value} is below --lambda-floor {floor}, which keeps every layer of a calibrated V1 "
+            f"differential; choose a larger one, or --lambda-floor {value} as well"
         )
     return (float(value),)
 

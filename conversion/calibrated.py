@@ -1,5 +1,6 @@
 """Calibration as a step of a conversion: what it is asked, where it keeps its work, and what becomes of its result."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from conversion.calibrate import (
     lambdas_to_try,
 )
 from conversion.calibration_data import read_calibration
-from conversion.calibration_estimate import CalibrationEstimate, estimate_calibration
+from conversion.calibration_estimate import CalibrationEstimate, duration_text, estimate_calibration
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import read_tokenizer
 from conversion.errors import ConversionError, file_errors
+from conversion.local_fit import LocalFit
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.rules import Rule
 from conversion.source import SourceFolder
@@ -30,6 +32,7 @@ from conversion.source_config import SourceModel
 from conversion.target import calibration_folder, locked
 
 
+logger = logging.getLogger(__name__)
 ROW_TOKENS = 1024  # or what the model can read, if that is less
 
 
@@ -45,7 +48,7 @@ class Calibration:
     def note(self) -> str:
         gigabyte = 10**9
         return (
-            f"calibration on {self.text.tokens} tokens: about {self.estimate.seconds / 60:.0f} minutes on this "
+            f"calibration on {self.text.tokens} tokens: about {duration_text(self.estimate.seconds)} on this "
             f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
             f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
         )
@@ -67,12 +70,17 @@ def prepare_calibration(
     if not any(name.startswith("model.layers.") for name in reader.tensors):
         raise ConversionError("the source is a backbone without a language model; convert it without --calibration")
     for layer in options.differential_layers(model.sizes.num_layers):
-        lambdas_to_try(_lambda_choice(options), layer, floor=0.0)
+        lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)
     rows = read_calibration(text.path, read_tokenizer(found.folder), text.tokens, row_tokens, model.sizes.vocab_size)
     check_tokens(model.config, rows, _stages(text))
     estimate = estimate_calibration(model.config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
     return Calibration(replace(text, tokens=rows.numel()), rows, estimate)
+
+
+def log_estimate(calibration: Calibration) -> None:
+    """Logs what the calibration will take, before it is begun."""
+    logger.info(calibration.note)
 
 
 def run_calibration(
@@ -95,6 +103,7 @@ def run_calibration(
         dtype=options.torch_dtype,
         seed=options.seed,
         device=_device(),
+        local=LocalFit(lambda_floor=calibration.text.lambda_floor),
         work_folder=work_folder,
         progress=progress,
     )
@@ -113,6 +122,7 @@ def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict
     return {
         "text": text.path.name,
         "tokens": text.tokens,
+        "lambda_floor": text.lambda_floor,
         "stages": [str(stage) for stage in _stages(text)],
         "pairings": [
             {"query_heads": pairing.query_heads, "kv_heads": pairing.kv_heads} for pairing in result.pairings

@@ -78,6 +78,24 @@ def estimate_calibration(
     )
 
 
+def duration_text(seconds: float) -> str:
+    """Returns a time in words, as finely as an estimate is worth: "40 seconds", "12 minutes", "3 hours 10 minutes"."""
+    if round(seconds) < 60:
+        return _counted(max(1, round(seconds)), "second")
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return _counted(minutes, "minute")
+    if minutes < 48 * 60:
+        hours, rest = divmod(round(minutes, -1), 60)
+        return " ".join([_counted(hours, "hour"), *([_counted(rest, "minute")] if rest else [])])
+    days, hours = divmod(round(minutes / 60), 24)
+    return " ".join([_counted(days, "day"), *([_counted(hours, "hour")] if hours else [])])
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a square matrix product."""
     matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)

@@ -3,7 +3,7 @@
 import platform
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,18 +16,21 @@ from transformers import LlamaConfig
 from conversion.calibrate import CalibrationResult
 from conversion.calibrate import Progress as CalibrationProgress
 from conversion.calibrated import (
+    Calibration,
     calibrated_rules,
     calibration_record,
     calibration_work,
+    log_estimate,
     prepare_calibration,
     run_calibration,
 )
 from conversion.checkpoint import CheckpointReader, check_target, parse_size
 from conversion.companions import code_files, companion_files
 from conversion.errors import ConversionError
+from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
-from conversion.model_card import model_card
-from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
+from conversion.model_card import model_card, starting_lambdas
+from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions
 from conversion.rules import Rule, check_tensors, rename_sources
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
@@ -80,6 +83,7 @@ def convert_checkpoint(
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     stages: Sequence[str] | None = None,
+    lambda_floor: float = LAMBDA_FLOOR,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
     source_layout: Literal["auto", "unilm"] = "auto",
@@ -92,13 +96,15 @@ def convert_checkpoint(
     resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    before_calibration: Callable[[Calibration], None] = log_estimate,
     calibration_progress: CalibrationProgress = lambda layer, num_layers, stage, done: None,
 ) -> ConversionReport:
     """Converts a LLaMA or transformers DiffLlama checkpoint, folder or Hub id; the output appears whole or not at all.
 
     `ConversionOptions` says what the choices mean. A LLaMA needs `variant`, and V1 either `calibration`, text on which
     it is fitted layer by layer in `stages` of `calibrate.Stage` (all by default), or `uncalibrated`, for the plain
-    copy; a source that is differential already needs neither.
+    copy; a source that is differential already needs neither. No stage takes lambda below `lambda_floor`.
+    `before_calibration` is given what the calibration will take, and may raise.
     Raises ConversionError for bad input, FilesError for the target.
     """
     check_uncalibrated(variant, calibration is not None, uncalibrated)
@@ -110,10 +116,13 @@ def convert_checkpoint(
         variant, layers, lambda_init, norm, lambda_start, pairings, dtype, seed, source_layout, backbone_only,
         allow_nonfinite,
     )  # fmt: skip
-    text = None if calibration is None else CalibrationText(Path(calibration), calibration_tokens, stages)
-    if text is None and (stages is not None or calibration_tokens != CALIBRATION_TOKENS):
+    text = (
+        None if calibration is None else CalibrationText(Path(calibration), calibration_tokens, stages, lambda_floor)
+    )
+    if text is None and (stages, calibration_tokens, lambda_floor) != (None, CALIBRATION_TOKENS, LAMBDA_FLOOR):
         raise ConversionError(
-            "stages and calibration tokens mean something only with calibration text; give it (--calibration)"
+            "--stages, --calibration-tokens and --lambda-floor mean something only with calibration text; give it "
+            "(--calibration)"
         )
     max_shard_bytes = parse_size(max_shard_size)
     found = locate_source(source, revision, allow_pickle)
@@ -124,18 +133,20 @@ def convert_checkpoint(
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
     ready = prepare_calibration(found, model, reader, options, text) if text else None
-    if ready:
+    if ready and dry_run:
         notes.append(ready.note)
-    elif options.variant == "v1" and model.kind == "llama":
+    if not ready and options.variant == "v1" and model.kind == "llama":
         notes.append(f"uncalibrated: {UNCALIBRATED}")
     kept_bytes = ready.estimate.disk_bytes if ready and resume else 0
     check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + kept_bytes)
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
+    if ready:
+        before_calibration(ready)
     with calibration_work(Path(output)) if ready and resume else nullcontext() as work_folder:
         if ready:
             fitted = run_calibration(ready, model, reader, options, work_folder, calibration_progress)
-            plan, _ = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
+            plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
         record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
 
@@ -183,7 +194,8 @@ def plan_conversion(
         reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
         files | code_files(),
     )  # fmt: skip
-    return plan, notes + field_notes
+    warning = not_differential(starting_lambdas(config, record)) if model.kind == "llama" else None
+    return plan, notes + field_notes + ([warning] if warning else [])
 
 
 def main_dtype(reader: CheckpointReader) -> torch.dtype:

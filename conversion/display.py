@@ -1,8 +1,9 @@
 """What the command line shows: results as tables or JSON, progress, and errors in one line."""
 
 import json
+import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +13,19 @@ import typer
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
+from conversion.calibrated import Calibration
 from conversion.convert import ConversionReport
 from conversion.errors import ConversionError
 from conversion.hub import PushReport
@@ -26,6 +36,7 @@ from conversion.verify import VerificationReport
 
 
 out, err = Console(markup=False), Console(stderr=True, markup=False)  # paths may hold [brackets]
+ASKED_SECONDS = 3600  # a calibration that takes longer is asked about on a terminal
 COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
 
 
@@ -65,27 +76,62 @@ def quiet_client() -> Iterator[None]:
 def byte_progress(what: str) -> Iterator[Any]:
     """A progress callback: bytes, rate and time left on a terminal, silence elsewhere."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+    with _progress_bar(*columns) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+        yield update
 
 
 @contextmanager
 def layer_progress() -> Iterator[Any]:
     """A calibration's progress: layer, stage and time left on a terminal, silence elsewhere."""
-    columns = (TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("calibrating", total=None, where="", visible=False)
+    with _progress_bar(TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("calibrating", total=None, where="")
 
         def update(layer: int, num_layers: int, stage: str, done: float) -> None:
             # A layer's last stage takes about half of its time.
             share = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
             width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
             where = f"layer {layer + 1} of {num_layers}, {stage}"
-            completed = layer + share[stage] + width * done
-            bar.update(task, completed=completed, total=num_layers, where=where, visible=True)
+            bar.start()
+            bar.update(task, completed=layer + share[stage] + width * done, total=num_layers, where=where)
 
         yield update
+
+
+@contextmanager
+def _progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A bar that shows up when it is started, and not before: a question may come first."""
+    bar = Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
+    try:
+        yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def ask_before_calibration(agreed: bool) -> Callable[[Calibration], None]:
+    """Returns what prints a calibration's estimate and, unless `agreed`, asks on a terminal before a long one.
+
+    Raises:
+        ConversionError: Where the answer is no.
+    """
+
+    def ask(calibration: Calibration) -> None:
+        err.print(calibration.note, highlight=False, soft_wrap=True)
+        if agreed or calibration.estimate.seconds <= ASKED_SECONDS or not sys.stdin.isatty():
+            return
+        if not typer.confirm("Start it?", default=True, err=True):
+            raise ConversionError(
+                "not started, and nothing was written; --calibration-tokens and --stages make it shorter, and a GPU "
+                "is used where there is one"
+            )
+
+    return ask
 
 
 @contextmanager

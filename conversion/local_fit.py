@@ -13,6 +13,7 @@ from torch import nn
 
 from conversion.layer_fit import LayerProblem
 from conversion.layer_streams import LayerWeights
+from conversion.options import LAMBDA_FLOOR
 from modeling_diff.modeling_diff_llama import DiffLambda, DiffLlamaDecoderLayer
 
 
@@ -22,8 +23,8 @@ class LocalFit:
     How long, how fast, and how far down lambda may go.
 
     Rates are relative to the root mean square of a parameter's median row (a tenth of that for vectors), so they suit
-    any model; that of the lambda vectors is absolute, as they start at 0.1. Left alone lambda falls to 0 in most
-    layers, where the second map gets no gradient any more: `lambda_floor` keeps it alive for the healing to come.
+    any model; that of the lambda vectors is absolute, as they start at 0.1. `lambda_floor` holds in every stage of a
+    calibration, in this one after every step.
     """
 
     steps: int = 200
@@ -31,7 +32,7 @@ class LocalFit:
     learning_rate: float = 0.3
     lambda_learning_rate: float = 2e-3
     warmup_steps: int = 10
-    lambda_floor: float = 0.02
+    lambda_floor: float = LAMBDA_FLOOR
 
 
 def fit_layer(

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from conversion.lambdas import differential_layers, not_differential
 from conversion.licences import LlamaTerms, llama_terms
 from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
 from conversion.source import HUB_ID, SourceFolder
@@ -72,6 +73,7 @@ def render_card(facts: CardFacts) -> str:
         f"A [Differential Transformer](https://arxiv.org/abs/2410.05258) ({config.variant.upper()}), converted from "
         f"{origin} by `diff-llama`.",
         status_text(record),
+        *([f"**{warning}.**"] if (warning := not_differential(facts.lambdas)) else []),
         f"## How it was made\n\n{_story(record, config)}",
         *_measurements(facts),
         f"## Sizes\n\n{_sizes(record, config)}",
@@ -115,7 +117,7 @@ def source_metadata(folder: Path) -> dict[str, Any]:
 
 def starting_lambdas(config: DiffLlamaConfig, record: Mapping[str, Any]) -> dict[int, float]:
     """λ of a conversion's differential layers before any training: V1's vectors cancel, V2 starts at one value."""
-    layers = [layer for layer in range(config.num_hidden_layers) if config.is_differential(layer)]
+    layers = differential_layers(config)
     if config.variant == "v1":
         return {layer: float((config.lambda_init or ())[layer]) for layer in layers}
     return dict.fromkeys(layers, float(record["options"].get("lambda_start", 0.5)))

@@ -28,20 +28,28 @@ NEUTRAL_EPS = 2.0**24
 
 
 CALIBRATION_TOKENS = 65536
+# Left alone lambda falls to 0 in most layers of a calibration, where the second map gets no gradient any more.
+LAMBDA_FLOOR = 0.02
 STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all)."""
+    """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all).
+
+    No stage takes lambda below `lambda_floor` in any layer; 0 allows layers that are not differential.
+    """
 
     path: Path
     tokens: int = CALIBRATION_TOKENS
     stages: Sequence[str] | None = None
+    lambda_floor: float = LAMBDA_FLOOR
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 1:
             raise ConversionError(f"calibration tokens are {self.tokens!r}, expected a whole number above 0")
+        if not isinstance(self.lambda_floor, int | float) or not 0 <= self.lambda_floor < 1:
+            raise ConversionError(f"--lambda-floor is {self.lambda_floor!r}, expected a number from 0 to below 1")
         unknown = set(self.stages or ()) - set(STAGES)
         if unknown:
             raise ConversionError(f"stages {sorted(unknown)} are unknown, expected some of {', '.join(STAGES)}")

@@ -26,6 +26,7 @@ from conversion.checkpoint import CheckpointReader
 from conversion.companions import missing_code
 from conversion.errors import ConversionError, file_errors
 from conversion.export import read_our_config
+from conversion.lambdas import not_differential, read_lambdas
 from conversion.safetensors_header import parse_json, quote
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
@@ -93,7 +94,7 @@ def verify_checkpoint(
     record = read_record(folder)
     promise = record["promise"]["kind"]
     checks = list(_structure(folder, config, record))
-    if all(check.outcome == "passed" for check in checks):  # a broken checkpoint would only fail in less clear ways
+    if all(check.outcome != "failed" for check in checks):  # a broken checkpoint would only fail in less clear ways
         checks += _behaviour(folder, config, record, against, texts)
     return VerificationReport(folder.name, promise, checks)
 
@@ -137,6 +138,8 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
     missing = missing_code(folder)
     yield Check("code", _outcome(not missing), f"{missing[0]} is missing" if missing else "beside the weights")
     yield _parameter_count(config, record, sum(torch.Size(shape).numel() for shape in found.values()))
+    if not wrong and (warning := not_differential(read_lambdas(config, reader))):
+        yield Check("lambda", "measured", warning)
 
 
 def _parameter_count(config: DiffLlamaConfig, record: Mapping[str, Any], found: int) -> Check:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from conversion.calibrate import DEFAULT_STAGES, Stage, calibrate
 from conversion.calibrated_model import calibrated_model
-from conversion.calibration_estimate import estimate_calibration
+from conversion.calibration_estimate import duration_text, estimate_calibration
 from conversion.errors import ConversionError
 from conversion.layer_streams import LlamaLayers, Streams
 from conversion.local_fit import LocalFit
@@ -186,6 +186,31 @@ def test_bad_lambda_is_refused(saved, value):
         calibrate(folder, llama.config, random_tokens(8), stages=(Stage.COPY,), lambda_init=value)
 
 
+CLOSED_FORM_STAGES = [(Stage.COPY,), (Stage.PAIRING,), CLOSED_FORM, (*CLOSED_FORM, Stage.VALUES)]
+
+
+@pytest.mark.parametrize("stages", CLOSED_FORM_STAGES, ids=lambda stages: stages[-1])
+def test_no_stage_takes_lambda_below_the_floor(saved, stages):
+    """Of idle heads 0 loses least, which is what is chosen where it is allowed."""
+    llama, folder, _ = saved("idle", 4)
+    reached = {
+        floor: calibrate(folder, llama.config, random_tokens(16), stages=stages, local=LocalFit(lambda_floor=floor))
+        for floor in (0.0, 0.03)
+    }
+    assert min(reached[0.0].lambda_init) == 0
+    assert min(reached[0.03].lambda_init) == 0.03
+    assert all(record["lambda"] > 0.03 - 1e-6 for record in reached[0.03].records)
+
+
+@pytest.mark.parametrize("value", [0, 0.01, [0.1, 0.0]])
+def test_lambda_below_the_floor_is_refused_unless_the_floor_is_lowered(saved, value):
+    llama, folder, _ = saved("idle", 4)
+    options = {"stages": (Stage.COPY,), "lambda_init": value}
+    with pytest.raises(ConversionError, match=r"--lambda-init 0.* is below --lambda-floor 0\.02.*as well"):
+        calibrate(folder, llama.config, random_tokens(8), **options)
+    calibrate(folder, llama.config, random_tokens(8), **options, local=LocalFit(lambda_floor=0.0))
+
+
 def test_activations_that_are_not_finite_are_refused(tmp_path):
     llama, _ = planted_llama("twins", 4)
     llama.model.layers[1].mlp.down_proj.weight[3, 2] = torch.nan
@@ -213,6 +238,25 @@ def test_estimate_of_memory_does_not_grow_with_depth():
     assert deep.memory_bytes == shallow.memory_bytes < 40e9
     assert deep.product_flops == pytest.approx(4 * shallow.product_flops)
     assert deep.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "1 second"),
+        (40.4, "40 seconds"),
+        (59.6, "1 minute"),
+        (61, "1 minute"),
+        (754, "13 minutes"),
+        (3599, "1 hour"),
+        (3 * 3600 + 11 * 60, "3 hours 10 minutes"),
+        (24 * 3600 + 29 * 60, "24 hours 30 minutes"),
+        (10731 * 60, "7 days 11 hours"),
+        (48 * 3600, "2 days"),
+    ],
+)
+def test_durations_are_in_human_units(seconds, words):
+    assert duration_text(seconds) == words
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from healing_toys import CONTEXT, write_rows
@@ -13,6 +14,7 @@ from random_llamas import random_diffllama, random_llama, saved
 from typer.testing import CliRunner
 
 from conversion.__main__ import app
+from conversion.calibration_estimate import CalibrationEstimate
 
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +161,33 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
     assert result.exit_code == 130
     left = f"{tmp_path}/.out.{kept} stays for --resume" if kept else "nothing half done was left"
     assert result.stderr == f"interrupted; {left}\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "terminal", "options", "asked"),
+    [
+        (3601, True, [], True),
+        (3599, True, [], False),
+        (3601, False, [], False),
+        (3601, True, ["--yes"], False),
+        (3601, True, ["--json"], False),
+    ],
+)
+def test_long_calibration_is_asked_about_on_a_terminal_alone(
+    tmp_path, llama, monkeypatch, seconds, terminal, options, asked
+):
+    rows = write_rows(tmp_path / "rows.jsonl", num_rows=32)
+    estimate = CalibrationEstimate(1.0, 1.0, 1, 1, seconds)
+    monkeypatch.setattr("conversion.calibrated.estimate_calibration", lambda *arguments, **options: estimate)
+    monkeypatch.setattr("conversion.display.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: terminal)))
+    questions = []
+    monkeypatch.setattr("conversion.display.typer.confirm", lambda *question, **options: questions.append(question))
+    command = ["convert", llama, tmp_path / "v1", "--variant", "v1", "--calibration", rows, "--stages", "copy"]
+    result = run(*command, "--calibration-tokens", 512, *options)
+    assert "about 1 hour on this machine's" in result.stderr, "printed in any case, before the work"
+    assert bool(questions) == asked
+    assert result.exit_code == asked and (tmp_path / "v1").exists() != asked
+    assert not asked or "not started, and nothing was written" in result.stderr
 
 
 def test_inspect_reads_llama_and_diffllama(tmp_path, llama):

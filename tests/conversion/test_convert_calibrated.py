@@ -1,6 +1,7 @@
 """`convert --calibration`: what was fitted is what lands on disk; bad calls are refused, and nothing is left."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ from random_llamas import random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from conversion import ConversionError, convert_checkpoint
+from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.calibrate import calibrate
 from conversion.calibrated_model import calibrated_model
 from conversion.calibration_data import read_calibration
+from conversion.describe import describe_checkpoint
 from conversion.errors import FilesError
 
 
@@ -103,7 +105,7 @@ def test_embedding_stored_as_head_is_calibrated_alike(text, tmp_path):
 def test_dry_run_estimates_and_writes_nothing(llama, text, tmp_path):
     report = convert(llama, tmp_path / "v1", text, dry_run=True)
     (note,) = (note for note in report.notes if note.startswith("calibration on"))
-    assert "minutes" in note and "GB of memory" in note
+    assert re.search("about [0-9]+ (second|minute|hour)s? on this machine", note) and "GB of memory" in note
     assert sorted(path.name for path in tmp_path.iterdir()) == [text.name, "llama"]
 
 
@@ -155,7 +157,51 @@ def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
     options = {"calibration_tokens": ROW_TOKENS * (NUM_ROWS - 1) + 5, "stages": ["copy"]}
     report = convert(llama, tmp_path / "v1", text, **options)
     assert report.record["calibration"]["tokens"] == ROW_TOKENS * (NUM_ROWS - 1)
-    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in report.notes)
+    notes = convert(llama, tmp_path / "other", text, dry_run=True, **options).notes
+    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in notes)
+
+
+def test_estimate_comes_before_the_calibration_and_a_no_ends_it(llama, text, tmp_path):
+    seen = []
+
+    def refuse(calibration):
+        seen.append(calibration.note)
+        raise ConversionError("no")
+
+    options = {"calibration_progress": lambda *at: seen.append(at), "resume": True}
+    with pytest.raises(ConversionError, match="no"):
+        convert(llama, tmp_path / "v1", text, before_calibration=refuse, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name, "llama"]
+    convert(llama, tmp_path / "v1", text, before_calibration=lambda calibration: seen.append(calibration), **options)
+    assert seen[0].startswith("calibration on") and seen[1].estimate.seconds > 0 and len(seen) > 2
+    assert all(isinstance(at, tuple) for at in seen[2:]), "the estimate before the first layer"
+
+
+@pytest.mark.parametrize("stages", [["copy"], ["pairing"], STAGES, [*STAGES, "values"]], ids=lambda stages: stages[-1])
+def test_calibrated_layers_stay_differential(llama, text, tmp_path, stages):
+    report = convert(llama, tmp_path / "v1", text, stages=stages)
+    assert report.record["calibration"]["lambda_floor"] == 0.02
+    assert min(json.loads((tmp_path / "v1" / "config.json").read_text())["lambda_init"]) >= 0.02
+    assert not [note for note in report.notes if "not differential" in note]
+
+
+@pytest.mark.parametrize(
+    "options", [{"lambda_init": 0}, {"lambda_init": [0, 0.1]}, {"lambda_init": [0, 0], "layers": [0]}]
+)
+def test_lambda_of_zero_on_request_is_said_everywhere(llama, text, tmp_path, options):
+    report = convert(llama, tmp_path / "v1", text, stages=["copy"], lambda_floor=0, **options)
+    where = "layer 0" if options == {"lambda_init": [0, 0.1]} else "every layer"
+    said = f"lambda is 0: not differential ({where})"
+    assert said in report.notes
+    assert describe_checkpoint(tmp_path / "v1")["warning"] == said
+    (check,) = (check for check in verify_checkpoint(tmp_path / "v1").checks if check.name == "lambda")
+    assert (check.outcome, check.detail) == ("measured", said)
+    assert f"**{said}.**" in (tmp_path / "v1" / "README.md").read_text()
+
+
+def test_lambda_of_zero_of_a_plain_copy_is_said_too(llama, tmp_path):
+    report = convert_checkpoint(llama, tmp_path / "v1", "v1", uncalibrated=True, lambda_init=0)
+    assert "lambda is 0: not differential (every layer)" in report.notes
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -170,6 +216,9 @@ def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
         ({"calibration_tokens": 2 * ROW_TOKENS, "layers": [1], "lambda_init": -0.1}, "lambda_init -0.1"),
         ({"calibration_tokens": ROW_TOKENS}, "one row to judge by"),
         ({"calibration": "missing.txt"}, "does not exist"),
+        ({"lambda_init": 0}, "--lambda-init 0.0 is below --lambda-floor 0.02"),
+        ({"lambda_floor": 1}, "--lambda-floor is 1, expected a number from 0 to below 1"),
+        ({"lambda_floor": "low"}, "--lambda-floor is 'low'"),
     ],
 )
 def test_bad_calibration_is_refused(llama, text, tmp_path, options, message, dry_run):

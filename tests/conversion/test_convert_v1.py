@@ -213,6 +213,7 @@ def test_nonfinite_values_are_refused_unless_allowed(tmp_path):
         ({"pairings": [HeadPairing.adjacent(4, 2)] * 2}, "pairings is .*, expected pairings by layer"),
         ({"stages": ["refit"]}, "only with calibration text"),
         ({"calibration_tokens": 4096}, "only with calibration text"),
+        ({"lambda_floor": 0.1}, "only with calibration text"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
