@@ -67,8 +67,6 @@ def prepare_calibration(
             "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
             "and where pairings are given"
         )
-    if not any(name.startswith("model.layers.") for name in reader.tensors):
-        raise ConversionError("the source is a backbone without a language model; convert it without --calibration")
     for layer in options.differential_layers(model.sizes.num_layers):
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)

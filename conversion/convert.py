@@ -1,7 +1,6 @@
 """The story of a conversion: find the source, check it, settle every tensor and file, then write them in a stream."""
 
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,9 +30,9 @@ from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card, starting_lambdas
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions
-from conversion.rules import Rule, check_tensors, rename_sources
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_pairs, read_source_model
+from conversion.source_tensors import match_tensors
 from conversion.stream import Plan, Progress, write_plan
 from conversion.target import check_room
 from conversion.variants import UNCALIBRATED, check_uncalibrated, promise, rules_and_fields, variant_of_import
@@ -41,7 +40,6 @@ from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
 
 
-PREFIXES = ("model.", "transformer.")  # of the backbone's tensors; transformers' model for questions has the second
 # Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
 RESTATED_FIELDS = frozenset(
     [
@@ -132,7 +130,7 @@ def convert_checkpoint(
     check_target(Path(output), source=found.folder, overwrite=overwrite)
     reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
     plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
-    ready = prepare_calibration(found, model, reader, options, text) if text else None
+    ready = prepare_calibration(found, model, plan.reader, options, text) if text else None
     if ready and dry_run:
         notes.append(ready.note)
     if not ready and options.variant == "v1" and model.kind == "llama":
@@ -145,7 +143,7 @@ def convert_checkpoint(
         before_calibration(ready)
     with calibration_work(Path(output)) if ready and resume else nullcontext() as work_folder:
         if ready:
-            fitted = run_calibration(ready, model, reader, options, work_folder, calibration_progress)
+            fitted = run_calibration(ready, model, plan.reader, options, work_folder, calibration_progress)
             plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
         record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
@@ -165,15 +163,21 @@ def plan_conversion(
         rules = calibrated_rules(rules, calibrated[1])
         lambda_init, epsilons = calibrated[1].lambda_init, calibrated[1].sub_norm_eps
         fields |= {"lambda_init": list(lambda_init), "sub_norm_eps": list(epsilons)}
-    rules, dropped = _match(rules, model, reader, options.backbone_only)
+    matched = match_tensors(
+        rules,
+        reader,
+        model.sizes.num_layers,
+        tied=model.config.tie_word_embeddings,
+        backbone_only=options.backbone_only,
+    )
     files, notes = companion_files(found.folder)
-    notes += [f"left out: {name}" for name in dropped]
+    notes += matched.notes
     shared, field_notes = _shared_fields(model)
     architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"
     config = DiffLlamaConfig(
         **(shared | fields), architectures=[architecture], dtype=options.torch_dtype or main_dtype(reader)
     )
-    read = [reader.tensors[name] for name in sorted({name for rule in rules for name, _ in rule.sources})]
+    read = list(matched.reader.tensors.values())
     record = {
         "format": 1,
         "source": {"name": found.name, "hub_id": found.hub_id, "revision": found.revision, "kind": model.kind},
@@ -183,7 +187,7 @@ def plan_conversion(
         "calibration": calibration_record(*calibrated) if calibrated else None,
         "promise": promise(model, options, {info.dtype for info in read}),
         "versions": versions(),
-        "left_out": dropped,
+        "left_out": list(matched.left_out),
         "parameters": {
             "source": sum(torch.Size(info.shape).numel() for info in read),
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
@@ -191,7 +195,7 @@ def plan_conversion(
     }
     texts = {"config.json": config.to_json_string(), "README.md": model_card(found, config, record)}
     plan = Plan(
-        reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
+        matched.reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
         files | code_files(),
     )  # fmt: skip
     warning = not_differential(starting_lambdas(config, record)) if model.kind == "llama" else None
@@ -210,34 +214,6 @@ def versions() -> dict[str, str]:
     """What a conversion was made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return packages | {"python": platform.python_version()}
-
-
-def _match(
-    rules: list[Rule], model: SourceModel, reader: CheckpointReader, backbone_only: bool
-) -> tuple[list[Rule], list[str]]:
-    """Rules under the names the source uses, and the names left out. ConversionError for what does not fit."""
-    found = {name: info.shape for name, info in reader.tensors.items()}
-    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in found)), "")
-    rules = rename_sources(rules, lambda name: re.sub("^model\\.", prefix, name))
-    dropped = []
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
-        if "model.embed_tokens.weight" not in found:  # the one tensor under its other name
-            rules = rename_sources(rules, lambda name: name.replace("model.embed_tokens", "lm_head"))
-        elif not backbone_only:
-            _check_tied(reader)
-            dropped.append("lm_head.weight")
-            del found["lm_head.weight"]
-    return rules, dropped + check_tensors(rules, found, model.sizes.num_layers, backbone_only)
-
-
-def _check_tied(reader: CheckpointReader) -> None:
-    tied = [reader.read(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    # Their bytes as well: two NaN are not equal, and yet a copy.
-    if not torch.equal(*tied) and not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in tied)):
-        raise ConversionError(
-            "config.json: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false to "
-            "keep the head, or remove the head from the weights"
-        )
 
 
 def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:

@@ -15,9 +15,10 @@ from conversion.errors import ConversionError
 from conversion.layout import Sizes
 from conversion.model_card import export_card
 from conversion.options import DTYPES
-from conversion.rules import check_tensors, diffllama_export_rules
+from conversion.rules import diffllama_export_rules
 from conversion.source import SourceFolder
 from conversion.source_config import CONFIG_ERRORS, read_config
+from conversion.source_tensors import match_tensors
 from conversion.stream import Plan, Progress, write_plan
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.configuration_diff_llama import paper_lambda_init
@@ -48,8 +49,9 @@ def export_checkpoint(
     reader = CheckpointReader(found.folder)
     sizes = map_sizes(config)
     rules = diffllama_export_rules(sizes)
-    check_tensors(rules, {name: info.shape for name, info in reader.tensors.items()}, sizes.num_layers)
+    matched = match_tensors(rules, reader, sizes.num_layers, tied=config.tie_word_embeddings)
     files, notes = companion_files(found.folder)
+    notes += matched.notes
     torch_dtype = DTYPES[dtype] if dtype else None
     fields = _diffllama_fields(config, torch_dtype or main_dtype(reader))
     record: dict[str, Any] = {
@@ -64,7 +66,7 @@ def export_checkpoint(
         "config.json": transformers.DiffLlamaConfig(**fields).to_json_string(),
         "README.md": export_card(found),
     }
-    plan = Plan(reader, rules, torch_dtype, False, parse_size(max_shard_size), record, texts, files)
+    plan = Plan(matched.reader, rules, torch_dtype, False, parse_size(max_shard_size), record, texts, files)
     written = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), written, notes, plan.num_bytes)
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,8 +22,9 @@ __all__ = ["CheckpointReader", "TensorInfo", "checked_path", "count_nonfinite"]
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
-# Computed from the config ever since; old checkpoints carry them, with or without mention in the index.
-ROTARY_BUFFER = "rotary_emb.inv_freq"
+# Names about which index and shards may disagree, as old code and tied models make them: buffers and the head. Where
+# one of them is needed and nowhere, whoever needs it says so.
+LOOSELY_LISTED = re.compile(r"(.*\.)?(rotary_emb\.\w+|masked_bias|causal_mask|lm_head\.weight)")
 NO_WEIGHTS = {
     "adapter_model.*": "an adapter; merge it into its base model first",
     "*.gguf": "GGUF; convert from the original Hugging Face checkpoint",
@@ -91,25 +95,39 @@ class CheckpointReader:
         changed since it was opened.
         """
         info = self.tensors[name]
+        if not info.file:
+            return torch.zeros(info.shape, dtype=info.dtype)
         path = self._paths[info.file]
         if self.is_pickle:
             with file_errors(path):
                 self._check_unchanged(info.file, path.stat())
-            return self._pickles[info.file][name]
+            return self._pickles[info.file][info.name]
         # Read, not mapped: mapped pages count as the process's memory until the file is closed, and a file cut short
         # under a map kills the process.
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
         with file_errors(path), path.open("rb", buffering=0) as stream:
-            stream.seek(self._offsets[name])
+            stream.seek(self._offsets[info.name])
             view = data.numpy().data
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise ConversionError(f"{path}: ends within tensor {quote(name)}; it changed while being read")
+                    raise ConversionError(f"{path}: ends within tensor {quote(info.name)}; it changed meanwhile")
                 view = view[count:]
             # After the last byte: then what was read, and what `sha256` reads, is what was opened.
             self._check_unchanged(info.file, os.fstat(stream.fileno()))
         return data.view(info.dtype).reshape(info.shape)
+
+    def selected(self, names: Mapping[str, str], zeros: Iterable[TensorInfo] = ()) -> "CheckpointReader":
+        """Returns a reader of the same files that knows fewer tensors, and these by other names.
+
+        Args:
+            names: The tensors to keep: from their new names to the stored ones.
+            zeros: Tensors that are in no file (`file` is empty) and are read as zeros.
+        """
+        reader = copy(self)
+        tensors = {name: self.tensors[stored] for name, stored in names.items()} | {info.name: info for info in zeros}
+        reader.tensors = MappingProxyType(dict(sorted(tensors.items())))
+        return reader
 
     def sha256(self) -> dict[str, str]:
         """Hex digest of each weight file by its relative path; reads every byte, may run in a thread.
@@ -221,7 +239,8 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ConversionError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The format before torch 1.6 is no zip archive and cannot be mapped: it is in memory whole.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(
@@ -250,7 +269,7 @@ def _checked_tensors(folder: Path, infos: Iterable[TensorInfo], listed: Mapping[
     if listed:
         for name in sorted(listed.keys() | tensors.keys()):
             there = tensors[name].file if name in tensors else "no file"
-            if there != listed.get(name) and not name.endswith(ROTARY_BUFFER):
+            if there != listed.get(name) and not LOOSELY_LISTED.fullmatch(name):
                 raise ConversionError(
                     f"{folder}: tensor {quote(name)} is in {there}, the index says {listed.get(name, 'nothing')}; "
                     "index and shards are of different checkpoints, download them again"

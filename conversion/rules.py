@@ -1,13 +1,11 @@
 """One rule per tensor of the target, for each conversion, made from the table and the layouts of `layout.py`."""
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from conversion.errors import ConversionError
 from conversion.layout import (
     HeadPairing,
     Keep,
@@ -22,10 +20,6 @@ from conversion.layout import (
 
 
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
-
-# Computed from the config, so not stored: old checkpoints carry them, a converted one does not.
-DROPPED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-HEADS = re.compile(r"(lm_head|score|qa_outputs|classifier)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -164,64 +158,3 @@ def _random_rule(target: str, shape: tuple[int, ...], std: float, key: str) -> R
         return torch.randn(shape, generator=generator) * std
 
     return Rule(target, shape, (), build, None)
-
-
-def check_tensors(
-    rules: Sequence[Rule], found: Mapping[str, tuple[int, ...]], num_layers: int, backbone_only: bool = False
-) -> list[str]:
-    """Compares what the rules read with what a checkpoint has. Returns the names left out on purpose, sorted.
-
-    Raises ConversionError for a tensor that is missing, unknown, or of another shape than the config says.
-    """
-    wanted = {name: shape for rule in rules for name, shape in rule.sources}
-    dropped = {name for name in found if DROPPED.fullmatch(name)}
-    if backbone_only:
-        dropped |= {name for name in found if name not in wanted and HEADS.fullmatch(name)}
-    layers = [int(match[1]) for name in found if (match := re.search(r"\blayers\.(\d+)\.", name))]
-    if max(layers, default=-1) + 1 != num_layers:
-        raise ConversionError(
-            f"config.json: num_hidden_layers is {num_layers}, but the weights have {max(layers, default=-1) + 1} "
-            "layers; correct the config or get the complete checkpoint"
-        )
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise ConversionError(f"tensor {missing[0]} is missing{_others(missing)}: {_why_missing(missing[0])}")
-    if unknown := sorted(found.keys() - wanted.keys() - dropped):
-        raise ConversionError(f"tensor {unknown[0]} is unknown{_others(unknown)}: {_why_unknown(unknown[0])}")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ConversionError(
-                f"tensor {name} has shape {found[name]}, but config.json makes it {shape}; one is wrong"
-            )
-    return sorted(dropped)
-
-
-def _others(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _why_missing(name: str) -> str:
-    if name == "lm_head.weight":
-        return (
-            "set tie_word_embeddings to true in config.json if it is shared; otherwise get the complete checkpoint, "
-            "or leave out the head (convert --backbone-only)"
-        )
-    if name.endswith(".bias"):
-        return "config.json says that there are biases; correct it or get the complete checkpoint"
-    return "config.json calls for it; get the complete checkpoint"
-
-
-def _why_unknown(name: str) -> str:
-    if name == "lm_head.weight":
-        return "config.json says that the embedding is the head (tie_word_embeddings); correct it or remove the tensor"
-    if HEADS.fullmatch(name):
-        return "a task head has no place in a language model; convert the backbone alone with --backbone-only"
-    if re.search(r"lora_|adapter", name):
-        return "this is an adapter; merge it into its base model first"
-    if re.search(r"qweight|scales|qzeros|absmax|quant|weight_scale", name):
-        return "quantised weights cannot be rearranged; convert the original checkpoint"
-    if re.search(r"[qk]_norm", name):
-        return "LLaMA has no query or key norm, so this is another model"
-    if name.endswith(".bias"):
-        field = "mlp_bias" if ".mlp." in name else "attention_bias"
-        return f"config.json denies it; set {field} to true there if the bias is real"
-    return "it is no tensor of this model, and dropping it could change what the model computes"

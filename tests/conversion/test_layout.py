@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from random_llamas import FLAVOURS, SMALL, random_llama
 from transformers import LlamaConfig
 
-from conversion.errors import ConversionError
 from conversion.layout import (
     HeadPairing,
     Sizes,
@@ -17,7 +16,7 @@ from conversion.layout import (
     mirrored_layout,
     paired_layout,
 )
-from conversion.rules import check_tensors, diffllama_export_rules, diffllama_rules, llama_v1_rules, llama_v2_rules
+from conversion.rules import diffllama_export_rules, diffllama_rules, llama_v1_rules, llama_v2_rules
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
@@ -196,33 +195,3 @@ def test_export_rules_undo_import_rules():
     assert again.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(again[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model.norm.weight": None}, "model.norm.weight is missing"),
-        ({"lm_head.weight": None}, r"tie_word_embeddings.*\(convert --backbone-only\)"),
-        ({"model.norm.weight": (31,)}, r"\(31,\).*\(32,\)"),
-        ({"model.layers.0.self_attn.q_norm.weight": (8,)}, "query or key norm"),
-        ({"model.layers.0.self_attn.q_proj.bias": (32,)}, "attention_bias"),
-        ({"model.layers.0.mlp.up_proj.bias": (48,)}, "mlp_bias"),
-        ({"score.weight": (2, 32)}, "--backbone-only"),
-        ({"model.layers.1.self_attn.q_proj.lora_A.weight": (2, 32)}, "adapter"),
-        ({"model.layers.1.self_attn.q_proj.qweight": (2, 32)}, "quantised"),
-        ({"model.layers.2.input_layernorm.weight": (32,)}, "weights have 3 layers"),
-        ({"something.else": (1,)}, "no tensor of this model"),
-    ],
-)
-def test_check_tensors_refuses(change, message):
-    sizes = sizes_of(LlamaConfig(**SMALL))
-    found = {name: shape for name, shape, _, _ in llama_tensors(sizes)} | change
-    with pytest.raises(ConversionError, match=message):
-        check_tensors(v1_rules(sizes, [0, 1]), {k: v for k, v in found.items() if v}, sizes.num_layers)
-
-
-def test_check_tensors_leaves_out_rotary_frequencies_only():
-    sizes = sizes_of(LlamaConfig(**SMALL))
-    found = {name: shape for name, shape, _, _ in llama_tensors(sizes)}
-    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,), "model.rotary_emb.inv_freq": (4,)}
-    assert check_tensors(v1_rules(sizes, [0]), found | rotary, sizes.num_layers) == sorted(rotary)
