@@ -172,6 +172,11 @@ def plan_conversion(
     )
     files, notes = companion_files(found.folder)
     notes += matched.notes
+    if model.raw.get("auto_map") and model.kind != "unilm":
+        notes.append(
+            "config.json names model code of its own (auto_map), which is not copied: converted is what transformers' "
+            "own class computes"
+        )
     shared, field_notes = _shared_fields(model)
     architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"
     config = DiffLlamaConfig(

@@ -21,6 +21,7 @@ __all__ = ["CheckpointReader", "TensorInfo", "checked_path", "count_nonfinite"]
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX_SUFFIX = ".index.json"
 # Names about which index and shards may disagree, as old code and tied models make them: buffers and the head. Where
 # one of them is needed and nowhere, whoever needs it says so.
@@ -42,18 +43,31 @@ class CheckpointReader:
     `tensors` is sorted by name, `files` are the weight files in order. Safetensors are preferred; pickles need
     `allow_pickle` and are loaded with weights_only. Rotary inv_freq tensors are listed if a file holds them.
 
-    Raises ConversionError for a folder that is not one sound checkpoint, FilesError for one that cannot be read.
+    Args:
+        folder: Where config.json and the weight files are.
+        allow_pickle: Whether pytorch_model.bin is read where there are no safetensors.
+        with_adapter: Whether an adapter may lie next to the weights, because the caller takes care of it.
+
+    Raises:
+        ConversionError: The folder is not one sound checkpoint, or an adapter lies next to the weights.
+        FilesError: It cannot be read.
     """
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
 
-    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
+    def __init__(self, folder: Path, *, allow_pickle: bool = False, with_adapter: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             found = "is a file" if self.folder.exists() else "does not exist"
             raise ConversionError(f"{folder}: {found}, expected a checkpoint folder; check the path")
         single, listed = _find_weights(self.folder)
+        if not with_adapter and (self.folder / ADAPTER_CONFIG).is_file():
+            raise ConversionError(
+                f"{folder}: {ADAPTER_CONFIG} next to whole weights: from_pretrained applies this adapter where PEFT "
+                "is installed; move its files to a folder of its own and pass that one (convert --adapter FOLDER), or "
+                f"remove {ADAPTER_CONFIG} to take the weights alone"
+            )
         self.is_pickle = single == PICKLE
         if self.is_pickle and not allow_pickle:
             raise ConversionError(

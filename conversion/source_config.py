@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from conversion.architectures import unsupported
 from conversion.errors import ConversionError, file_errors
 from conversion.layout import Sizes
 from conversion.rotary import PRETRAINED, check_rotary, with_pretrained_length
@@ -22,19 +23,6 @@ from modeling_diff import DiffLlamaConfig
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 SourceKind = Literal["llama", "diffllama", "unilm"]
 
-NOT_LLAMA = {
-    "mistral": "it is a LLaMA with sliding windows",
-    "mixtral": "it has experts in place of the MLP",
-    "qwen2": "its query, key and value projections have biases and o_proj has none",
-    "qwen3": "it normalises queries and keys",
-    "gemma": "it scales embeddings and norms in another way",
-    "gemma2": "it caps logits, alternates windows and norms twice",
-    "gemma3_text": "it normalises queries and keys and alternates windows",
-    "phi3": "it fuses the query, key and value projections",
-    "olmo2": "it normalises queries and keys, and after attention",
-    "granite": "it scales embeddings, attention and residuals",
-    "llama4_text": "it has experts and another attention",
-}
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", PRETRAINED)
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
@@ -145,8 +133,7 @@ def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> Sou
             "config.json: model_type is 'diff_llama', which is converted already; load it with from_pretrained, or "
             "use `export` for transformers' own diffllama"
         )
-    difference = NOT_LLAMA.get(model_type, "it computes something else")
-    raise ConversionError(f"config.json: model_type is {model_type!r}, expected 'llama': {difference}")
+    raise unsupported(raw)
 
 
 def _check_fields(raw: Mapping[str, Any]) -> None:

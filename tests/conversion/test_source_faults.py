@@ -57,8 +57,15 @@ def test_folder_that_is_no_model(tmp_path, files, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "sliding windows"),
-        ({"model_type": "qwen2"}, "biases"),
+        ({"model_type": "mistral"}, "sliding windows.*set sliding_window to null.*Supported: llama"),
+        (
+            {"model_type": "mistral", "sliding_window": None},
+            "without windows it computes what LLaMA computes; set",
+        ),
+        ({"model_type": "qwen2"}, "biases.*set attention_bias to true"),
+        ({"model_type": "qwen3"}, "normalises queries and keys; there is no conversion.*Supported: llama"),
+        ({"model_type": "llama4"}, "images.*save its language model alone"),
+        ({"model_type": "no\nsuch"}, "something else"),
         ({"model_type": "gemma"}, "scales embeddings"),
         ({"model_type": "phi3"}, "fuses"),
         ({"model_type": "bert"}, "something else"),
@@ -81,7 +88,7 @@ def test_folder_that_is_no_model(tmp_path, files, message):
     ],
 )
 def test_config_that_is_no_llama(tmp_path, changes, message):
-    config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
+    config = {key: value for key, value in (CONFIG | changes).items() if value is not None or key == "sliding_window"}
     assert_refused(folder_with(tmp_path, {"config.json": config}), message)
 
 
@@ -148,7 +155,8 @@ def test_code_of_the_source_is_neither_run_nor_kept(tmp_path):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
-    convert_checkpoint(folder, tmp_path / "output", "v1", uncalibrated=True)
+    report = convert_checkpoint(folder, tmp_path / "output", "v1", uncalibrated=True)
+    assert any(note.startswith("config.json names model code of its own (auto_map)") for note in report.notes)
     assert not (tmp_path / "run").exists() and not (tmp_path / "output" / "modeling_evil.py").exists()
     assert "evil" not in (tmp_path / "output" / "config.json").read_text().lower()
 
