@@ -27,7 +27,7 @@ MODELS = {
         Qwen2ForCausalLM,
         Qwen2Config,
         {},
-        {"attention_bias": True, "sliding_window": None, "layer_types": None},
+        {"attention_bias": True, "sliding_window": None},
     ),
 }
 
@@ -78,7 +78,7 @@ def test_adapter_next_to_weights_is_refused_and_its_ways_out_convert_the_weights
     source, plain = adapted
     for action in (lambda: convert_checkpoint(source, tmp_path / "v2", "v2"), lambda: describe_checkpoint(source)):
         with pytest.raises(
-            ConversionError, match="applies this adapter.*--adapter FOLDER.*remove adapter_config.json"
+            ConversionError, match=r"applies this adapter.*--adapter FOLDER.*remove adapter_config.json"
         ):
             action()
     (source / "adapter_config.json").unlink()
