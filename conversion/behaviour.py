@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from conversion.companions import read_tokenizer
 from conversion.errors import ConversionError
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.diff_transformers_compat import cache_argument
 
 
 MAX_TOKENS = 128
@@ -127,11 +129,10 @@ def largest_difference(original: Behaviour, other: Behaviour) -> float:
 def cache_difference(model: Any, ids: torch.Tensor) -> float:
     """Largest difference in logits between reading `ids` (1, T) at once and token by token through the cache."""
     whole = model(ids).logits[0].float()
-    cache: Any = None
+    cache = DynamicCache(config=model.config)
     steps = []
     for step in ids[0]:
-        output = model(step.view(1, 1), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(step.view(1, 1), use_cache=True, **cache_argument(cache))
         steps.append(output.logits[0, -1].float())
     return (whole - torch.stack(steps)).abs().max().item()
 

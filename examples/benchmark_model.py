@@ -32,6 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.diff_attention_triton import triton_can_run
+from modeling_diff.diff_transformers_compat import cache_argument, output_cache
 
 
 SHAPE = {
@@ -113,19 +114,19 @@ def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def decode(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache) -> None:
     """Steps of one token each after a filled cache, which is put back as it was."""
     for _ in range(DECODED):
-        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :1], logits_to_keep=1, **cache_argument(cache))
     cache.crop(-DECODED)
 
 
 def compiled_decode(model: PreTrainedModel, prompt: torch.Tensor, rounds: int) -> Callable[[], None]:
     """The same compiled, on the way through a static cache that is long enough for `rounds` after the first two."""
     cache = StaticCache(model.config, max_cache_len=prompt.shape[1] + DECODED * (rounds + 2))
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    model(prompt, logits_to_keep=1, **cache_argument(cache))
     step, token = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True), prompt[:, :1].clone()
 
     def run() -> None:
         for _ in range(DECODED):
-            step(input_ids=token, past_key_values=cache, logits_to_keep=1)
+            step(input_ids=token, logits_to_keep=1, **cache_argument(cache))
 
     run()
     return run
@@ -149,7 +150,7 @@ def measure(models: dict[str, PreTrainedModel], length: int, rounds: int, device
     with torch.no_grad():
         prefill = {name: (lambda m=model: m(prompt, logits_to_keep=1)) for name, model in models.items()}
         seconds["prefill"] = time_interleaved(prefill, rounds, device)
-        caches = {name: model(prompt, logits_to_keep=1).past_key_values for name, model in models.items()}
+        caches = {name: output_cache(model(prompt, logits_to_keep=1)) for name, model in models.items()}
         steps = {name: (lambda m=model, n=name: decode(m, prompt, caches[n])) for name, model in models.items()}
         seconds["decode"] = time_decoding(steps, 3 * rounds, device)
     training = {name: (lambda m=model: training_step(m, batch)) for name, model in models.items()}

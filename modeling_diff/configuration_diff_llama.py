@@ -4,8 +4,13 @@ import math
 from copy import deepcopy
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from .diff_transformers_compat import check_versions
+
+
+check_versions()  # before what older releases lack is imported
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

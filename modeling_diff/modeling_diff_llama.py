@@ -46,6 +46,11 @@ from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
 from .diff_parallel import check_tensor_parallel_size
 from .diff_sub_norm import SubRMSNorm
+from .diff_transformers_check import check_behavior_when_used, check_structure
+from .diff_transformers_compat import append_to_cache
+
+
+check_structure()
 
 
 # What takes unpadded queries and lambda, and gives heads' outputs. Looked up here before transformers' own registry:
@@ -130,6 +135,7 @@ class DiffLlamaAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -147,8 +153,9 @@ class DiffLlamaAttention(LlamaAttention):
             states.transpose(1, 2) for states in (query_states, key_states, value_states)
         )
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        key_states, value_states = append_to_cache(
+            key_states, value_states, self.layer_idx, cache, past_key_values, kwargs
+        )
 
         attn_output, attn_weights = self.attend(
             query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
@@ -286,6 +293,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
+        check_behavior_when_used(self, DiffLlamaForCausalLM)
         super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

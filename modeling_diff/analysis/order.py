@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache
 
+from modeling_diff.diff_transformers_compat import cache_argument
+
 from .needle_runs import check_context
 from .needles import CITIES
 
@@ -128,7 +130,7 @@ def label_log_probs(
     # The token before a label is read with the rest: it predicts the label's first.
     shared = min(_common_length(rows), *starts) - 1
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([rows[0][:shared]], device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([rows[0][:shared]], device=model.device), logits_to_keep=1, **cache_argument(cache))
     sums: list[torch.Tensor] = []
     for chosen in torch.arange(len(rows)).split(batch_size):
         part = [(starts[i] - shared, rows[i][shared:]) for i in chosen.tolist()]
@@ -136,7 +138,7 @@ def label_log_probs(
         ids = torch.tensor([row + [0] * (length - len(row)) for _, row in part], device=model.device)  # (R, T)
         repeated = copy.deepcopy(cache)
         repeated.batch_repeat_interleave(len(part))
-        log_probs = model(ids, past_key_values=repeated).logits.float().log_softmax(-1)  # (R, T, V)
+        log_probs = model(ids, **cache_argument(repeated)).logits.float().log_softmax(-1)  # (R, T, V)
         chosen_log_probs = log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, T - 1)
         sums += [chosen_log_probs[i, start - 1 : len(row) - 1].sum() for i, (start, row) in enumerate(part)]
     return torch.stack(sums).view(len(questions), len(labels)).cpu()

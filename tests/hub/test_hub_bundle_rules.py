@@ -106,8 +106,10 @@ def reached_from(entry: str) -> set[str]:
     return reached
 
 
-def test_configuration_imports_no_other_file():
-    assert reached_from("configuration_diff_llama.py") == {"configuration_diff_llama.py"}
+def test_configuration_imports_no_file_but_the_versions():
+    """A config loads without the model's code, but says first when transformers is too old for either."""
+    expected = {"configuration_diff_llama.py", "diff_transformers_compat.py"}
+    assert reached_from("configuration_diff_llama.py") == expected
 
 
 def test_saved_checkpoint_holds_exactly_the_files_that_its_code_needs(saved):

@@ -14,6 +14,7 @@ from interpreter import INTERPRETED, assert_passes_interpreted
 
 from modeling_diff import diff_attention_auto as auto
 from modeling_diff import diff_attention_check as check
+from modeling_diff.diff_transformers_compat import cache_argument, output_cache
 
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to interpret")
@@ -64,8 +65,8 @@ else:
         """Logits of eight tokens, then of four more over the cache, then of one."""
         with torch.no_grad():
             start = model(ids[:, :8])
-            more = model(ids[:, 8:12], past_key_values=start.past_key_values)
-            return start.logits, more.logits, model(ids[:, 12:], past_key_values=more.past_key_values).logits
+            more = model(ids[:, 8:12], **cache_argument(output_cache(start)))
+            return start.logits, more.logits, model(ids[:, 12:], **cache_argument(output_cache(more))).logits
 
     def logits_and_gradients(model, ids, **kwargs):
         model.zero_grad()

@@ -7,6 +7,7 @@ from transformers import DiffLlamaForCausalLM as HalvesForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.diff_transformers_compat import cache_argument, output_cache
 
 
 # float32 logits of up to about 6; the same sums in another order.
@@ -111,7 +112,7 @@ def test_mirrored_v2_equals_llama_bit_for_bit(
         for t in range(9, 13):
             step = input_ids[:, t : t + 1]
             decoded = [
-                model(step, past_key_values=prefill.past_key_values).logits
+                model(step, **cache_argument(output_cache(prefill))).logits
                 for model, prefill in zip((ours, theirs), prefilled, strict=True)
             ]
             assert torch.equal(*decoded), t
@@ -176,7 +177,7 @@ def test_partly_differential_model_decodes_what_it_prefills(tiny_model, variant,
     input_ids = random_ids(2, 13)
     uncached = model(input_ids).logits
     prefill = model(input_ids[:, :12], use_cache=True)
-    decoded = model(input_ids[:, 12:], past_key_values=prefill.past_key_values).logits
+    decoded = model(input_ids[:, 12:], **cache_argument(output_cache(prefill))).logits
     torch.testing.assert_close(decoded, uncached[:, 12:], rtol=0, atol=FLOAT32_ATOL)
 
 
@@ -187,7 +188,7 @@ def test_v1_cache_at_parity_has_llama_bytes(tiny_config, llama, random_ids, num_
     input_ids = random_ids(3, 13)
 
     def cache_bytes(model):
-        layers = model(input_ids, use_cache=True).past_key_values.layers
+        layers = output_cache(model(input_ids, use_cache=True)).layers
         return [(layer.keys.nbytes, layer.values.nbytes) for layer in layers]
 
     assert cache_bytes(ours) == cache_bytes(theirs)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from modeling_diff.diff_transformers_compat import cache_argument, output_cache
+
 
 # float32 logits of up to about 6; prefill and decoding multiply the same rows in other shapes.
 FLOAT32_ATOL = 2e-5
@@ -17,9 +19,9 @@ def model(request, tiny_model, variant):
 
 
 def decode_step_by_step(model, input_ids, cache, prefill_length=7, **kwargs):
-    logits = [model(input_ids[:, :prefill_length], past_key_values=cache, use_cache=True, **kwargs).logits]
+    logits = [model(input_ids[:, :prefill_length], use_cache=True, **cache_argument(cache), **kwargs).logits]
     for t in range(prefill_length, input_ids.shape[1]):
-        logits.append(model(input_ids[:, t : t + 1], past_key_values=cache, use_cache=True, **kwargs).logits)
+        logits.append(model(input_ids[:, t : t + 1], use_cache=True, **cache_argument(cache), **kwargs).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -43,7 +45,7 @@ def test_cached_decoding_equals_one_pass(model, random_ids, build_cache):
 def test_prefill_in_chunks_equals_one_pass(model, random_ids):
     input_ids = random_ids(2, 13)
     cache = DynamicCache(config=model.config)
-    chunks = [model(chunk, past_key_values=cache).logits for chunk in input_ids.split((5, 1, 7), dim=1)]
+    chunks = [model(chunk, **cache_argument(cache)).logits for chunk in input_ids.split((5, 1, 7), dim=1)]
     torch.testing.assert_close(torch.cat(chunks, dim=1), model(input_ids).logits, rtol=0, atol=FLOAT32_ATOL)
 
 
@@ -59,7 +61,7 @@ def test_sliding_window_cache_equals_a_banded_mask(tiny_model, variant, random_i
     settings = {} if kind is DynamicCache else {"max_cache_len": num_tokens}
     cache = kind(config=model.config, **settings)
     for t in range(num_tokens):
-        last = model(input_ids[:, t : t + 1], past_key_values=cache).logits
+        last = model(input_ids[:, t : t + 1], **cache_argument(cache)).logits
     assert cache.layers[0].keys.shape[-2] <= window
     model.config.sliding_window = model.config.layer_types = None
     rows, columns = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None]
@@ -70,7 +72,7 @@ def test_sliding_window_cache_equals_a_banded_mask(tiny_model, variant, random_i
 
 def test_cache_holds_key_value_heads_of_head_dim(model, random_ids):
     config = model.config
-    cache = model(random_ids(3, 5), use_cache=True).past_key_values
+    cache = output_cache(model(random_ids(3, 5), use_cache=True))
     expected = (3, config.num_key_value_heads, 5, config.head_dim)
     assert [tuple(layer.keys.shape) for layer in cache.layers] == [expected] * config.num_hidden_layers
     assert [tuple(layer.values.shape) for layer in cache.layers] == [expected] * config.num_hidden_layers
@@ -79,10 +81,10 @@ def test_cache_holds_key_value_heads_of_head_dim(model, random_ids):
 @torch.no_grad()
 def test_reordered_and_repeated_cache_continues_each_sequence(model, random_ids):
     input_ids = random_ids(2, 9)
-    cache = model(input_ids[:, :8], use_cache=True).past_key_values
+    cache = output_cache(model(input_ids[:, :8], use_cache=True))
     order = torch.tensor([1, 0, 1])
     cache.batch_select_indices(order)
-    decoded = model(input_ids[order, 8:], past_key_values=cache).logits
+    decoded = model(input_ids[order, 8:], **cache_argument(cache)).logits
     expected = model(input_ids[order]).logits[:, 8:]
     torch.testing.assert_close(decoded, expected, rtol=0, atol=FLOAT32_ATOL)
 
@@ -90,10 +92,21 @@ def test_reordered_and_repeated_cache_continues_each_sequence(model, random_ids)
 @torch.no_grad()
 def test_cropped_cache_continues_from_the_cut(model, random_ids):
     input_ids = random_ids(2, 9)
-    cache = model(input_ids, use_cache=True).past_key_values
+    cache = output_cache(model(input_ids, use_cache=True))
     cache.crop(-4)
-    decoded = model(input_ids[:, 5:], past_key_values=cache).logits
+    decoded = model(input_ids[:, 5:], **cache_argument(cache)).logits
     torch.testing.assert_close(decoded, model(input_ids).logits[:, 5:], rtol=0, atol=FLOAT32_ATOL)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # transformers 5.24 renamed it
+@torch.no_grad()
+def test_old_name_of_the_cache_is_still_taken(model, random_ids):
+    input_ids = random_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    model(input_ids[:, :8], past_key_values=cache)
+    decoded = model(input_ids[:, 8:], past_key_values=cache)
+    torch.testing.assert_close(decoded.logits, model(input_ids).logits[:, 8:], rtol=0, atol=FLOAT32_ATOL)
+    assert decoded.past_key_values is cache
 
 
 @pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])

@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from modeling_diff.diff_transformers_compat import cache_argument
+
 
 # float32 logits of up to about 6.
 FLOAT32_ATOL = 2e-5
@@ -19,11 +21,11 @@ def model(request, tiny_model, variant):
 @torch.no_grad()
 def decode_compiled(model, input_ids, compiled, prefill_length=9):
     cache = StaticCache(config=model.config, max_cache_len=24)
-    logits = [model(input_ids[:, :prefill_length], past_key_values=cache).logits]
+    logits = [model(input_ids[:, :prefill_length], **cache_argument(cache)).logits]
     for t in range(prefill_length, input_ids.shape[1]):
         position_ids = torch.tensor([[t]])
         with torch._dynamo.config.patch(error_on_recompile=t > prefill_length):
-            step = compiled(input_ids[:, t : t + 1], past_key_values=cache, position_ids=position_ids)
+            step = compiled(input_ids[:, t : t + 1], position_ids=position_ids, **cache_argument(cache))
         logits.append(step.logits)
     return torch.cat(logits, dim=1)
 

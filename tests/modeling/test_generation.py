@@ -5,6 +5,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from modeling_diff.diff_transformers_compat import cache_argument, output_cache
+
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
@@ -46,8 +48,8 @@ def test_generation_from_embeddings_equals_tokens(model, random_ids):
 
 def test_generation_continues_from_a_prefilled_cache(model, random_ids):
     prompt = random_ids(1, 9)
-    cache = model(prompt[:, :6], use_cache=True).past_key_values
-    continued = model.generate(prompt, past_key_values=cache, **GREEDY)
+    cache = output_cache(model(prompt[:, :6], use_cache=True))
+    continued = model.generate(prompt, **cache_argument(cache), **GREEDY)
     assert torch.equal(continued, model.generate(prompt, **GREEDY))
 
 
