@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from transformers.utils import logging as transformers_logging
 
-from conversion.checkpoint import parse_size
+from conversion.choices import DTYPES, chosen_dtype, parse_size
 from conversion.convert import convert_checkpoint
 from conversion.describe import describe_checkpoint
 from conversion.display import (
@@ -24,18 +24,18 @@ from conversion.display import (
     show_verification,
     step_progress,
 )
-from conversion.errors import ConversionError
 from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.hub import push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.usage import PlainCommand, PlainGroup, parsed
 from conversion.verify import verify_checkpoint
 
 
 app = typer.Typer(
     name="diff-llama",
+    cls=PlainGroup,
     help="Differential Transformers from LLaMA checkpoints: convert, heal, verify, export, inspect, push.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -44,55 +44,76 @@ DEFAULTS = HealingOptions()
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="On an error, print the traceback.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT, in one step at the end.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep finished shards if stopped, and go on from them.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Cast the weights. By default each tensor keeps its own dtype."),
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep finished shards if stopped, and continue from them.")]
 
 
 def _size(text: str) -> str:
-    try:
-        parse_size(text)
-    except ConversionError as error:
-        raise typer.BadParameter(str(error)) from error
+    parse_size(text)
     return text
 
 
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, weights only.")]
-ShardSize = Annotated[str, typer.Option(callback=_size, help="Largest size of a weight file, such as 5GB or 200MiB.")]
+def _dtype(argument: str, help: str) -> Any:
+    """An option for a dtype, by any of its usual names."""
+    return typer.Option(
+        parser=parsed(lambda text: chosen_dtype(argument, text)), metavar=f"<{'|'.join(DTYPES)}>", help=help
+    )
 
 
-@app.command()
+Dtype = Annotated[Any, _dtype("dtype", "Cast the weights. By default each tensor keeps its own dtype.")]
+Pickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Also read pytorch_model.bin, of which only the tensors are taken."),
+]
+ShardSize = Annotated[
+    Any,
+    typer.Option(parser=parsed(_size), metavar="<size>", help="Largest size of a weight file, such as 5GB or 200MiB."),
+]
+
+
+@app.command(cls=PlainCommand)
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaMA or transformers DiffLlama checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
     variant: Annotated[
         Literal["v1", "v2"] | None,
         typer.Option(
+            case_sensitive=False,
             help="Needed for a LLaMA. v2: the same function exactly, with more query weights. v1: the same size, near "
-            "the function once calibrated."
+            "the function once calibrated.",
         ),
     ] = None,
     layers: Annotated[
         Any,
-        typer.Option(parser=parse_layers, metavar="0,4-7", help="Layers to make differential. All by default."),
+        typer.Option(
+            parser=parsed(parse_layers),
+            metavar="0,4-7",
+            help="Layers to make differential, counted from 0. All by default.",
+        ),
     ] = None,
     lambda_init: Annotated[
         Any,
-        typer.Option(parser=parse_lambda_init, metavar="paper|FLOAT|LIST", help="v1: lambda at the start (0.05)."),
+        typer.Option(
+            parser=parsed(parse_lambda_init),
+            metavar="paper|FLOAT|LIST",
+            help="v1: lambda at the start, one number for all layers or one per layer. 0.05 by default.",
+        ),
     ] = None,
     norm: Annotated[
         Literal["strict", "neutral"],
-        typer.Option(help="v1: the paper's norm over heads, or one whose epsilon makes it the identity."),
+        typer.Option(
+            case_sensitive=False,
+            help="v1: strict is the paper's norm over heads; neutral has an epsilon that makes it the identity.",
+        ),
     ] = "strict",
     lambda_start: Annotated[
         float,
-        typer.Option("--lambda", help="v2: lambda at the start, between 0 and 1; through a bias if not 0.5."),
+        typer.Option("--lambda", help="v2: lambda at the start, between 0 and 1. Other values than 0.5 add a bias."),
     ] = 0.5,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="v1: text, JSON lines or a datasets folder; layers are fitted on it, and little is lost."),
+        typer.Option(
+            help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost."
+        ),
     ] = None,
     uncalibrated: Annotated[
         bool,
@@ -100,11 +121,15 @@ def convert(
             "--uncalibrated", help="v1: the plain copy, which loses most of the function and has to be healed."
         ),
     ] = False,
-    calibration_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = CALIBRATION_TOKENS,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Number of tokens of the calibration text to read.")
+    ] = CALIBRATION_TOKENS,
     stages: Annotated[
         Any,
         typer.Option(
-            parser=parse_stages, metavar=",".join(STAGES), help="Of the calibration, some of these; all by default."
+            parser=parsed(parse_stages),
+            metavar=",".join(STAGES),
+            help="Calibration stages to run. All by default.",
         ),
     ] = None,
     lambda_floor: Annotated[
@@ -116,17 +141,25 @@ def convert(
     ] = False,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
-    seed: Annotated[int, typer.Option(help="v1: of the lambda vectors.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    seed: Annotated[int, typer.Option(help="v1: seed from which the lambda vectors are drawn.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where SOURCE is a Hub id.")] = None,
     source_layout: Annotated[
         Literal["auto", "unilm"],
-        typer.Option(help="unilm: the authors' V1 tensor names and interleaved rotary order."),
+        typer.Option(
+            case_sensitive=False,
+            help="unilm: the tensor names and interleaved rotary order of the authors' own V1 code.",
+        ),
     ] = "auto",
-    backbone_only: Annotated[bool, typer.Option("--backbone-only", help="Leave out any head.")] = False,
+    backbone_only: Annotated[
+        bool, typer.Option("--backbone-only", help="Convert the model without its head (lm_head or a task head).")
+    ] = False,
     allow_pickle: Pickle = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and Inf over.")] = False,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Carry NaN and Inf in the weights over, in place of refusing them."),
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all but the weights' numbers, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything but the numbers in the weights, and write nothing.")
     ] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -146,25 +179,29 @@ def convert(
     show_conversion(report, as_json, "would write" if dry_run else "wrote")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def verify(
     output: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
-    against: Annotated[str | None, typer.Option(help="Its source, folder or Hub id, to compare with.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check files, tensors and checksums, then what was promised of the function. Exit code 1 if a check fails."""
+    """Check the files of a converted checkpoint and what was promised of it. Exit code 1 if a check fails."""
     with one_line_errors(verbose):
         report = verify_checkpoint(output, against)
     show_verification(report, as_json)
     raise typer.Exit(0 if report.passed else 1)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def export(
     output: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to create.")],
-    format: Annotated[Literal["diffllama"], typer.Option(help="transformers' own DiffLlama.")] = "diffllama",
+    format: Annotated[
+        Literal["diffllama"], typer.Option(case_sensitive=False, help="diffllama: transformers' own DiffLlama class.")
+    ] = "diffllama",
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -181,41 +218,56 @@ def export(
     show_conversion(report, as_json, "wrote")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a LLaMA, diffllama or diff_llama checkpoint.")],
     allow_pickle: Pickle = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what a checkpoint is: heads, widths, parameters, lambda a layer, which conversion made it."""
+    """Say what a checkpoint is: heads, widths, parameters, lambda per layer, which conversion made it."""
     with one_line_errors(verbose):
         description = describe_checkpoint(folder, allow_pickle)
     show_description(description, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an export or an adapter.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub, made if it is not there.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub, created if it does not exist.")
+    ],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a new repository. Private if the base's licence gates it."),
+        typer.Option(
+            "--private/--public",
+            help="Visibility of a new repository. Private by default where the base model's license restricts access.",
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to, made if it is not there.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request with it.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to, created if it does not exist. main by default.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Upload as a pull request in place of a commit to main.")
+    ] = False,
     format: Annotated[
         Literal["native", "diffllama"],
-        typer.Option(help="As it is, with its code; or exported to transformers' own class, which needs none."),
+        typer.Option(
+            case_sensitive=False,
+            help="native: the checkpoint with its code. diffllama: exported to transformers' own class, without code.",
+        ),
     ] = "native",
     verification: Annotated[
-        Path | None, typer.Option(help="Output of verify --json, whose numbers go into the model card.")
+        Path | None,
+        typer.Option(help="File with the output of `verify --json`, whose numbers go into the model card."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and bytes, ask and send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and their sizes, contact nothing.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Upload to the Hub, in one commit, all that a stranger needs to load it. The token comes from `hf auth login`."""
+    """Upload a checkpoint to the Hub in one commit, with all that loading needs. Log in first: `hf auth login`."""
     with one_line_errors(verbose), quiet_client():
         report = push_checkpoint(
             folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, format=format,
@@ -224,66 +276,102 @@ def push(
     show_push(report, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def heal(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
     data: Annotated[
-        list[Path], typer.Option(help="Text, JSON lines or a datasets folder; may be given several times.")
+        list[Path],
+        typer.Option(metavar="<path>", help="Text, JSON lines or a datasets folder; may be given several times."),
     ],
     teacher: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
     ] = None,
     stage: Annotated[
-        HealStage, typer.Option(help="local: layer by layer. kl: the teacher's logits. lm: the text itself.")
+        HealStage,
+        typer.Option(
+            case_sensitive=False,
+            help="What is learned from. local: the teacher, layer by layer. kl: its logits. lm: the text alone.",
+        ),
     ] = HealStage.KL,
     held_out: Annotated[
-        Path | None, typer.Option(help="Text to measure on. The first rows of the data by default.")
+        Path | None, typer.Option(help="Text to measure on. The first rows of --data by default.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How long. Once through the data by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="The same in steps.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens a row (1024, or what the model can read).")] = None,
-    batch_rows: Annotated[int, typer.Option(help="Rows a step, over all devices.")] = DEFAULTS.batch_rows,
-    micro_rows: Annotated[int | None, typer.Option(help="Rows a device takes at once.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Number of tokens to train on. Once through the data by default.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, in place of --tokens.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per row. 1024 by default, or what the model can read if that is less.")
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(help="Rows per step, over all devices.")] = DEFAULTS.batch_rows,
+    micro_rows: Annotated[
+        int | None, typer.Option(help="Rows that a device computes at once. By default as many as make 8,192 tokens.")
+    ] = None,
     optimizer: Annotated[
-        HealOptimizer, typer.Option(help="muon: Muon for the layers' matrices, AdamW for the rest.")
+        HealOptimizer,
+        typer.Option(case_sensitive=False, help="muon: Muon for the matrices of the layers, AdamW for the rest."),
     ] = DEFAULTS.optimizer,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Its peak; by default one that suits the optimiser.")
+        float | None, typer.Option(help="Peak learning rate. By default 1e-3 with muon, 2e-4 with adamw.")
     ] = None,
-    lambda_learning_rate: Annotated[float, typer.Option(help="Of lambda.")] = DEFAULTS.lambda_learning_rate,
-    weight_decay: Annotated[float, typer.Option(help="Not of lambda, norms and biases.")] = DEFAULTS.weight_decay,
-    train: Annotated[Trained, typer.Option(help="All parameters, or attention alone.")] = DEFAULTS.train,
+    lambda_learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of lambda.")
+    ] = DEFAULTS.lambda_learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay, never applied to lambda, norms and biases.")
+    ] = DEFAULTS.weight_decay,
+    train: Annotated[
+        Trained, typer.Option(case_sensitive=False, help="What is trained: all parameters, or attention alone.")
+    ] = DEFAULTS.train,
     lambda_mode: Annotated[
         LambdaMode,
-        typer.Option("--lambda", help="v1: free, held at --lambda-floor, or annealed to the paper's schedule."),
+        typer.Option(
+            "--lambda",
+            case_sensitive=False,
+            help="v1: lambda is free, held at or above --lambda-floor, or annealed to the paper's schedule.",
+        ),
     ] = DEFAULTS.lambda_mode,
-    lambda_floor: Annotated[float, typer.Option(help="v1: lambda is held at or above it.")] = DEFAULTS.lambda_floor,
+    lambda_floor: Annotated[
+        float, typer.Option(help="v1: the least value of lambda under --lambda floor.")
+    ] = DEFAULTS.lambda_floor,
     norm_share: Annotated[
-        float, typer.Option(help="v1: share of the steps in which a neutral norm becomes the paper's.")
+        float,
+        typer.Option(help="v1: share of the steps in which a neutral norm is annealed to the paper's, from 0 to 1."),
     ] = DEFAULTS.norm_share,
-    hidden_weight: Annotated[float, typer.Option(help="kl: of the distance between hidden states.")] = 0.0,
-    cross_entropy_weight: Annotated[float, typer.Option(help="kl: of the text itself, from 0 to 1.")] = 0.0,
+    hidden_weight: Annotated[
+        float, typer.Option(help="Stage kl: weight of the distance between hidden states in the loss.")
+    ] = 0.0,
+    cross_entropy_weight: Annotated[
+        float, typer.Option(help="Stage kl: weight of the next token of the text in the loss, from 0 to 1.")
+    ] = 0.0,
     teacher_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Precision of the teacher in memory.")
+        Any,
+        _dtype(
+            "teacher_dtype", "Precision of the teacher in memory. bfloat16 on a GPU and float32 on a CPU by default."
+        ),
     ] = None,
     cached_logits: Annotated[
-        int | None, typer.Option(help="Keep the teacher's K likeliest tokens on disk, in place of the teacher.")
+        int | None,
+        typer.Option(
+            help="Store this many of the teacher's likeliest tokens per position on disk, and unload the teacher."
+        ),
     ] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged at the end.")] = None,
     allow_pickle: Pickle = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, about a third more time."),
     ] = False,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
-    seed: Annotated[int, typer.Option(help="Of the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of rows.")] = 0,
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from a stopped run, to the same weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run, to the same weights.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a converted checkpoint towards the LLaMA that it was made from: one stage a run."""
+    """Train a converted checkpoint towards the LLaMA that it was made from, one stage per run."""
     from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
 
     with one_line_errors(verbose, output), step_progress() as progress:

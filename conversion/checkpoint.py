@@ -2,7 +2,7 @@
 
 from conversion.reader import CheckpointReader, TensorInfo, count_nonfinite
 from conversion.target import check_target
-from conversion.writer import CheckpointWriter, Shard, TensorSpec, parse_size, plan_shards
+from conversion.writer import CheckpointWriter, Shard, TensorSpec, plan_shards
 
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "TensorSpec",
     "check_target",
     "count_nonfinite",
-    "parse_size",
     "plan_shards",
 ]

@@ -23,9 +23,10 @@ from conversion.calibrated import (
     prepare_calibration,
     run_calibration,
 )
-from conversion.checkpoint import CheckpointReader, check_target, parse_size
+from conversion.checkpoint import CheckpointReader, check_target
+from conversion.choices import chosen, parse_size
 from conversion.companions import code_files, companion_files
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
 from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card, starting_lambdas
@@ -105,6 +106,7 @@ def convert_checkpoint(
     `before_calibration` is given what the calibration will take, and may raise.
     Raises ConversionError for bad input, FilesError for the target.
     """
+    variant = None if variant is None else chosen("variant", variant, ("v1", "v2"))  # type: ignore[assignment]
     check_uncalibrated(variant, calibration is not None, uncalibrated)
     if variant is None or (variant == "v1" and calibration is None and not uncalibrated):
         # Only an import needs no choice. A Hub source is asked for its config alone, before gigabytes come down.
@@ -117,11 +119,10 @@ def convert_checkpoint(
     text = (
         None if calibration is None else CalibrationText(Path(calibration), calibration_tokens, stages, lambda_floor)
     )
-    if text is None and (stages, calibration_tokens, lambda_floor) != (None, CALIBRATION_TOKENS, LAMBDA_FLOOR):
-        raise ConversionError(
-            "--stages, --calibration-tokens and --lambda-floor mean something only with calibration text; give it "
-            "(--calibration)"
-        )
+    given = {"stages": stages, "calibration_tokens": calibration_tokens, "lambda_floor": lambda_floor}
+    defaults = {"stages": None, "calibration_tokens": CALIBRATION_TOKENS, "lambda_floor": LAMBDA_FLOOR}
+    if text is None and (changed := [name for name in given if given[name] != defaults[name]]):
+        raise ConversionError(f"{typed(changed[0])} needs text to calibrate on; give it ({typed('calibration')})")
     max_shard_bytes = parse_size(max_shard_size)
     found = locate_source(source, revision, allow_pickle)
     model = read_source_model(found.folder, source_layout, backbone_only)

@@ -1,9 +1,11 @@
 """What a conversion refuses, and the exit code of each refusal; usage errors and signals are the command line's."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 
 class ConversionError(Exception):
@@ -16,6 +18,34 @@ class FilesError(ConversionError):
     """Disk, permissions or the target folder. The message is one line, as above."""
 
     exit_code = 3
+
+
+# On the command line: its options by the names that their values have in Python. None: called from Python.
+_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("options", default=None)
+
+
+def typed(argument: str, value: Any = None) -> str:
+    """Returns an argument as the user typed it: `lambda_start` in Python is `--lambda` on the command line.
+
+    Args:
+        argument: The name in Python.
+        value: What to give it, for a way out: `dtype='float32'` in Python is `--dtype float32` on the command line.
+    """
+    options = _OPTIONS.get()
+    if options is None:
+        return argument if value is None else f"{argument}={value!r}"
+    option = options.get(argument, f"--{argument.replace('_', '-')}")
+    return option if value is None or value is True else f"{option} {value}"
+
+
+@contextmanager
+def typed_as(options: Mapping[str, str]) -> Iterator[None]:
+    """Lets `typed` name arguments by these options, as long as a command runs."""
+    before = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(before)
 
 
 WAYS_OUT = {

@@ -8,13 +8,13 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from conversion.checkpoint import CheckpointReader, check_target, parse_size
+from conversion.checkpoint import CheckpointReader, check_target
+from conversion.choices import DTYPES, chosen, chosen_dtype, parse_size
 from conversion.companions import companion_files
 from conversion.convert import RESTATED_FIELDS, ConversionReport, main_dtype, versions
 from conversion.errors import ConversionError
 from conversion.layout import Sizes
 from conversion.model_card import export_card
-from conversion.options import DTYPES
 from conversion.rules import diffllama_export_rules
 from conversion.source import SourceFolder
 from conversion.source_config import CONFIG_ERRORS, read_config
@@ -40,8 +40,8 @@ def export_checkpoint(
     The weight of the norm over heads is multiplied into o_proj, rounded once in the dtype written: give float32 to
     keep a bfloat16 model's trained norm without that rounding. Raises ConversionError for what cannot be said there.
     """
-    if format != "diffllama":
-        raise ConversionError(f"format is {format!r}, expected 'diffllama'")
+    format = chosen("format", format, ("diffllama",))  # type: ignore[assignment]
+    dtype = None if dtype is None else chosen_dtype("dtype", dtype)  # type: ignore[assignment]
     found = SourceFolder(Path(source))
     config = read_our_config(found.folder)
     _refuse_unsayable(config)

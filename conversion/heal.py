@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from conversion.checkpoint import CheckpointReader, check_target, parse_size
+from conversion.checkpoint import CheckpointReader, check_target
+from conversion.choices import parse_size
 from conversion.companions import companion_files, read_tokenizer
 from conversion.errors import ConversionError
 from conversion.export import read_our_config

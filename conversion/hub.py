@@ -11,6 +11,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from conversion.choices import chosen
 from conversion.describe import describe_checkpoint
 from conversion.errors import ConversionError, file_errors
 from conversion.export import export_checkpoint, read_our_config
@@ -88,8 +89,7 @@ def push_checkpoint(
         raise ConversionError(
             f"--revision {revision}: a pull request (--create-pr) goes to main; leave one of them out"
         )
-    if format not in ("native", "diffllama"):
-        raise ConversionError(f"format is {format!r}, expected 'native' or 'diffllama'")
+    format = chosen("format", format, ("native", "diffllama"))  # type: ignore[assignment]
     report = verification.to_dict() if isinstance(verification, VerificationReport) else verification
     with _exported(Path(folder), format) as source:
         plan = plan_upload(source, repo_id, private, report)

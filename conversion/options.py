@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from conversion.errors import ConversionError
+from conversion.choices import DTYPES, chosen, chosen_dtype
+from conversion.errors import ConversionError, typed
 from conversion.layout import HeadPairing, Sizes
 from modeling_diff.configuration_diff_llama import paper_lambda_init
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Held-out loss of examples/assets/tiny-llama (3.10 nats) as a plain copy: 5.08 with lambda 0.05, 5.54 with the paper's
 # (compare_conversions.py). Less is better only by not subtracting, and training can push it below 0. The strict norm
 # is the paper's, trains as it is, and can be exported; the neutral one is the better start where epsilon is annealed
@@ -47,12 +47,13 @@ class CalibrationText:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ConversionError(f"calibration tokens are {self.tokens!r}, expected a whole number above 0")
+            raise ConversionError(f"{typed('calibration_tokens')} is {self.tokens!r}, expected a whole number above 0")
         if not isinstance(self.lambda_floor, int | float) or not 0 <= self.lambda_floor < 1:
-            raise ConversionError(f"--lambda-floor is {self.lambda_floor!r}, expected a number from 0 to below 1")
-        unknown = set(self.stages or ()) - set(STAGES)
-        if unknown:
-            raise ConversionError(f"stages {sorted(unknown)} are unknown, expected some of {', '.join(STAGES)}")
+            raise ConversionError(
+                f"{typed('lambda_floor')} is {self.lambda_floor!r}, expected a number from 0 to below 1"
+            )
+        for stage in self.stages or ():
+            chosen("stages", stage, STAGES)
 
 
 def _plain_lambda(given: Any) -> str | float | list[float]:
@@ -109,21 +110,23 @@ class ConversionOptions:
         choices: dict[str, tuple[Any, ...]] = {
             "variant": ("v1", "v2"),
             "norm": ("strict", "neutral"),
-            "dtype": (None, *DTYPES),
             "source_layout": ("auto", "unilm"),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ConversionError(f"{field} is {getattr(self, field)!r}, expected one of {allowed}")
+            object.__setattr__(self, field, chosen(field, getattr(self, field), allowed))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", chosen_dtype("dtype", self.dtype))
         self._settle()
         if not 0 < self.lambda_start < 1:
             raise ConversionError(
-                f"lambda_start is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
+                f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
             )
-        if self.variant == "v2" and (self.lambda_init is not None or self.norm != "strict" or self.pairings):
-            raise ConversionError("lambda_init, norm and pairings belong to variant v1; leave them out for v2")
+        v1_only = {"lambda_init": None, "norm": "strict", "pairings": None}
+        given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
+        if self.variant == "v2" and given:
+            raise ConversionError(f"{typed(given[0])} belongs to variant v1; leave it out for v2")
         if self.variant == "v1" and self.lambda_start != 0.5:
-            raise ConversionError("lambda_start belongs to variant v2; use lambda_init for v1")
+            raise ConversionError(f"{typed('lambda_start')} belongs to variant v2; use {typed('lambda_init')} for v1")
 
     def _settle(self) -> None:
         """Every value as the kind of number that `recorded` can write, whatever kind was given."""
@@ -134,7 +137,7 @@ class ConversionOptions:
             try:
                 object.__setattr__(self, field, settle(value))
             except (AttributeError, TypeError, ValueError) as error:
-                raise ConversionError(f"{field} is {value!r}, expected {expected}") from error
+                raise ConversionError(f"{typed(field)} is {value!r}, expected {expected}") from error
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -143,8 +146,13 @@ class ConversionOptions:
     def differential_layers(self, num_layers: int) -> list[int]:
         """The layers that become differential, ascending. ConversionError for an index that does not exist."""
         layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
-        if not layers or layers[0] < 0 or layers[-1] >= num_layers:
-            raise ConversionError(f"layers {layers}: expected at least one index from 0 to {num_layers - 1}")
+        there = f"the model has {num_layers} layers, counted from 0"
+        if not layers:
+            raise ConversionError(f"{typed('layers')} names no layer; {there}")
+        if absent := [layer for layer in layers if not 0 <= layer < num_layers]:
+            raise ConversionError(
+                f"{typed('layers')} names layer {absent[0]}, and {there}: give some of 0-{num_layers - 1}"
+            )
         return layers
 
     def lambda_init_list(self, num_layers: int) -> list[float]:
@@ -152,16 +160,16 @@ class ConversionOptions:
         if self.lambda_init == "paper":
             return [paper_lambda_init(layer) for layer in range(num_layers)]
         if isinstance(self.lambda_init, str):
-            raise ConversionError(f"lambda_init is {self.lambda_init!r}, expected 'paper' or numbers")
+            raise ConversionError(f"{typed('lambda_init')} is {self.lambda_init!r}, expected 'paper' or numbers")
         given = LAMBDA_INIT if self.lambda_init is None else self.lambda_init
         values = [given] * num_layers if isinstance(given, int | float) else list(given)
         if len(values) != num_layers:
             raise ConversionError(
-                f"lambda_init has {len(values)} values, expected one for each of {num_layers} layers"
+                f"{typed('lambda_init')} has {len(values)} values, expected one for each of {num_layers} layers"
             )
         for value in values:
             if not math.isfinite(value) or value >= 1:
-                raise ConversionError(f"lambda_init is {value}, expected a number below 1")
+                raise ConversionError(f"{typed('lambda_init')} is {value}, expected a number below 1")
         return [float(value) for value in values]
 
     def sub_norm_eps(self) -> float:
@@ -196,27 +204,33 @@ class ConversionOptions:
 
 
 def parse_layers(text: str) -> list[int]:
-    """ "0,4-7" -> [0, 4, 5, 6, 7]. ValueError for anything else."""
+    """ "0,4-7" -> [0, 4, 5, 6, 7]. ConversionError for anything else."""
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"{text!r} is not a list of layers such as 0,4-7")
-        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)  # no model has 100,000 layers
+        if not match:
+            raise ConversionError(f"{typed('layers')} has {part!r}, expected layers and ranges such as 0,4-7")
+        first = int(match[1])
+        last = int(match[2] or match[1])
+        if last < first:
+            raise ConversionError(f"{typed('layers')} has {part!r}, expected a range upwards: {last}-{first}")
+        layers |= set(range(first, last + 1))
     return sorted(layers)
 
 
 def parse_lambda_init(text: str) -> Literal["paper"] | float | list[float]:
-    """ "paper", "0.05" or "0.05,0.1,0.2" (one a layer). ValueError for anything else."""
-    if text == "paper":
+    """ "paper", "0.05" or "0.05,0.1,0.2" (one per layer). ConversionError for anything else."""
+    if text.strip().lower() == "paper":
         return "paper"
-    values = [float(part) for part in text.split(",")]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConversionError(
+            f"{typed('lambda_init')} is {text!r}, expected paper, a number, or one for each layer such as 0.05,0.1"
+        ) from error
     return values[0] if len(values) == 1 else values
 
 
 def parse_stages(text: str) -> list[str]:
-    """ "pairing,refit" -> ["pairing", "refit"]. ValueError for anything else."""
-    stages = [part.strip() for part in text.split(",")]
-    if unknown := set(stages) - set(STAGES):
-        raise ValueError(f"{', '.join(sorted(unknown))} is no stage; expected some of {','.join(STAGES)}")
-    return stages
+    """ "pairing,refit" -> ["pairing", "refit"]. ConversionError for anything else."""
+    return [chosen("stages", part, STAGES) for part in text.split(",")]

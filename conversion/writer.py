@@ -3,13 +3,11 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +21,11 @@ from conversion.safetensors_header import DTYPE_NAMES, TensorSpec, encode_header
 from conversion.target import check_space, check_target, locked, partial_folder, restore, swap_in, sync_folder
 
 
-__all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "parse_size", "plan_shards"]
+__all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "plan_shards"]
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 JOURNAL = "journal.json"
-SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HASHED_BEHIND_BYTES = 2**28  # smaller tensors are hashed while the next one is read: more speed for little memory
 SMALL_FILES_BYTES = 32 * 2**20  # room kept for tokenizer, config, code
 
@@ -66,15 +62,6 @@ class TensorSource(Protocol):
     """Anything with `source[name]`: a dict, or an object that computes the tensor when it is asked for it."""
 
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
-
-
-def parse_size(text: str | int) -> int:
-    """'5GB', '200MB', '1.5GiB' or plain bytes '1000' -> bytes. ConversionError for anything else, 0 or less."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Z]{0,3})", str(text).strip().upper(), re.ASCII)
-    size = int(Decimal(match[1]) * SIZE_UNITS.get(match[2], 0)) if match else 0
-    if size < 1:
-        raise ConversionError(f"size {quote(text)}: expected a number above 0 and a unit, such as 5GB, 200MB or 1GiB")
-    return size
 
 
 def plan_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[Shard]:

@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from conversion.errors import ConversionError
-from conversion.options import DTYPES
+from conversion.choices import chosen, chosen_dtype
+from conversion.errors import ConversionError, typed
 
 
 class HealStage(StrEnum):
@@ -102,14 +102,10 @@ class HealingOptions:
             "stage": HealStage, "optimizer": HealOptimizer, "train": Trained, "lambda_mode": LambdaMode,
         }  # fmt: skip
         for field, choices in enumerations.items():
-            try:
-                object.__setattr__(self, field, choices(getattr(self, field)))
-            except ValueError as error:
-                allowed = ", ".join(choices)
-                raise ConversionError(f"{field} is {getattr(self, field)!r}, expected one of {allowed}") from error
+            object.__setattr__(self, field, choices(chosen(field, getattr(self, field), list(choices))))
         for field in ("dtype", "teacher_dtype"):
-            if getattr(self, field) not in (None, *DTYPES):
-                raise ConversionError(f"{field} is {getattr(self, field)!r}, expected one of {', '.join(DTYPES)}")
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, chosen_dtype(field, getattr(self, field)))
         self._check_counts()
         self._check_shares()
         self._check_together()
@@ -130,44 +126,48 @@ class HealingOptions:
             if value is None and field in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConversionError(f"{field} is {value!r}, expected a whole number above 0")
+                raise ConversionError(f"{typed(field)} is {value!r}, expected a whole number above 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ConversionError(f"seed is {self.seed!r}, expected a whole number from 0 to {2**32 - 1}")
+            raise ConversionError(f"{typed('seed')} is {self.seed!r}, expected a whole number from 0 to {2**32 - 1}")
         if self.tokens is not None and self.steps is not None:
-            raise ConversionError(f"tokens {self.tokens} and steps {self.steps} both say how long; give one of them")
+            raise ConversionError(
+                f"{typed('tokens')} {self.tokens} and {typed('steps')} {self.steps} both say how long; give one"
+            )
 
     def _check_shares(self) -> None:
         for field in ("warmup_share", "norm_share", "cross_entropy_weight"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ConversionError(f"{field} is {getattr(self, field)}, expected a share from 0 to 1")
+                raise ConversionError(f"{typed(field)} is {getattr(self, field)}, expected a share from 0 to 1")
         for field in ("learning_rate", "lambda_learning_rate"):
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConversionError(f"{field} is {value}, expected a number above 0")
+                raise ConversionError(f"{typed(field)} is {value}, expected a number above 0")
         for field in ("weight_decay", "hidden_weight"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) >= 0):
-                raise ConversionError(f"{field} is {getattr(self, field)}, expected a number of at least 0")
+                raise ConversionError(f"{typed(field)} is {getattr(self, field)}, expected a number of at least 0")
         if not (math.isfinite(self.lambda_floor) and self.lambda_floor < 1):
-            raise ConversionError(f"lambda_floor is {self.lambda_floor}, expected a number below 1")
+            raise ConversionError(f"{typed('lambda_floor')} is {self.lambda_floor}, expected a number below 1")
 
     def _check_together(self) -> None:
         if self.stage != HealStage.KL and (self.hidden_weight or self.cross_entropy_weight):
             raise ConversionError(
-                f"hidden_weight and cross_entropy_weight belong to the stage kl, not to {self.stage}; leave them out"
+                f"{typed('hidden_weight')} and {typed('cross_entropy_weight')} belong to the stage kl, not to "
+                f"{self.stage}; leave them out"
             )
         if self.cached_logits and (self.stage == HealStage.LOCAL or self.hidden_weight):
             raise ConversionError(
-                "cached_logits keeps logits, and hidden states are needed (stage local, hidden_weight): leave it out"
+                f"{typed('cached_logits')} keeps logits, and hidden states are needed (stage local, "
+                f"{typed('hidden_weight')}): leave it out"
             )
         if self.lora and self.stage == HealStage.LOCAL:
-            raise ConversionError("lora with the stage local trains little of little; leave lora out there")
+            raise ConversionError(f"{typed('lora')} with the stage local trains little of little; leave it out there")
 
 
 def existing_paths(paths: Sequence[str | Path] | str | Path) -> list[Path]:
     """One path or several. ConversionError for none, or one that is not there."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
-        raise ConversionError("data: no file was given; expected text, JSON lines or a datasets folder (--data FILE)")
+        raise ConversionError(f"{typed('data')}: no file was given; expected text, JSON lines or a datasets folder")
     found = [Path(path) for path in given]
     for path in found:
         if not path.exists():

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
+from conversion.choices import DTYPES
 from conversion.companions import code_files, companion_files
 from conversion.convert import versions
 from conversion.errors import ConversionError
 from conversion.healing.options import HealingOptions
 from conversion.licences import llama_terms
 from conversion.model_card import CardFacts, render_card, source_metadata, starting_lambdas
-from conversion.options import DTYPES
 from conversion.source import SourceFolder
 from conversion.stream import RECORD
 from modeling_diff import DiffLlamaConfig

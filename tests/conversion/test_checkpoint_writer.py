@@ -19,7 +19,7 @@ from saved_checkpoints import TENSORS, names, specs_of, write, writer_for
 
 from conversion.errors import ConversionError, FilesError
 from conversion.safetensors_header import DTYPES
-from conversion.writer import TensorSpec, parse_size, plan_shards
+from conversion.writer import TensorSpec, plan_shards
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,22 +143,6 @@ def write_mixed(target, given_tensors):
     with writer_for(target) as writer:
         for shard in writer.pending():
             writer.write_shard(shard, given_tensors)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("200MB", 2 * 10**8), ("1GiB", 2**30), ("1.5 kb", 1500), ("7", 7), ("0.1GB", 10**8)],
-)
-def test_size_is_parsed(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0", "0GB", "-1GB", "5G B", "GB", "1e9", "nan", "inf", "5XB", "٣GB", "0.1", "1" * 99]
-)
-def test_bad_size_is_refused(text):
-    with pytest.raises(ConversionError, match="expected a number above 0 and a unit"):
-        parse_size(text)
 
 
 def test_bad_plan_is_refused():

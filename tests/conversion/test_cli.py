@@ -87,7 +87,7 @@ def test_lists_and_dry_run(tmp_path, llama):
     [
         ["--variant", "v3"],
         ["--max-shard-size", "many"],
-        ["--max-shard-size", "0"],
+        ["--max-shard-size", "0GB"],
         ["--layers", "2-1"],
         ["--lambda-init", "small"],
         ["--seed", "x"],

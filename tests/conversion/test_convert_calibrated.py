@@ -210,15 +210,15 @@ def test_lambda_of_zero_of_a_plain_copy_is_said_too(llama, tmp_path):
     [
         ({"calibration_tokens": 10**6}, "give more text or ask for fewer tokens"),
         ({"calibration_tokens": 5}, "fewer than one row"),
-        ({"stages": ["polish"]}, "polish.*unknown, expected some of copy, pairing"),
-        ({"calibration_tokens": -5}, "tokens are -5"),
-        ({"calibration_tokens": "5"}, "tokens are '5'"),
+        ({"stages": ["polish"]}, "polish.*expected one of copy, pairing"),
+        ({"calibration_tokens": -5}, "calibration_tokens is -5"),
+        ({"calibration_tokens": "5"}, "calibration_tokens is '5'"),
         ({"calibration_tokens": 2 * ROW_TOKENS, "layers": [1], "lambda_init": -0.1}, "lambda_init -0.1"),
         ({"calibration_tokens": ROW_TOKENS}, "one row to judge by"),
         ({"calibration": "missing.txt"}, "does not exist"),
         ({"lambda_init": 0}, "--lambda-init 0.0 is below --lambda-floor 0.02"),
-        ({"lambda_floor": 1}, "--lambda-floor is 1, expected a number from 0 to below 1"),
-        ({"lambda_floor": "low"}, "--lambda-floor is 'low'"),
+        ({"lambda_floor": 1}, "lambda_floor is 1, expected a number from 0 to below 1"),
+        ({"lambda_floor": "low"}, "lambda_floor is 'low'"),
     ],
 )
 def test_bad_calibration_is_refused(llama, text, tmp_path, options, message, dry_run):

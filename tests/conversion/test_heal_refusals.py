@@ -37,7 +37,7 @@ def toys(tmp_path_factory):
         ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
         ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
         ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
-        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "leave lora out there"),
+        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "lora with the stage local"),
         ({"norm_share": 1.5}, "a share from 0 to 1"),
         ({"seed": -1}, "seed is -1, expected a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
