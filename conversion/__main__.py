@@ -1,5 +1,6 @@
 """The command line: arguments only. `python -m conversion --help`."""
 
+import io
 import signal
 import sys
 from pathlib import Path
@@ -397,6 +398,9 @@ def _terminate(signum: int, frame: Any) -> None:
 def main() -> None:
     """The console script `diff-llama`."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed before the start
+            stream.reconfigure(errors="backslashreplace")  # a terminal without our letters
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     app()

@@ -12,7 +12,6 @@ from typing import Any
 import typer
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.utils import disable_progress_bars
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -28,14 +27,15 @@ from rich.text import Text
 from conversion.calibrated import Calibration
 from conversion.convert import ConversionReport
 from conversion.errors import ConversionError
+from conversion.escaping import escape
 from conversion.hub import PushReport
 from conversion.options import STAGES
 from conversion.target import kept_work
+from conversion.terminal import STDOUT, err, out, results_shown, say
 from conversion.upload_files import TOKEN
 from conversion.verify import VerificationReport
 
 
-out, err = Console(markup=False), Console(stderr=True, markup=False)  # paths may hold [brackets]
 ASKED_SECONDS = 3600  # a calibration that takes longer is asked about on a terminal
 COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
 
@@ -47,15 +47,16 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
     except KeyboardInterrupt as error:
         kept = ", ".join(map(str, kept_work(target))) if target else ""
         left = f"{kept} stays for --resume" if kept else "nothing half done was left"
-        err.print(f"interrupted; {left}", style="red", highlight=False, soft_wrap=True)
+        say(f"interrupted; {left}", "red", err)
         raise typer.Exit(130) from error
     except Exception as error:
         if verbose:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                say(f"| {line}", console=err)  # a message in it may be of many lines, some like ours
         known = isinstance(error, ConversionError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
         message = TOKEN.sub("<token>", message)
-        err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+        say(f"error: {message}", "red", err)
         raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
 
 
@@ -122,7 +123,7 @@ def ask_before_calibration(agreed: bool) -> Callable[[Calibration], None]:
     """
 
     def ask(calibration: Calibration) -> None:
-        err.print(calibration.note, highlight=False, soft_wrap=True)
+        say(calibration.note, console=err)
         if agreed or calibration.estimate.seconds <= ASKED_SECONDS or not sys.stdin.isatty():
             return
         if not typer.confirm("Start it?", default=True, err=True):
@@ -143,26 +144,30 @@ def step_progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@results_shown()
 def show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:
     if as_json:
         shown = {"output": str(report.output), "num_bytes": report.num_bytes, "notes": list(report.notes)}
         _print_json(shown | {"record": report.record})
         return
-    out.print(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
-    out.print(f"promise: {report.record['promise']['text']}", highlight=False, soft_wrap=True)
+    say(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)")
+    say(f"promise: {report.record['promise']['text']}")
     _show_notes(report.notes)
 
 
+@results_shown()
 def show_verification(report: VerificationReport, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
         return
-    table = Table("check", "outcome", "detail", title=f"{report.output} ({report.promise})", box=None)
+    table = Table("check", "outcome", "detail", title=escape(f"{report.output} ({report.promise})"), box=None)
     for check in report.checks:
-        table.add_row(check.name, Text(check.outcome, style=COLOURS[check.outcome]), check.detail)
+        outcome = Text(check.outcome, style=COLOURS[check.outcome])
+        table.add_row(escape(check.name), outcome, escape(check.detail))
     out.print(table)
 
 
+@results_shown(only_result=True)
 def show_description(description: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(description)
@@ -171,9 +176,9 @@ def show_description(description: Mapping[str, Any], as_json: bool) -> None:
     for key, value in description.items():
         if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
             for name, part in value.items():
-                table.add_row(f"{key}.{name}", _text(part))
+                table.add_row(escape(f"{key}.{name}"), escape(_text(part)))
         else:
-            table.add_row(key, _text(value))
+            table.add_row(escape(key), escape(_text(value)))
     out.print(table)
 
 
@@ -186,27 +191,29 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+@results_shown()
 def show_push(report: PushReport, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(report) | {"num_bytes": report.num_bytes})
         return
     verb = "uploaded to" if report.commit else "would upload to"
-    title = f"{verb} {report.repo_id}, {report.revision}"
+    title = escape(f"{verb} {report.repo_id}, {report.revision}")
     table = Table("file", Column("bytes", justify="right"), title=title, box=None)
     for name, num_bytes in report.files.items():
-        table.add_row(name, f"{num_bytes:,}")
+        table.add_row(escape(name), f"{num_bytes:,}")
     table.add_row(f"{len(report.files)} files", f"{report.num_bytes:,}", style="bold")
     out.print(table)
     if report.url:
-        out.print(report.url, highlight=False, soft_wrap=True)
+        say(report.url)
     _show_notes(report.notes)
 
 
+@results_shown()
 def show_healing(report: Any, as_json: bool) -> None:
     if as_json:
         _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
         return
-    out.print(f"wrote {report.output}", highlight=False, soft_wrap=True)
+    say(f"wrote {report.output}")
     table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda a layer", title="held-out rows", box=None)
     for row in report.table:
         shown = [
@@ -219,8 +226,8 @@ def show_healing(report: Any, as_json: bool) -> None:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        out.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+        say(f"note: {note}", "yellow")
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True, default=str))
+    STDOUT.write(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")  # ASCII: nothing to be escaped

@@ -7,11 +7,17 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from conversion.escaping import escape
+
 
 class ConversionError(Exception):
     """Bad input. The message is one line: file, tensor or field, what was found, what was expected, the way out."""
 
     exit_code = 1
+
+    def __init__(self, message: object) -> None:
+        """Escapes the message: most name something out of a file."""
+        super().__init__(escape(message))
 
 
 class FilesError(ConversionError):

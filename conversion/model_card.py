@@ -1,13 +1,15 @@
 """The model card: what a checkpoint is, how it was made, what was measured, and what it needs, plainly."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
 
+from conversion.card_metadata import metadata_block, read_metadata
+from conversion.escaping import code_span, escape, markdown
 from conversion.lambdas import differential_layers, not_differential
 from conversion.licences import LlamaTerms, llama_terms
 from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
@@ -65,20 +67,19 @@ def render_card(facts: CardFacts) -> str:
     """README.md: a metadata block that the Hub accepts, and the text."""
     record, config = facts.record, facts.config
     source = record["source"]
-    origin = f"[{source['hub_id']}](https://huggingface.co/{source['hub_id']})" if source["hub_id"] else source["name"]
     sections = [
-        f"---\n{_metadata(facts).to_yaml()}\n---",
-        f"# {facts.name}",
+        metadata_block(_metadata(facts)),
+        f"# {markdown(facts.name)}",
         *([f"**{facts.terms.built_with}**"] if facts.terms and facts.terms.built_with else []),
         f"A [Differential Transformer](https://arxiv.org/abs/2410.05258) ({config.variant.upper()}), converted from "
-        f"{origin} by `diff-llama`.",
+        f"{_origin(source)} by `diff-llama`.",
         status_text(record),
         *([f"**{warning}.**"] if (warning := not_differential(facts.lambdas)) else []),
         f"## How it was made\n\n{_story(record, config)}",
         *_measurements(facts),
         f"## Sizes\n\n{_sizes(record, config)}",
         f"## λ, layer by layer\n\n{lambda_plot(facts.lambdas, config.num_hidden_layers)}",
-        "## How to load\n\n" + LOAD.format(repo=facts.repo_id or facts.name),
+        "## How to load\n\n" + LOAD.format(repo=json.dumps(escape(facts.repo_id or facts.name), ensure_ascii=False)),
         "## How to fine-tune\n\n" + FINE_TUNE.format(new_modules=NEW_MODULES[config.variant]),
         "## Limits\n\n" + LIMITS,
         *_licence(facts),
@@ -86,6 +87,18 @@ def render_card(facts: CardFacts) -> str:
         GENERATED,
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    """A link to what is surely a repository of the Hub, else the name alone."""
+    if hub_id := _hub_id(source["hub_id"]):
+        return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    return markdown(source["hub_id"] or source["name"])
+
+
+def _hub_id(text: str | None) -> str | None:
+    """The text if it can be a repository of the Hub; in a record that was edited it may be anything."""
+    return text if text and HUB_ID.fullmatch(text) else None
 
 
 def export_card(found: SourceFolder) -> str:
@@ -97,22 +110,16 @@ def export_card(found: SourceFolder) -> str:
     terms = llama_terms(metadata, found.folder)
     built_with = f"**{terms.built_with}**\n\n" if terms and terms.built_with else ""
     return (
-        f"---\n{block.to_yaml()}\n---\n\n# {found.name}-diffllama\n\n{built_with}"
+        f"{metadata_block(block)}\n\n# {markdown(found.name)}-diffllama\n\n{built_with}"
         "A [Differential Transformer](https://arxiv.org/abs/2410.05258) in the format of transformers' own "
-        f"`DiffLlamaForCausalLM`, exported from `{found.name}` by `diff-llama`. It needs no custom code.\n\n"
+        f"`DiffLlamaForCausalLM`, exported from {code_span(found.name)} by `diff-llama`. It needs no custom code.\n\n"
         "## Citation\n\n" + CITATION + "\n"
     )
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
     """The metadata block of a folder's card; empty without one, or if it cannot be read."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return {}
-    try:
-        return metadata_load(card) or {}
-    except (ValueError, OSError, yaml.YAMLError):
-        return {}  # a card is no part of a checkpoint: a broken one must not stop a conversion
+    return dict(read_metadata(folder / "README.md"))
 
 
 def starting_lambdas(config: DiffLlamaConfig, record: Mapping[str, Any]) -> dict[int, float]:
@@ -147,7 +154,7 @@ def status_text(record: Mapping[str, Any]) -> str:
         return STATUS["healed"].format(tokens=_tokens(sum(int(stage.get("tokens") or 0) for stage in healing)))
     if calibration := record.get("calibration"):
         return STATUS["calibrated"].format(tokens=calibration["tokens"])
-    return STATUS[record["promise"]["kind"]].format(promise=record["promise"]["text"])
+    return STATUS[record["promise"]["kind"]].format(promise=markdown(record["promise"]["text"]))
 
 
 def _tokens(count: int) -> str:
@@ -162,7 +169,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["differential-transformer", "diff_llama"],
         # base_model_relation stays unset: the Hub has no value for a conversion.
-        base_model=facts.record["source"]["hub_id"],
+        base_model=_hub_id(facts.record["source"]["hub_id"]),
         datasets=_datasets(facts.record),
         model_name=facts.name if results else None,
         eval_results=results or None,
@@ -211,21 +218,21 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
     """What was done, in the order it was done in."""
     revision = record["source"].get("revision")
-    lines = [f"- Promise: {record['promise']['text']}."]
+    lines = [f"- Promise: {markdown(record['promise']['text'])}."]
     if revision:
-        lines.append(f"- Source revision: `{revision}`.")
+        lines.append(f"- Source revision: {code_span(revision)}.")
     if record.get("pairing"):
-        lines.append(
-            f"- Heads paired: {record['pairing']}; norm: {record['options'].get('norm', 'as in the source')}."
-        )
+        norm = record["options"].get("norm", "as in the source")
+        lines.append(f"- Heads paired: {markdown(record['pairing'])}; norm: {markdown(norm)}.")
     if calibration := record.get("calibration"):
-        stages = ", ".join(calibration["stages"])
-        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of `{calibration['text']}`: {stages}.")
+        stages = markdown(", ".join(map(str, calibration["stages"])))
+        text = code_span(calibration["text"])
+        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}: {stages}.")
     for stage in record.get("healing") or []:
-        lines.append(f"- Healed, {stage.get('stage', 'one stage')}: {_healing(stage)}.")
+        lines.append(f"- Healed, {markdown(stage.get('stage', 'one stage'))}: {markdown(_healing(stage))}.")
     count = config.num_hidden_layers
     layers = f"all {count}" if config.differential_layers is None else f"{config.differential_layers} of {count}"
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items()))
+    versions = markdown(", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items())))
     return "\n".join(
         [*lines, f"- Differential layers: {layers}.", f"- Made with {versions}; `conversion.json` has every option."]
     )
@@ -246,7 +253,7 @@ def _measurements(facts: CardFacts) -> list[str]:
     rows = [f"| {METRICS[key][0]} | {value:.4g} |" for key, value in _measured(facts.verification).items()]
     checks = facts.verification.get("checks", ())
     rows += [
-        f"| {check['name']} | {check['outcome']}: {check['detail']} |"
+        f"| {markdown(check['name'])} | {markdown(check['outcome'])}: {markdown(check['detail'])} |"
         for check in checks
         if check["outcome"] != "measured"
     ]

@@ -19,8 +19,8 @@ LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 revision = "main"  # better: the full commit hash, from the repository's history
-tokenizer = AutoTokenizer.from_pretrained("{repo}", revision=revision, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo}", revision=revision, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({repo}, revision=revision, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({repo}, revision=revision, trust_remote_code=True)
 ```
 
 The model's code comes with the weights and is run: read it first, and pin the revision that you have read, with

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from conversion.errors import ConversionError, typed_as
+from conversion.terminal import err, say
 
 
 # UsageError of the click inside typer, which typer itself exports only by this subclass.
@@ -75,8 +75,7 @@ class PlainGroup(TyperGroup):
         except UsageError as error:
             if not standalone_mode:
                 raise
-            console = Console(stderr=True, markup=False)
-            console.print(f"error: {usage_message(error)}", style="red", highlight=False, soft_wrap=True)
+            say(f"error: {usage_message(error)}", "red", err)
             result = 2
         except typer.Abort:
             result = 1
