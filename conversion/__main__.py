@@ -1,7 +1,7 @@
 """The command line: arguments only. `python -m conversion --help`."""
 
 import io
-import signal
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,8 @@ from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.hub import push_checkpoint, read_verification
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.signals import ignore_signals, stop_on_signals
+from conversion.terminal import NoteHandler
 from conversion.usage import PlainCommand, PlainGroup, parsed
 from conversion.verify import verify_checkpoint
 
@@ -45,7 +47,14 @@ DEFAULTS = HealingOptions()
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="On an error, print the traceback.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT, in one step at the end.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep finished shards if stopped, and continue from them.")]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Continue from the work that a stopped run has kept, or discard it. By default the work of the same "
+        "run is continued, and layers and checkpoints of another run are refused.",
+    ),
+]
 
 
 def _size(text: str) -> str:
@@ -163,7 +172,7 @@ def convert(
         bool, typer.Option("--dry-run", help="Check everything but the numbers in the weights, and write nothing.")
     ] = False,
     overwrite: Overwrite = False,
-    resume: Resume = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -206,7 +215,7 @@ def export(
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
-    resume: Resume = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -368,14 +377,14 @@ def heal(
     max_shard_size: ShardSize = "5GB",
     seed: Annotated[int, typer.Option(help="Seed of the order of rows.")] = 0,
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run, to the same weights.")] = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a converted checkpoint towards the LLaMA that it was made from, one stage per run."""
-    from conversion.heal import heal_checkpoint  # with the Trainer: seconds that the other commands need not wait for
-
     with one_line_errors(verbose, output), step_progress() as progress:
+        from conversion.heal import heal_checkpoint  # with the Trainer: seconds that other commands need not wait for
+
         options = HealingOptions(
             stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
             optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
@@ -391,19 +400,19 @@ def heal(
     show_healing(report, as_json)
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    sys.exit(128 + signum)  # unwinds, so that the writer cleans up
-
-
 def main() -> None:
     """The console script `diff-llama`."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stop_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed before the start
             stream.reconfigure(errors="backslashreplace")  # a terminal without our letters
+    logging.getLogger("conversion").addHandler(NoteHandler())
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    app()
+    try:
+        app()
+    finally:
+        ignore_signals()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from conversion.calibration_store import CalibrationStore, run_fingerprint
+from conversion.calibration_store import CalibrationStore, run_identity
 from conversion.errors import ConversionError
 from conversion.layer_fit import (
     LAMBDA_GRID,
@@ -92,6 +92,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     local: LocalFit = LocalFit(),  # noqa: B008 (frozen)
     work_folder: Path | None = None,
+    resume: bool | None = None,
     progress: Progress = lambda layer, num_layers, stage, done: None,
 ) -> CalibrationResult:
     """
@@ -99,7 +100,7 @@ def calibrate(
 
     `dtype` is that of the checkpoint to be written (the source's by default): layers are rounded to it before the
     next is fitted. No stage takes lambda below `local.lambda_floor`. A `work_folder` of the same source, tokens and
-    options is taken up where it was left.
+    options is gone on from where it was left, one of others refused, unless `resume` is False.
     Raises ConversionError for heads that do not pair, tokens that are too few or unknown, activations not finite.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
@@ -115,7 +116,8 @@ def calibrate(
     }
     temporary = TemporaryDirectory(prefix="calibration-") if work_folder is None else None
     folder = work_folder or Path(temporary.name if temporary else "")
-    store = CalibrationStore(folder, run_fingerprint(reader, tokens, options))
+    identity = run_identity(reader, config, tokens, options) if work_folder else {}
+    store = CalibrationStore(folder, identity, resume)
     llama = LlamaLayers(reader, config, torch.device(device))
     streams = Streams.start(llama.embed(tokens))
     chosen = []

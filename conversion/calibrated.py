@@ -21,15 +21,17 @@ from conversion.calibrate import (
 )
 from conversion.calibration_data import read_calibration
 from conversion.calibration_estimate import CalibrationEstimate, duration_text, estimate_calibration
+from conversion.calibration_store import has_results
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import read_tokenizer
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError
+from conversion.kept_work import calibration_folder, keep_note
 from conversion.local_fit import LocalFit
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.rules import Rule
 from conversion.source import SourceFolder
 from conversion.source_config import SourceModel
-from conversion.target import calibration_folder, locked
+from conversion.target import locked, parents_made
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def run_calibration(
     model: SourceModel,
     reader: CheckpointReader,
     options: ConversionOptions,
-    work_folder: Path | None,
+    work_folder: Path,
+    resume: bool | None,
     progress: Progress,
 ) -> CalibrationResult:
     """Fits the layers, on a GPU if there is one."""
@@ -103,6 +106,7 @@ def run_calibration(
         device=_device(),
         local=LocalFit(lambda_floor=calibration.text.lambda_floor),
         work_folder=work_folder,
+        resume=resume,
         progress=progress,
     )
 
@@ -131,15 +135,20 @@ def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict
 
 @contextmanager
 def calibration_work(output: Path) -> Iterator[Path]:
-    """Where a calibration that may be resumed keeps its finished layers: held against other runs, removed at the end.
+    """Where a calibration keeps its finished layers: held against other runs, removed when all is written.
 
-    Left where it is by an error. FilesError if another run has it.
+    Whatever stops the run leaves them there. FilesError if another run has the folder.
     """
     folder = calibration_folder(output.resolve())
-    with file_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        yield folder
+    with parents_made(folder), locked(folder):
+        try:
+            yield folder
+        except BaseException as error:
+            if has_results(folder):
+                keep_note(error, folder)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
 
 

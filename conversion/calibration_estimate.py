@@ -73,7 +73,7 @@ def estimate_calibration(
         product_flops=layers * product_flops,
         gram_flops=layers * gram_tokens * gram,
         memory_bytes=4 * floats + 8 * doubles,
-        disk_bytes=4 * layers * attention,
+        disk_bytes=4 * (layers + len(stages)) * attention,  # a layer under way is there once per stage
         seconds=seconds,
     )
 

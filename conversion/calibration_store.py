@@ -11,32 +11,49 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from transformers import PreTrainedConfig
 
 from conversion.errors import file_errors
+from conversion.kept_work import state_to_go_on_from, write_state
 from conversion.layer_streams import LayerWeights
 from conversion.layout import HeadPairing
 from conversion.reader import CheckpointReader
 
 
-def run_fingerprint(reader: CheckpointReader, tokens: torch.Tensor, options: Mapping[str, Any]) -> str:
-    """Changes with anything that could change a result: weight files, tokens, options, versions."""
-    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes())
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
-    said = {"files": files, "shape": list(tokens.shape), "options": options}
-    said |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    digest.update(json.dumps(said, default=str, sort_keys=True).encode())
-    return digest.hexdigest()
+IDENTITY = "identity.json"
+
+
+def run_identity(
+    reader: CheckpointReader, config: PreTrainedConfig, tokens: torch.Tensor, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Changes with anything that could change a result; reads every byte of the weights."""
+    return {
+        "source": [reader.sha256(), config.to_dict() | {"_name_or_path": None}],
+        "text": [list(tokens.shape), hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()],
+        "options": options,
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 class CalibrationStore:
-    """`layer-00003.safetensors` for a finished layer, `layer-00003.STAGE.safetensors` for one under way."""
+    """`layer-00003.safetensors` for a finished layer, `layer-00003.STAGE.safetensors` for one under way.
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = Path(folder), fingerprint
+    A folder in which a run of another identity has finished a layer or a stage is refused, with a FilesError, unless
+    `resume` is False: `conversion.kept_work`.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool | None = None):
+        self.folder = Path(folder)
+        self.fingerprint = hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
         self.records: dict[int, dict[str, Any]] = {}
         self._files: dict[str, tuple[Path, str]] = {}  # file and key of each tensor, by its name in the checkpoint
-        with file_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / IDENTITY
+        if state_to_go_on_from(state, identity, resume, costly=has_results(self.folder)) is None:
+            with file_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for path in self.folder.glob("layer-*"):  # a folder that a caller has named may hold more
+                    path.unlink()
+            write_state(state, identity)
 
     @property
     def names(self) -> frozenset[str]:
@@ -90,3 +107,8 @@ class CalibrationStore:
 
     def _path(self, index: int, stage: str | None) -> Path:
         return self.folder / f"layer-{index:05}{f'.{stage}' if stage else ''}.safetensors"
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a layer, or a stage of one, was finished there."""
+    return next(folder.glob("layer-*.safetensors"), None) is not None

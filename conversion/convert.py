@@ -92,7 +92,7 @@ def convert_checkpoint(
     allow_pickle: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     before_calibration: Callable[[Calibration], None] = log_estimate,
@@ -104,6 +104,8 @@ def convert_checkpoint(
     it is fitted layer by layer in `stages` of `calibrate.Stage` (all by default), or `uncalibrated`, for the plain
     copy; a source that is differential already needs neither. No stage takes lambda below `lambda_floor`.
     `before_calibration` is given what the calibration will take, and may raise.
+    `resume`: None goes on from the work of the same run, if one was stopped; True refuses that of another run as well,
+    False discards it.
     Raises ConversionError for bad input, FilesError for the target.
     """
     variant = None if variant is None else chosen("variant", variant, ("v1", "v2"))  # type: ignore[assignment]
@@ -136,15 +138,15 @@ def convert_checkpoint(
         notes.append(ready.note)
     if not ready and options.variant == "v1" and model.kind == "llama":
         notes.append(f"uncalibrated: {UNCALIBRATED}")
-    kept_bytes = ready.estimate.disk_bytes if ready and resume else 0
-    check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + kept_bytes)
+    work_bytes = ready.estimate.disk_bytes if ready else 0
+    check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + work_bytes)
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
     if ready:
         before_calibration(ready)
-    with calibration_work(Path(output)) if ready and resume else nullcontext() as work_folder:
+    with calibration_work(Path(output)) if ready else nullcontext(Path()) as work_folder:
         if ready:
-            fitted = run_calibration(ready, model, plan.reader, options, work_folder, calibration_progress)
+            fitted = run_calibration(ready, model, plan.reader, options, work_folder, resume, calibration_progress)
             plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
         record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)

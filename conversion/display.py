@@ -1,6 +1,8 @@
 """What the command line shows: results as tables or JSON, progress, and errors in one line."""
 
 import json
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,10 +31,12 @@ from conversion.convert import ConversionReport
 from conversion.errors import ConversionError
 from conversion.escaping import escape
 from conversion.hub import PushReport
+from conversion.kept_work import described, kept_work
 from conversion.options import STAGES
-from conversion.target import kept_work
+from conversion.signals import Stopped
 from conversion.terminal import STDOUT, err, out, results_shown, say
 from conversion.upload_files import TOKEN
+from conversion.usage import command_line
 from conversion.verify import VerificationReport
 
 
@@ -45,19 +49,33 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = ", ".join(map(str, kept_work(target))) if target else ""
-        left = f"{kept} stays for --resume" if kept else "nothing half done was left"
-        say(f"interrupted; {left}", "red", err)
-        raise typer.Exit(130) from error
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        said = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
+        say(f"{said}; {left_behind(target)}", "red", err)
+        raise typer.Exit(stopped.exit_code) from error
     except Exception as error:
         if verbose:
             for line in traceback.format_exc().splitlines():
                 say(f"| {line}", console=err)  # a message in it may be of many lines, some like ours
         known = isinstance(error, ConversionError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
-        message = TOKEN.sub("<token>", message)
+        # Of what a run has kept; a refusal about kept work has named it already.
+        notes = [note for note in getattr(error, "__notes__", ()) if note.removeprefix("kept: ") not in message]
+        message = TOKEN.sub("<token>", "; ".join([message, *notes]))
         say(f"error: {message}", "red", err)
         raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
+
+
+def left_behind(target: Path | None) -> str:
+    """What a command that was stopped has kept for `target`, how much, and the command that goes on."""
+    kept = ", ".join(map(described, kept_work(target))) if target else ""
+    if not kept:
+        return "nothing half done was left"
+    program, command, *arguments = command_line.get()
+    typed = [argument for argument in arguments if argument not in ("--resume", "--no-resume")]
+    # Options come first: after `--` they would be taken for names.
+    again = f"{program} {shlex.join([command, '--resume', *typed])}"
+    return f"kept: {kept}; to go on: {again}; --no-resume discards it"
 
 
 @contextmanager

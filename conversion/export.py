@@ -32,7 +32,7 @@ def export_checkpoint(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Writes a V1 checkpoint of ours as transformers' DiffLlama.

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from transformers import TrainerCallback
 
 from conversion.checkpoint import CheckpointReader, check_target
 from conversion.choices import parse_size
-from conversion.companions import companion_files, read_tokenizer
+from conversion.companions import COMPANIONS, companion_files, matching_names, read_tokenizer
 from conversion.errors import ConversionError
 from conversion.export import read_our_config
+from conversion.file_identity import content_identity
 from conversion.healing.options import HealingOptions, HealStage, existing_paths
 from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
 from conversion.healing.run import HealingRun, train_student
 from conversion.healing.student import check_student
 from conversion.healing.teacher import find_teacher, weight_files
-from conversion.healing.work import file_identity, least_bytes, opened, packed_rows, processes, work_folder
+from conversion.healing.work import least_bytes, opened, packed_rows, processes
+from conversion.kept_work import healing_folder
 from conversion.source import SourceFolder
 from conversion.verify import read_record
 from modeling_diff import DiffLlamaConfig
@@ -53,7 +56,7 @@ def heal_checkpoint(
     allow_pickle: bool = False,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HealingReport:
     """Distils a LLaMA into a converted checkpoint, one stage a run; the output appears whole or not at all.
@@ -62,7 +65,8 @@ def heal_checkpoint(
     folder or Hub id (the stage LM needs none, and is measured against it if there is one), `held_out` a file to be
     measured on (without it, the first rows of the data). `model`: a student loaded by the caller, trained in place of
     the checkpoint's weights; `callbacks` are the Trainer's. Under `accelerate launch` every process calls this.
-    With `resume` a run that was stopped goes on from its last Trainer checkpoint, to the same weights.
+    A run that was stopped goes on from its last Trainer checkpoint, to the same weights. `resume`: None goes on from
+    the work of the same run, and refuses that of another; True as well; False discards it.
     Raises ConversionError for bad input and a loss that is not finite, FilesError for the target.
     """
     options, output, folder, began = options or HealingOptions(), Path(output), Path(checkpoint), time.monotonic()
@@ -70,7 +74,7 @@ def heal_checkpoint(
     record, reader = read_record(folder), CheckpointReader(folder, allow_pickle=allow_pickle)
     paths, measured = existing_paths(data), [] if held_out is None else existing_paths(held_out)
     max_shard_bytes = parse_size(max_shard_size)
-    work = work_folder(check_target(output, source=folder, overwrite=overwrite))
+    work = healing_folder(check_target(output, source=folder, overwrite=overwrite))
     context, micro_rows = _context(config, options), _micro_rows(config, options)
     _check_teacher_given(teacher, options)
     check_student(folder, config, options)
@@ -79,7 +83,8 @@ def heal_checkpoint(
         check_target(output, source=source.folder, overwrite=overwrite)
     companion_files(folder)  # a broken one is refused now, and not when the training is done
     num_bytes = least_bytes(reader, options, _steps(options, context))
-    with opened(work, _identity(options, reader.files, [*paths, *measured], source), resume, num_bytes):
+    identity = partial(_identity, options, reader, paths, measured, source)
+    with opened(work, identity, resume, num_bytes):
         train_rows, held_out_rows = packed_rows(
             work, paths, measured, read_tokenizer(folder), row_tokens=context, vocab_size=config.vocab_size,
             max_rows=_max_rows(options, context), held_out_rows=options.held_out_rows,
@@ -129,14 +134,21 @@ def _check_teacher_given(teacher: str | Path | None, options: HealingOptions) ->
 
 
 def _identity(
-    options: HealingOptions, checkpoint: Sequence[Path], data: Sequence[Path], teacher: SourceFolder | None
+    options: HealingOptions,
+    checkpoint: CheckpointReader,
+    data: Sequence[Path],
+    held_out: Sequence[Path],
+    teacher: SourceFolder | None,
 ) -> dict[str, Any]:
-    """What a run that goes on has to have in common with the one that was stopped."""
+    """What a run that goes on has to have in common with the one that was stopped; reads every byte of it."""
+    tokenizer = matching_names(checkpoint.folder, COMPANIONS["tokenizer"])
+    small = [checkpoint.folder / name for name in ("config.json", *tokenizer)]
     return {
         "options": options.recorded(),
-        "checkpoint": file_identity(checkpoint),
-        "data": file_identity(data),
-        "teacher": teacher and file_identity(weight_files(teacher.folder)),
+        "checkpoint": content_identity([*checkpoint.files, *small]),
+        "data": content_identity(data),
+        "held-out text": content_identity(held_out),
+        "teacher": teacher and content_identity([*weight_files(teacher.folder), teacher.folder / "config.json"]),
         "number of processes": processes().num_processes,
     }
 

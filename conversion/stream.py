@@ -98,7 +98,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def write_plan(
-    plan: Plan, output: Path, source: Path, *, overwrite: bool, resume: bool, progress: Progress | None = None
+    plan: Plan, output: Path, source: Path, *, overwrite: bool, resume: bool | None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Writes the checkpoint and returns its record, which is also in it as conversion.json.
 

@@ -3,18 +3,17 @@
 import ctypes
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conversion.errors import FilesError, file_errors
+from conversion.kept_work import calibration_folder, folder_bytes, partial_folder
 
 
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-WORK = ("partial", "calibration", "healing")  # folders that a stopped run may leave beside its target
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, <linux/fs.h>
 
 
@@ -82,27 +81,27 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def partial_folder(real: Path) -> Path:
-    """Where a checkpoint for the target `real` is built: beside it, so that a rename can move it there."""
-    name = real.name
-    if len(os.fsencode(name)) > 200:  # names end at 255 bytes, and ours is longer
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return real.with_name(f".{name}.partial")
-
-
-def calibration_folder(real: Path) -> Path:
-    """Where a calibration for the target `real` keeps what it has fitted."""
-    return partial_folder(real).with_suffix(".calibration")
-
-
 def check_room(real: Path, num_bytes: int) -> None:
     """FilesError unless `num_bytes` fit beside the target `real`, over what an earlier run has left there of its own.
 
     That is kept as a part of them, or removed before they are written.
     """
-    with file_errors(real):
-        left = [path for folder in (partial_folder(real), calibration_folder(real)) for path in folder.rglob("*")]
-        check_space(real, num_bytes - sum(path.stat().st_size for path in left if path.is_file()))
+    left = [folder_bytes(folder) for folder in (partial_folder(real), calibration_folder(real))]
+    check_space(real, num_bytes - sum(left))
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """Makes the folders above `path`, and at the end removes those of them that are empty."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        with file_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
@@ -151,12 +150,6 @@ def restore(real: Path, aside: Path) -> None:
     """Puts back what `swap_in` moved aside, if nothing came in its place."""
     if aside.exists() and not real.exists():
         os.rename(aside, real)
-
-
-def kept_work(target: Path) -> list[Path]:
-    """The folders beside `target` in which stopped runs have kept their work."""
-    partial = partial_folder(target.resolve())
-    return [folder for kind in WORK if (folder := partial.with_suffix(f".{kind}")).exists()]
 
 
 def _exchange(one: Path, other: Path) -> bool:

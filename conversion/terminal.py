@@ -1,6 +1,7 @@
 """The terminal: foreign text is escaped, and a stream that cannot be written to does not end the run."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,14 @@ err = Console(file=STDERR, stderr=True, markup=False, emoji=False, highlight=Fal
 def say(text: object, style: str | None = None, console: Console = out) -> None:
     """Prints one line, whatever is in the text."""
     console.print(escape(text), style=style, soft_wrap=True)
+
+
+class NoteHandler(logging.Handler):
+    """Prints what a run logs as notes, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        say(f"note: {record.getMessage()}", "yellow", err)
 
 
 @contextmanager

@@ -2,17 +2,21 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from conversion.errors import ConversionError, typed_as
+from conversion.signals import Stopped
 from conversion.terminal import err, say
 
 
 # UsageError of the click inside typer, which typer itself exports only by this subclass.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+# What was typed: the program, the command, its arguments.
+command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
 EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 
 
@@ -60,6 +64,18 @@ class PlainGroup(TyperGroup):
         for param in params:
             param.metavar = ""
         return params
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Remembers what was typed, for messages that name the command that continues."""
+        command_line.set((ctx.info_name or "", *args))
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; a signal outside of its work has that signal's exit code, too."""
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            raise typer.Exit(stopped.exit_code) from stopped
 
     def main(
         self,

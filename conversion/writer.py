@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 
 from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.file_identity import file_sha256
+from conversion.kept_work import keep_note, partial_folder, state_to_go_on_from, write_state
 from conversion.reader import checked_path
-from conversion.safetensors_header import DTYPE_NAMES, TensorSpec, encode_header, file_order, parse_json, quote
-from conversion.target import check_space, check_target, locked, partial_folder, restore, swap_in, sync_folder
+from conversion.safetensors_header import DTYPE_NAMES, TensorSpec, encode_header, file_order, quote
+from conversion.target import check_space, check_target, locked, parents_made, restore, swap_in, sync_folder
 
 
 __all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "plan_shards"]
@@ -99,10 +101,9 @@ class CheckpointWriter:
         writer.write_record("conversion.json", ...)  # after all that it records
         writer.commit()
 
-    Leaving the `with` without commit (error, KeyboardInterrupt, SystemExit) removes everything, unless `resume` is
-    set: then the finished shards stay in `.TARGET.partial` for another run with `resume`, as they do after SIGKILL.
-    There a resumed run keeps those whose SHA-256 still is what it was, and writes the rest. `fingerprint` names source
-    and options; a partial folder of another fingerprint is refused with `resume`, replaced without.
+    What stops a run (a signal, a full disk, an error that is not of the input) leaves the finished shards in
+    `.TARGET.partial`, as SIGKILL does. Another run keeps those whose SHA-256 still is what it was, and writes the
+    rest; `kept_work` says when, by `resume`. `fingerprint` names source and options; None: shards are never kept.
 
     The partial folder holds `journal.json` (finished shards), `shards/` (under names no loader looks for) and `tree/`,
     which becomes the target; `aside` is the old target where two folders cannot be exchanged in one step.
@@ -115,16 +116,18 @@ class CheckpointWriter:
         *,
         source: Path | None,
         overwrite: bool,
-        resume: bool,
-        fingerprint: str,
+        resume: bool | None,
+        fingerprint: str | None,
     ) -> None:
         self.target, self.shards, self.source = Path(target), shards, source
-        self.overwrite, self.resume = overwrite, resume
+        self.overwrite = overwrite
+        self.resume = resume if fingerprint else False
         # The plan is part of the identity: shards cut elsewhere are other files under the same names.
         plan = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
         self._identity = {"source or options": fingerprint, "dtypes, shapes or shard size": plan}
         self.checksums: dict[str, str] = {}  # SHA-256 of every finished shard, by file name
         self._config: str | None = None
+        self._committed = False
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -132,16 +135,14 @@ class CheckpointWriter:
         self._partial = partial_folder(self._real)
         self._tree, self._aside = self._partial / "tree", self._partial / "aside"
         with self._held as held, file_errors(self._partial):
-            for folder in reversed([parent for parent in self._real.parents if not parent.exists()]):
-                folder.mkdir()
-                held.callback(_remove_if_empty, folder)
+            held.enter_context(parents_made(self._real))
             held.enter_context(locked(self._partial))
             restore(self._real, self._aside)
             check_target(self.target, source=self.source, overwrite=self.overwrite)
-            if self.resume:
-                self.checksums = self._load_journal()
-            held.callback(self._clean_up)
-            self._open_partial()
+            journal = self._partial / JOURNAL
+            earlier = state_to_go_on_from(journal, self._identity, self.resume, costly=False)
+            held.push(self._clean_up)
+            self._open_partial(None if earlier is None else earlier.get("checksums"))
             self._held = held.pop_all()
         return self
 
@@ -149,7 +150,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with file_errors(self._partial):
-            self._held.close()
+            self._held.__exit__(kind, error, trace)
 
     def pending(self) -> Iterator[Shard]:
         """The shards not there yet (with `resume`, verified ones are skipped)."""
@@ -194,7 +195,7 @@ class CheckpointWriter:
         """Writes `record` as JSON with the SHA-256 of all that computes: weights, config.json and code. Returns it."""
         assert self._config is not None, "config.json comes before the record"
         config = hashlib.sha256(self._config.encode()).hexdigest()
-        code = {path.name: _sha256(path) for path in self._tree.glob("*.py")}
+        code = {path.name: file_sha256(path) for path in self._tree.glob("*.py")}
         written = {**record, "sha256": {**self.checksums, CONFIG: config, **code}}
         self.write_text(name, json.dumps(written, indent=2, sort_keys=True) + "\n")
         return written
@@ -227,14 +228,17 @@ class CheckpointWriter:
             for folder, _, _ in os.walk(self._tree):
                 sync_folder(Path(folder))
             swap_in(self._tree, self._real, self._aside, self.overwrite)
+        self._committed = True
         try:
             shutil.rmtree(self._partial)
         except OSError as error:
             raise FilesError(f"{self.target}: complete, but {self._partial} stayed ({error}); remove it") from error
 
-    def _open_partial(self) -> None:
-        """Makes the partial folder ready: empty, or (`resume`) with the finished shards of an earlier run verified."""
-        if not self.resume and self._partial.exists():
+    def _open_partial(self, checksums: Any) -> None:
+        """Makes the partial folder ready: empty, or with the finished shards of an earlier run, verified."""
+        if isinstance(checksums, dict):
+            self.checksums = checksums
+        elif self._partial.exists():
             shutil.rmtree(self._partial)
         for folder in (self._partial, self._partial / "shards", self._tree):
             folder.mkdir(exist_ok=True)
@@ -251,43 +255,27 @@ class CheckpointWriter:
         self._save_journal()
         check_space(self._partial, sum(shard.file_bytes for shard in self.pending()) + SMALL_FILES_BYTES)
 
-    def _clean_up(self) -> None:
-        """What leaving the `with` does: nothing stays but shards that a run with `resume` has finished."""
+    def _clean_up(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves nothing but finished shards, and those only where the same run could go on from them."""
         restore(self._real, self._aside)
-        if not (self.resume and self.checksums):
+        bad_input = isinstance(error, ConversionError) and not isinstance(error, FilesError)
+        named = self._identity["source or options"] is not None
+        if self._committed or bad_input or not named or not self.checksums:
             # What failed before is the error to report, not that its remains are stubborn.
             shutil.rmtree(self._partial, ignore_errors=True)
+        elif error is not None:
+            keep_note(error, self._partial)
 
     def _sha256(self, shard: Shard) -> str | None:
         path = self._part(shard)
         if not path.exists() or path.stat().st_size != shard.file_bytes:
             return None
-        return _sha256(path)
-
-    def _load_journal(self) -> dict[str, str]:
-        path = self._partial / JOURNAL
-        if not path.exists():
-            return {}
-        try:
-            journal = parse_json(path.read_bytes(), path)
-        except ConversionError:
-            raise FilesError(f"{path}: damaged; leave out --resume to start afresh") from None
-        for part, value in self._identity.items():
-            if journal.get(part) != value:
-                raise FilesError(
-                    f"{self._partial}: belongs to another run, with different {part}; "
-                    "repeat what that run was given, or leave out --resume to start afresh"
-                )
-        return dict(journal["checksums"])
+        return file_sha256(path)
 
     def _save_journal(self) -> None:
-        path = self._partial / JOURNAL
-        with file_errors(path):
-            fresh = path.with_suffix(".new")
-            with fresh.open("wb") as stream:
-                stream.write(json.dumps(self._identity | {"checksums": self.checksums}).encode())
-                _sync(stream)
-            os.rename(fresh, path)
+        write_state(self._partial / JOURNAL, self._identity | {"checksums": self.checksums})
 
     def _part(self, shard: Shard) -> Path:
         return self._partial / "shards" / f"{shard.file_name}.part"
@@ -312,11 +300,6 @@ class CheckpointWriter:
             stream.write(text.encode())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
@@ -330,8 +313,3 @@ def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
 def _sync(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from conversion.errors import file_errors
+from conversion.file_identity import content_identity
 from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets, chunks_of, next_tokens
 from conversion.healing.teacher import LiveTeacher, weight_files
-from conversion.healing.work import file_identity
 from conversion.target import check_space, locked
 
 
@@ -37,7 +37,7 @@ class CachedTeacher:
 
 def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, num_kept: int, dtype: str | None) -> Path:
     """Where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
-    files = file_identity(weight_files(teacher))
+    files = content_identity(weight_files(teacher))
     digest = hashlib.sha256(json.dumps([files, list(rows.shape), num_kept, dtype]).encode())
     digest.update(rows.contiguous().numpy().tobytes())
     return folder / digest.hexdigest()[:24]

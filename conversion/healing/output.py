@@ -67,7 +67,7 @@ def write_healed(
     terms = llama_terms(metadata, source)
     card = render_card(CardFacts(metadata, config, record, lambdas or starting_lambdas(config, record), terms))
     with CheckpointWriter(
-        output, shards, source=source, overwrite=overwrite, resume=False, fingerprint="healing"
+        output, shards, source=source, overwrite=overwrite, resume=False, fingerprint=None
     ) as writer:
         for shard in shards:
             writer.write_shard(shard, tensors)

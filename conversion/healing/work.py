@@ -1,21 +1,24 @@
-"""Where a healing keeps its work: rows and Trainer checkpoints, beside the target, for a run that takes them up."""
+"""Where a healing keeps its work: rows and Trainer checkpoints, beside the target, for a run that goes on."""
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 
 from conversion.checkpoint import CheckpointReader
-from conversion.errors import FilesError, file_errors
+from conversion.errors import file_errors
 from conversion.healing.data import map_rows, pack_rows, split_rows
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, Trained
 from conversion.healing.output import stored_specs
-from conversion.target import check_space, locked, partial_folder
+from conversion.kept_work import folder_bytes, keep_note, read_state, state_to_go_on_from, write_state
+from conversion.target import check_space, locked, parents_made
 from conversion.writer import SMALL_FILES_BYTES
 
 
@@ -26,11 +29,6 @@ IDENTITY, COUNTS, TRAINER = "identity.json", "rows.json", "trainer"
 def processes() -> PartialState:
     """The processes of this run; without an accelerator, accelerate joins them only if it is told to use the CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def work_folder(real: Path) -> Path:
-    """Where a healing for the target `real` keeps what it can go on from."""
-    return partial_folder(real).with_suffix(".healing")
 
 
 def least_bytes(reader: CheckpointReader, options: HealingOptions, steps: int | None) -> int:
@@ -54,59 +52,64 @@ def least_bytes(reader: CheckpointReader, options: HealingOptions, steps: int | 
 
 
 @contextmanager
-def opened(folder: Path, identity: Mapping[str, Any], resume: bool, num_bytes: int) -> Iterator[None]:
+def opened(
+    folder: Path, identity: Callable[[], Mapping[str, Any]], resume: bool | None, num_bytes: int
+) -> Iterator[None]:
     """
-    The folder, empty and with room for `num_bytes`, or with `resume` as an earlier run of the same identity left it.
+    The folder, empty and with room for `num_bytes`, or as an earlier run of the same identity left it.
 
-    It is held against other runs, and stays behind only with a Trainer checkpoint in it, from which a run can go on.
+    `conversion.kept_work` says which, by `resume`. It is held against other runs, and stays behind only with a Trainer
+    checkpoint in it, from which a run can go on.
     Raises FilesError for a folder of another run, naming what differs, for one in use, and for too little room.
     """
     state = processes()
-    with file_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder) if state.is_main_process else nullcontext():
+    with parents_made(folder), locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
-            with file_errors(folder):
-                _open(folder, json.loads(json.dumps(identity)), resume, num_bytes)
+            _open(folder, identity(), resume, num_bytes)
         state.wait_for_everyone()
         try:
             yield
-        finally:
-            if state.is_main_process and last_checkpoint(folder / TRAINER) is None:
+        except BaseException as error:
+            if state.is_main_process and last_checkpoint(folder / TRAINER) is not None:
+                keep_note(error, folder)
+            elif state.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _open(folder: Path, identity: Mapping[str, Any], resume: bool, num_bytes: int) -> None:
-    path = folder / IDENTITY
-    if resume and path.is_file():
-        earlier = json.loads(path.read_text())
-        if differing := sorted(key for key in identity if earlier.get(key) != identity[key]):
-            raise FilesError(
-                f"{folder}: belongs to another run, with different {', '.join(differing)}; repeat what that run was "
-                "given, or leave out --resume to start afresh"
-            )
+def _open(folder: Path, identity: Mapping[str, Any], resume: bool | None, num_bytes: int) -> None:
+    costly = last_checkpoint(folder / TRAINER) is not None
+    if state_to_go_on_from(folder / IDENTITY, identity, resume, costly=costly) is not None:
+        check_space(folder, num_bytes - folder_bytes(folder))
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    check_space(folder, num_bytes)
-    folder.mkdir()
-    path.write_text(json.dumps(identity))
-
-
-def file_identity(paths: Sequence[Path]) -> list[Any]:
-    """Names, sizes and times of files, and of the files in folders."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    with file_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        check_space(folder, num_bytes)
+        folder.mkdir()
+    write_state(folder / IDENTITY, identity)
 
 
 def last_checkpoint(trainer_folder: Path) -> Path | None:
-    """The newest Trainer checkpoint that is whole: its state is written last."""
+    """The newest Trainer checkpoint that is whole."""
     found = {}
     for path in trainer_folder.glob("checkpoint-*"):
         try:
-            found[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
-        except (OSError, ValueError, KeyError):  # killed while it was being written
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+            _check_whole(path)
+        except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):  # killed while it was written
             continue
+        found[step] = path
     return found[max(found)] if found else None
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raises for a file that is cut short: safetensors begin with their sizes, torch's archives end with a list."""
+    for path in checkpoint.iterdir():
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth"):
+            zipfile.ZipFile(path).close()
 
 
 def packed_rows(
@@ -133,9 +136,9 @@ def packed_rows(
         if held_out:
             rows = pack_rows(held_out, tokenizer, row_tokens, vocab_size, held_out_rows, files["held_out"])
             packed["held_out"] = len(rows)
-        counts.write_text(json.dumps(packed))
+        write_state(counts, packed)
     processes().wait_for_everyone()
-    sizes = json.loads(counts.read_text())
+    sizes = read_state(counts)
     rows = map_rows(files["train"], sizes["train"], row_tokens)
     if not held_out:
         return split_rows(rows, held_out_rows)

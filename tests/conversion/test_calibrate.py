@@ -1,6 +1,8 @@
 """Calibrated conversions of planted LLaMAs: what is found, that every stage helps, resuming, refusals."""
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import LlamaConfig
 from conversion.calibrate import DEFAULT_STAGES, Stage, calibrate
 from conversion.calibrated_model import calibrated_model
 from conversion.calibration_estimate import duration_text, estimate_calibration
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, FilesError
 from conversion.layer_streams import LlamaLayers, Streams
 from conversion.local_fit import LocalFit
 from conversion.reader import CheckpointReader
@@ -145,20 +147,70 @@ def test_interrupted_run_is_taken_up_and_ends_the_same(saved, tmp_path):
         narrow = "diff_lambda" not in name
         assert whole[name].dtype == (torch.bfloat16 if narrow else torch.float32)
     assert sorted(path.name for path in (tmp_path / "torn").iterdir()) == [
+        "identity.json",
         "layer-00000.safetensors",
         "layer-00001.safetensors",
     ]
 
 
-def test_results_of_another_run_or_torn_files_are_not_taken_up(saved, tmp_path):
+def test_torn_files_are_fitted_again_and_results_of_another_run_are_kept_from_loss(saved, tmp_path):
     llama, folder, _ = saved("twins", 4)
+    (tmp_path / "notes.txt").write_text("mine")
     first = calibrate(folder, llama.config, random_tokens(32), stages=(Stage.COPY,), work_folder=tmp_path)
     before = {name: first[name] for name in first.names}
     (tmp_path / "layer-00001.safetensors").write_bytes(b"torn")
     again = calibrate(folder, llama.config, random_tokens(32), stages=(Stage.COPY,), work_folder=tmp_path)
     assert all(torch.equal(again[name], before[name]) for name in before)
-    other = calibrate(folder, llama.config, random_tokens(32), stages=CLOSED_FORM, work_folder=tmp_path)
+    for resume in (None, True):
+        with pytest.raises(FilesError, match=r"finished layers, .* with different options; .*--no-resume"):
+            calibrate(folder, llama.config, random_tokens(32), stages=CLOSED_FORM, work_folder=tmp_path, resume=resume)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    other = calibrate(folder, llama.config, random_tokens(32), stages=CLOSED_FORM, work_folder=tmp_path, resume=False)
     assert any(not torch.equal(other[name], before[name]) for name in before)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+CHANGES = {
+    "source": lambda folder, config: (folder, replace_config(config, rms_norm_eps=1e-3), random_tokens(32)),
+    "text": lambda folder, config: (folder, config, random_tokens(32).flip(0)),
+}
+
+
+def replace_config(config, **changes):
+    return type(config)(**(config.to_dict() | changes))
+
+
+@pytest.mark.parametrize("part", [*CHANGES, "weights"])
+def test_work_is_another_runs_by_the_content_of_weights_config_and_text(saved, tmp_path, part):
+    llama, folder, _ = saved("twins", 4)
+    calibrate(folder, llama.config, random_tokens(32), stages=(Stage.COPY,), work_folder=tmp_path / "work")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    calibrate(moved, llama.config, random_tokens(32), stages=(Stage.COPY,), work_folder=tmp_path / "work")
+    arguments = (moved, llama.config, random_tokens(32)) if part == "weights" else CHANGES[part](moved, llama.config)
+    if part == "weights":
+        path = moved / "model.safetensors"
+        before = path.stat()
+        path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(FilesError, match=f"different {'source' if part == 'weights' else part}"):
+        calibrate(*arguments, stages=(Stage.COPY,), work_folder=tmp_path / "work")
+
+
+@pytest.mark.parametrize("damage", ["cut", "list", "missing"])
+def test_a_damaged_state_is_named_with_the_way_out(saved, tmp_path, damage):
+    llama, folder, _ = saved("twins", 4)
+    arguments = (folder, llama.config, random_tokens(32))
+    first = calibrate(*arguments, stages=(Stage.COPY,), work_folder=tmp_path)
+    path = tmp_path / "identity.json"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text({"cut": path.read_text()[:-9], "list": "[]"}[damage])
+    fault = "missing" if damage == "missing" else "damaged"
+    with pytest.raises(FilesError, match=rf"identity\.json: {fault}, .*discard its work \(--no-resume\)"):
+        calibrate(*arguments, stages=(Stage.COPY,), work_folder=tmp_path)
+    again = calibrate(*arguments, stages=(Stage.COPY,), work_folder=tmp_path, resume=False)
+    assert all(torch.equal(again[name], first[name]) for name in first.names)
 
 
 BAD_TOKENS = {

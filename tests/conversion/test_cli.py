@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,13 +154,19 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
     def interrupted(*arguments, **options):
         if kept:
             (tmp_path / f".out.{kept}").mkdir()
+            (tmp_path / f".out.{kept}" / "work").write_bytes(bytes(1_234_567))
         raise KeyboardInterrupt
 
     place = "conversion.heal" if command == "heal" else "conversion.__main__"
     monkeypatch.setattr(f"{place}.{command}_checkpoint", interrupted)
-    result = run(command, "from", tmp_path / "out", *(["--data", "text"] if command == "heal" else []))
+    arguments = ["from", str(tmp_path / "out"), *(["--data", "some text"] if command == "heal" else [])]
+    result = run(command, *arguments)
     assert result.exit_code == 130
-    left = f"{tmp_path}/.out.{kept} stays for --resume" if kept else "nothing half done was left"
+    left = "nothing half done was left"
+    if kept:
+        what = {"partial": "finished shards", "calibration": "finished layers", "healing": "checkpoints"}[kept]
+        again = shlex.join([command, "--resume", *arguments])
+        left = f"kept: {tmp_path}/.out.{kept} ({what}, 1.2 MB); to go on: diff-llama {again}; --no-resume discards it"
     assert result.stderr == f"interrupted; {left}\n"
 
 
@@ -207,18 +214,21 @@ def test_commands_do_not_wait_for_what_only_training_needs():
     assert process.stdout == "[]\n"
 
 
-def test_sigterm_cleans_up_and_exits_143(tmp_path, llama):
-    """Stopped for certain while writing: the process stops itself at the first progress report."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama, name):
+    """Stopped for certain while writing, by itself at the first progress report; then again within the clean-up."""
     script = (
-        "import os, signal, sys; from conversion import __main__ as cli; original = cli.convert_checkpoint\n"
-        "def stopped(*a, **k):\n"
-        "    k['progress'] = lambda done, total: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(*a, **k)\n"
-        "cli.convert_checkpoint = stopped; cli.main()"
+        "import os, shutil, signal, sys; from conversion import __main__ as cli; original = cli.convert_checkpoint\n"
+        f"stop = lambda *a: os.kill(os.getpid(), signal.{name})\n"
+        "remove = shutil.rmtree; shutil.rmtree = \\\n"
+        "    lambda *a, **k: [stop(), remove(*a, **k), stop()] if sys.exception() else remove(*a, **k)\n"
+        "cli.convert_checkpoint = lambda *a, **k: original(*a, **{**k, 'progress': stop}); cli.main()"
     )
     process = subprocess.run(
         [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out"), "--variant", "v2"],
         cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    assert process.returncode == 128 + signal.Signals[name], process.stderr
+    said = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+    assert process.stderr == f"{said}; nothing half done was left\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]

@@ -109,7 +109,8 @@ def test_dry_run_estimates_and_writes_nothing(llama, text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [text.name, "llama"]
 
 
-def test_interrupted_calibration_is_taken_up_and_its_work_folder_goes(llama, text, tmp_path):
+@pytest.mark.parametrize("first", [None, True, False])
+def test_interrupted_calibration_is_gone_on_from_and_its_work_folder_goes(llama, text, tmp_path, first):
     reached = []
 
     def interrupt(layer, num_layers, stage, done):
@@ -118,7 +119,7 @@ def test_interrupted_calibration_is_taken_up_and_its_work_folder_goes(llama, tex
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(llama, tmp_path / "v1", text, resume=True, calibration_progress=interrupt)
+        convert(llama, tmp_path / "v1", text, resume=first, calibration_progress=interrupt)
     assert (tmp_path / ".v1.calibration").is_dir() and not (tmp_path / "v1").exists()
     again = []
     convert(llama, tmp_path / "v1", text, resume=True, calibration_progress=lambda *at: again.append(at[0]))

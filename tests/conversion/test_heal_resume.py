@@ -3,15 +3,17 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 
 import pytest
-from healing_toys import heal, make_toys, weights
+from healing_toys import heal, make_toys, weights, write_rows
 from saved_checkpoints import names
 from transformers import TrainerCallback
 
 from conversion import FilesError
-from conversion.target import kept_work
+from conversion.kept_work import kept_work
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -100,12 +102,88 @@ def test_any_legal_name_will_do(toys, tmp_path, name):
     assert names(tmp_path) == [name]
 
 
-def test_another_runs_work_is_refused_with_resume_and_replaced_without(toys, tmp_path):
+def test_another_runs_work_is_refused_and_replaced_on_request(toys, tmp_path):
     interrupted(toys, tmp_path / "out")
-    with pytest.raises(FilesError, match="another run, with different options"):
-        heal(toys, tmp_path / "out", steps=7, arguments={"resume": True})
-    heal(toys, tmp_path / "out", steps=7)
+    for resume in (None, True):
+        with pytest.raises(FilesError, match=r"\(checkpoints, .* another run, with different options; .*--no-resume"):
+            heal(toys, tmp_path / "out", steps=7, arguments={"resume": resume})
+    heal(toys, tmp_path / "out", steps=7, arguments={"resume": False})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def other_bytes(path):
+    """Of the same size and time; the last digit of a file of JSON lines becomes another."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    place = max(data.rfind(digit) for digit in b"0123456789")
+    data[place] = ord("1") if data[place] != ord("1") else ord("2")
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("data.jsonl", "data"),
+        ("held_out.jsonl", "held-out text"),
+        ("v1/model.safetensors", "checkpoint"),
+        ("v1/config.json", "checkpoint"),
+        ("llama/model.safetensors", "teacher"),
+    ],
+)
+def test_work_is_another_runs_by_content_whatever_size_and_time_say(toys, tmp_path, file, part):
+    """Refused before anything is read of a file that is damaged by the change."""
+    for name in ("llama", "v1"):
+        shutil.copytree(toys / name, tmp_path / name)
+    shutil.copy(toys / "data.jsonl", tmp_path)
+    arguments = {"held_out": write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)}
+    with pytest.raises(KeyboardInterrupt):
+        heal(tmp_path, tmp_path / "out", arguments=arguments | {"callbacks": [Stop(3)]})
+    if file.endswith("config.json"):
+        raw = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(raw | {"rms_norm_eps": 1e-3}))
+    else:
+        other_bytes(tmp_path / file)
+    with pytest.raises(FilesError, match=f"another run, with different {part};"):
+        heal(tmp_path, tmp_path / "out", arguments=arguments)
+
+
+@pytest.mark.parametrize("name", ["identity.json", "rows.json"])
+def test_a_cut_state_is_named_with_the_way_out(toys, tmp_path, name):
+    interrupted(toys, tmp_path / "out")
+    path = tmp_path / ".out.healing" / name
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(FilesError, match=rf"{re.escape(str(path))}: damaged, .*discard its work \(--no-resume\)"):
+        heal(toys, tmp_path / "out")
+    heal(toys, tmp_path / "out", arguments={"resume": False})
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_trainer_checkpoint_that_is_cut_is_passed_over(toys, tmp_path, file):
+    interrupted(toys, tmp_path / "out", steps_done=5, checkpoints=3)
+    path = tmp_path / ".out.healing" / "trainer" / "checkpoint-4" / file
+    path.write_bytes(path.read_bytes()[:-100])
+    steps = Steps()
+    heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [steps]})
+    assert steps.done == [3, 4, 5, 6]
+
+
+def test_stopped_while_the_output_is_written_goes_on_without_a_step(toys, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr("conversion.writer.swap_in", stop)
+        heal(toys, tmp_path / "out")
+    assert names(tmp_path) == [".out.healing"]
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"kept: {tmp_path}/.out.healing (checkpoints, ")
+    steps = Steps()
+    heal(toys, tmp_path / "out", arguments={"callbacks": [steps]})
+    assert steps.done == []
+    heal(toys, tmp_path / "whole")
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all((first[name] == second[name]).all() for name in second)
 
 
 def test_a_half_written_trainer_checkpoint_is_passed_over(toys, tmp_path):
