@@ -100,7 +100,7 @@ def calibrate(
 
     `dtype` is that of the checkpoint to be written (the source's by default): layers are rounded to it before the
     next is fitted. No stage takes lambda below `local.lambda_floor`. A `work_folder` of the same source, tokens and
-    options is gone on from where it was left, one of others refused, unless `resume` is False.
+    options is continued where it was left, one of others refused; both are discarded if `resume` is False.
     Raises ConversionError for heads that do not pair, tokens that are too few or unknown, activations not finite.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)

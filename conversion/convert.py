@@ -104,8 +104,8 @@ def convert_checkpoint(
     it is fitted layer by layer in `stages` of `calibrate.Stage` (all by default), or `uncalibrated`, for the plain
     copy; a source that is differential already needs neither. No stage takes lambda below `lambda_floor`.
     `before_calibration` is given what the calibration will take, and may raise.
-    `resume`: None goes on from the work of the same run, if one was stopped; True refuses that of another run as well,
-    False discards it.
+    `resume`: None continues the work of the same run, if one was stopped, and refuses to lose layers of another; True
+    refuses shards of another as well, False discards all of it.
     Raises ConversionError for bad input, FilesError for the target.
     """
     variant = None if variant is None else chosen("variant", variant, ("v1", "v2"))  # type: ignore[assignment]

@@ -67,7 +67,7 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
 
 
 def left_behind(target: Path | None) -> str:
-    """What a command that was stopped has kept for `target`, how much, and the command that goes on."""
+    """What a command that was stopped has kept for `target`, how much, and the command that continues it."""
     kept = ", ".join(map(described, kept_work(target))) if target else ""
     if not kept:
         return "nothing half done was left"
@@ -75,7 +75,7 @@ def left_behind(target: Path | None) -> str:
     typed = [argument for argument in arguments if argument not in ("--resume", "--no-resume")]
     # Options come first: after `--` they would be taken for names.
     again = f"{program} {shlex.join([command, '--resume', *typed])}"
-    return f"kept: {kept}; to go on: {again}; --no-resume discards it"
+    return f"kept: {kept}; to continue: {again}; --no-resume discards it"
 
 
 @contextmanager

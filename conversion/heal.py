@@ -65,8 +65,8 @@ def heal_checkpoint(
     folder or Hub id (the stage LM needs none, and is measured against it if there is one), `held_out` a file to be
     measured on (without it, the first rows of the data). `model`: a student loaded by the caller, trained in place of
     the checkpoint's weights; `callbacks` are the Trainer's. Under `accelerate launch` every process calls this.
-    A run that was stopped goes on from its last Trainer checkpoint, to the same weights. `resume`: None goes on from
-    the work of the same run, and refuses that of another; True as well; False discards it.
+    A run that was stopped continues from its last Trainer checkpoint, to the same weights. `resume`: True and None
+    continue the work of the same run and refuse that of another, False discards it.
     Raises ConversionError for bad input and a loss that is not finite, FilesError for the target.
     """
     options, output, folder, began = options or HealingOptions(), Path(output), Path(checkpoint), time.monotonic()
@@ -140,7 +140,7 @@ def _identity(
     held_out: Sequence[Path],
     teacher: SourceFolder | None,
 ) -> dict[str, Any]:
-    """What a run that goes on has to have in common with the one that was stopped; reads every byte of it."""
+    """What a run has to have in common with the one that was stopped; reads every byte of it."""
     tokenizer = matching_names(checkpoint.folder, COMPANIONS["tokenizer"])
     small = [checkpoint.folder / name for name in ("config.json", *tokenizer)]
     return {

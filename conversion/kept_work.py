@@ -1,8 +1,8 @@
 """
-What a stopped run keeps beside its target for one that goes on: shards, layers, checkpoints, each in a folder.
+What a stopped run keeps beside its target for one that continues it: shards, layers, checkpoints, each in a folder.
 
 Every folder has a state file, written atomically, that says whose work it is. `resume` says what a run does with work
-it finds: True goes on from it, and refuses that of another run; False discards it; None goes on from its own, refuses
+it finds: True continues it, and refuses that of another run; False discards it; None continues its own, refuses
 where hours of another run's would be lost, and replaces the rest, and says so.
 """
 
@@ -70,7 +70,7 @@ def state_to_go_on_from(
     """
     The state in `path` if a run of this `identity` has left it, None where there is none or it is to be discarded.
 
-    `costly`: what lies in the folder took more than minutes. Says on the log what is gone on from or replaced.
+    `costly`: what lies in the folder took more than minutes. Logs what is continued or replaced.
 
     Raises:
         FilesError: for the state of another run, naming what differs, and for one that is damaged, where it is not
@@ -94,7 +94,7 @@ def state_to_go_on_from(
         logger.warning("%s; replaced", error)
         return None
     if resume is None:
-        logger.warning("going on from %s, kept by a stopped run; --no-resume starts afresh", described(folder))
+        logger.warning("continuing from %s, kept by a stopped run; --no-resume starts afresh", described(folder))
     return state
 
 

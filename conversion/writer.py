@@ -258,7 +258,7 @@ class CheckpointWriter:
     def _clean_up(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves nothing but finished shards, and those only where the same run could go on from them."""
+        """Leaves nothing but finished shards, and those only where the same run could continue."""
         restore(self._real, self._aside)
         bad_input = isinstance(error, ConversionError) and not isinstance(error, FilesError)
         named = self._identity["source or options"] is not None

@@ -1,4 +1,4 @@
-"""Where a healing keeps its work: rows and Trainer checkpoints, beside the target, for a run that goes on."""
+"""Where a healing keeps its work: rows and Trainer checkpoints, beside the target, for a run that continues it."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def opened(
     The folder, empty and with room for `num_bytes`, or as an earlier run of the same identity left it.
 
     `conversion.kept_work` says which, by `resume`. It is held against other runs, and stays behind only with a Trainer
-    checkpoint in it, from which a run can go on.
+    checkpoint in it, from which a run can continue.
     Raises FilesError for a folder of another run, naming what differs, for one in use, and for too little room.
     """
     state = processes()

@@ -77,7 +77,7 @@ def test_without_resume_the_same_run_goes_on_and_says_so(tmp_path, caplog):
     with writer_for(tmp_path / "out", resume=None) as writer:
         assert len(list(writer.pending())) == len(writer.shards) - 2
     (said,) = caplog.messages
-    assert said.startswith(f"going on from {tmp_path}/.out.partial (finished shards, 0.0 MB), kept by a stopped run")
+    assert said.startswith(f"continuing from {tmp_path}/.out.partial (finished shards, 0.0 MB), kept by a stopped run")
     assert said.endswith("--no-resume starts afresh")
 
 

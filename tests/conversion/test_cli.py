@@ -166,7 +166,8 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
     if kept:
         what = {"partial": "finished shards", "calibration": "finished layers", "healing": "checkpoints"}[kept]
         again = shlex.join([command, "--resume", *arguments])
-        left = f"kept: {tmp_path}/.out.{kept} ({what}, 1.2 MB); to go on: diff-llama {again}; --no-resume discards it"
+        left = f"kept: {tmp_path}/.out.{kept} ({what}, 1.2 MB)"
+        left += f"; to continue: diff-llama {again}; --no-resume discards it"
     assert result.stderr == f"interrupted; {left}\n"
 
 
