@@ -12,6 +12,8 @@ check_versions()  # before what older releases lack is imported
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
+from .diff_adapters import MODEL_TYPE, register_with_peft  # noqa: E402
+
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -75,7 +77,7 @@ class DiffLlamaConfig(LlamaConfig):
     >>> model = DiffLlamaForCausalLM(config)
     ```"""
 
-    model_type = "diff_llama"
+    model_type = MODEL_TYPE
 
     variant: str = "v1"
     lambda_init: list[float | int] | None = None
@@ -177,6 +179,7 @@ class DiffLlamaConfig(LlamaConfig):
         self.rotary_config()
 
     def to_dict(self) -> dict[str, Any]:
+        register_with_peft()  # which looks up `model_type` right after
         return super().to_dict() | {"auto_map": dict(AUTO_MAP)} | WRONG_CLASS_GUARD
 
     def _check_variant(self) -> None:

@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
 
 from .configuration_diff_llama import DiffLlamaConfig
+from .diff_adapters import check_adapter_to_load, check_adapters_in_state
 from .diff_attention import eager_attention_forward, is_exporting, standard_attention_forward, subtract_maps
 from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fastest_path
 from .diff_attention_chunked import chunked_attention_forward
@@ -269,12 +270,27 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: DiffLlamaConfig
     _no_split_modules = ["DiffLlamaDecoderLayer"]
     _keep_in_fp32_modules_strict = {"diff_lambda"}
+    # Read by every quantizer as what it leaves alone: adapters train these whole, which quantized weights cannot be.
+    _keep_in_fp32_modules = {".*lambda_proj", "score", "qa_outputs"}
     _can_record_outputs = {"hidden_states": DiffLlamaDecoderLayer, "attentions": LlamaAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == "diff_triton" and (reason := triton_can_run("cuda")) is not None:
             raise ImportError(f'attn_implementation="diff_triton" cannot run here: {reason}.')
         return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in self._keep_in_fp32_modules}
+
+    def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs):
+        """As transformers', but refuses an adapter that was made for another model, such as the LLaMA."""
+        check_adapter_to_load(self, peft_model_id, peft_config, adapter_state_dict, **kwargs)
+        return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        check_adapters_in_state(self, state_dict, prefix)  # on this road PEFT brings an adapter's weights
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):

@@ -4,19 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from ..diff_adapters import LORA_TARGETS, NEW_MODULES, check_adapter_fits, read_adapter
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Few and small: they train whole. A bare lambda vector could not be named here, peft takes modules alone.
-NEW_MODULES = {"v1": ["diff_lambda", "sub_norm"], "v2": ["lambda_proj"]}
 # Left out of quantisation: what trains whole, also the heads that peft adds to it.
 NOT_QUANTISED = ["lm_head", "score", "qa_outputs", "lambda_proj"]
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TASK_TYPES = {
     "Model": "FEATURE_EXTRACTION",
     "ForCausalLM": "CAUSAL_LM",
@@ -83,38 +82,8 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, **overrides: An
     return BitsAndBytesConfig(**(defaults | overrides))
 
 
-def register_with_peft() -> None:
-    """
-    Lets every peft method find its targets without being told: LoRA's as above, the others' as for LLaMA.
-
-    Norm tuning takes in V1's norm over heads as well.
-    """
-    from peft.utils import constants
-
-    for name in dir(constants):
-        mapping = getattr(constants, name)
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
-            mapping["diff_llama"] = mapping["llama"]
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["diff_llama"] = list(LORA_TARGETS)
-    norms = constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
-    norms["diff_llama"] = [*norms["llama"], "sub_norm"]
-
-
-def adapter_variant(folder: Path | str) -> str | None:
-    """The variant for which a saved adapter was trained, by its tensors; None if they fit both."""
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no adapter_model.safetensors there; give the folder that save_pretrained wrote.")
-    with safe_open(path, "pt") as tensors:
-        names = {part for name in tensors.keys() for part in name.split(".")}  # noqa: SIM118  not a dictionary
-    return next((variant for variant, modules in NEW_MODULES.items() if names & set(modules)), None)
-
-
 def check_adapter(model: PreTrainedModel, folder: Path | str) -> None:
-    """Raises `ValueError`, before anything is loaded, if the adapter in `folder` was trained on the other variant."""
-    variant, expected = adapter_variant(folder), model.config.variant
-    if variant not in (None, expected):
-        raise ValueError(
-            f"{folder}: an adapter of variant {variant!r}, and the model is {expected!r}; load it on the model that "
-            "it was trained on."
-        )
+    """Raises `ValueError`, before anything is loaded, if the adapter in `folder` was trained on another model."""
+    if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS[0]} there; give the folder that save_pretrained wrote.")
+    check_adapter_fits(model, str(folder), *read_adapter(str(folder)))

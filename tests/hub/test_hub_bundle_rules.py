@@ -106,9 +106,9 @@ def reached_from(entry: str) -> set[str]:
     return reached
 
 
-def test_configuration_imports_no_file_but_the_versions():
-    """A config loads without the model's code, but says first when transformers is too old for either."""
-    expected = {"configuration_diff_llama.py", "diff_transformers_compat.py"}
+def test_configuration_imports_no_code_of_the_model():
+    """But what says first that transformers is too old, and what PEFT asks for by way of the config."""
+    expected = {"configuration_diff_llama.py", "diff_adapters.py", "diff_transformers_compat.py"}
     assert reached_from("configuration_diff_llama.py") == expected
 
 

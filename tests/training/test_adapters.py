@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from trainable_models import random_ids, tiny_model, train
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from modeling_diff import (
     DiffLlamaForCausalLM,
@@ -303,16 +303,63 @@ def test_head_on_a_four_bit_base_trains(model_class, head, labels, tmp_path):
     assert len(gradients) == 1 and gradients[0].abs().max() > 0
 
 
+QUANTIZATIONS = {
+    "8 bits": {"load_in_8bit": True},
+    "4 bits": {"load_in_4bit": True},
+    "4 bits stored as bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    "modules to skip": {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("bits", QUANTIZATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lambda_is_never_quantized_and_trains(variant, bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model(variant, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    base = DiffLlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS[bits]), dtype=torch.float32
+    )
+    assert "Linear" in type(base.model.layers[0].self_attn.q_proj).__name__
+    assert type(base.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
+    assert train(peft.get_peft_model(base, lora_config(base, r=4))) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}], ids=repr
+    "model_class, head", [(DiffLlamaForTokenClassification, "score"), (DiffLlamaForQuestionAnswering, "qa_outputs")]
 )
-def test_quantised_lambda_is_refused_before_it_is_trained(bits, tmp_path):
+def test_heads_are_never_quantized(variant, model_class, head, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_model(variant, model_class, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    base = model_class.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert type(getattr(base, head)) is torch.nn.Linear
+    assert type(base.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
+
+
+def test_lambda_is_never_quantized_by_torchao(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    tiny_model("v2").save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    attention = DiffLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config).model.layers[0].self_attn
+    assert type(attention.lambda_proj.weight) is torch.nn.Parameter
+    assert type(attention.q_proj.weight) is not torch.nn.Parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_never_quantized_is_loaded_in_the_models_dtype(dtype, tmp_path):
+    tiny_model("v2").save_pretrained(tmp_path)
+    model = DiffLlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert logits(model).isfinite().all()
+
+
+def test_quantized_module_is_refused_before_it_is_trained_whole(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     tiny_model("v2", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
-    base = DiffLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**bits))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.lambda_proj: is quantised.*llm_int8_skip_modules"):
-        lora_config(base)
-    assert lora_config(base, modules_to_save=None).modules_to_save is None
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"])
+    base = DiffLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match=r"lm_head: is quantised.*llm_int8_skip_modules"):
+        lora_config(base, modules_to_save=["lambda_proj", "lm_head"])
 
 
 def test_package_imports_without_peft():
