@@ -13,13 +13,13 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from conversion.choices import chosen
 from conversion.describe import describe_checkpoint
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError, file_errors, typed
 from conversion.export import export_checkpoint, read_our_config
+from conversion.hub_address import parse_address
 from conversion.hub_errors import hub_errors
 from conversion.licences import licence_warnings, llama_terms, private_reason
 from conversion.model_card import GENERATED, CardFacts, render_card, source_metadata
 from conversion.safetensors_header import parse_json
-from conversion.source import HUB_ID
 from conversion.stream import RECORD
 from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_token
 from conversion.verify import VerificationReport, changed_files, read_record
@@ -83,8 +83,12 @@ def push_checkpoint(
     new repositories. `verification` puts measured numbers into the card. `format` "diffllama" exports first.
     Raises ConversionError, in one line, for bad input and for whatever the Hub answers; running again is always safe.
     """
-    if not HUB_ID.fullmatch(repo_id):
+    address = parse_address(repo_id)
+    if address is None:
         raise ConversionError(f"{repo_id}: not a possible repository name, expected OWNER/NAME")
+    if address.revision and revision not in (None, address.revision):
+        raise ConversionError(f"{repo_id}: names another revision than {typed('revision', revision)}; leave out one")
+    repo_id, revision = address.hub_id, address.revision or revision
     if create_pr and revision not in (None, MAIN):
         raise ConversionError(
             f"--revision {revision}: a pull request (--create-pr) goes to main; leave one of them out"

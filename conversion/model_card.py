@@ -10,10 +10,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from conversion.card_metadata import metadata_block, read_metadata
 from conversion.escaping import code_span, escape, markdown
+from conversion.hub_address import HUB_ID
 from conversion.lambdas import differential_layers, not_differential
 from conversion.licences import LlamaTerms, llama_terms
 from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
-from conversion.source import HUB_ID, SourceFolder
+from conversion.source import SourceFolder
 from modeling_diff import DiffLlamaConfig
 
 

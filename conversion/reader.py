@@ -6,13 +6,14 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from copy import copy
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.errors import ConversionError, FilesError, file_errors, typed
 from conversion.file_identity import file_state
 from conversion.safetensors_header import LFS_POINTER, TensorInfo, parse_json, quote, read_header
 
@@ -70,10 +71,7 @@ class CheckpointReader:
             )
         self.is_pickle = single == PICKLE
         if self.is_pickle and not allow_pickle:
-            raise ConversionError(
-                f"{folder}: only pickled weights here, which can carry code; "
-                "get the safetensors version, or allow pickles (--allow-pickle)"
-            )
+            raise pickles_refused(folder)
         names = sorted(set(listed.values())) or [single]
         self._paths = {name: checked_path(self.folder, name) for name in names}
         with file_errors(self.folder):
@@ -195,21 +193,35 @@ def _find_weights(folder: Path) -> tuple[str, dict[str, str]]:
         # lexists: a dangling link, as in a Hub cache that lost a blob, is a missing file, not another format
         has_single = os.path.lexists(folder / single)
         if os.path.lexists(folder / index):
-            listed = _read_index(checked_path(folder, index))
+            listed = read_index(checked_path(folder, index))
             if has_single and single not in listed.values():
                 raise ConversionError(f"{folder}: both {single} and {index} are there; remove the outdated one")
             return single, listed
         if has_single:
             return single, {}
+    with file_errors(folder):
+        raise no_weights(folder, sorted(path.name for path in folder.iterdir()))
+
+
+def no_weights(place: object, names: Iterable[str]) -> ConversionError:
+    """Returns what to say of a folder or a repository whose files, `names`, hold no weights that can be read."""
     for pattern, advice in NO_WEIGHTS.items():
-        if found := next(folder.glob(pattern), None):
-            raise ConversionError(f"{found}: {advice}")
-    raise ConversionError(
-        f"{folder}: no weights, expected {SAFETENSORS} or {SAFETENSORS}{INDEX_SUFFIX}; check the path"
+        if found := next((name for name in names if fnmatch(name, pattern)), None):
+            return ConversionError(f"{place}/{found}: {advice}")
+    return ConversionError(
+        f"{place}: no weights, expected {SAFETENSORS} or {SAFETENSORS}{INDEX_SUFFIX}; check the path"
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def pickles_refused(place: object) -> ConversionError:
+    """Returns what to say of a folder or a repository with nothing but pickled weights."""
+    return ConversionError(
+        f"{place}: only pickled weights here, which can carry code; "
+        f"get the safetensors version, or allow pickles ({typed('allow_pickle', True)})"
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
     with file_errors(path):
         data = path.read_bytes()
     if data.startswith(LFS_POINTER):

@@ -1,27 +1,42 @@
-"""Where a source is: a local folder, or a Hub id, of which weights and small files come down and never any code."""
+"""Where a source is: a folder here, or a repository of the Hub, of which weights and texts come down and no code."""
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape as escape_pattern
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from conversion.companions import COMPANIONS
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
+from conversion.hub_address import parse_address
+from conversion.reader import (
+    ADAPTER_CONFIG,
+    INDEX_SUFFIX,
+    PICKLE,
+    SAFETENSORS,
+    no_weights,
+    pickles_refused,
+    read_index,
+)
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TEXT_PATTERNS = ("*.json", "README.md", *(pattern for patterns in COMPANIONS.values() for pattern in patterns))
-WEIGHT_PATTERNS = ("model*.safetensors",)
-PICKLE_PATTERNS = ("pytorch_model*.bin",)
+INDICES = (SAFETENSORS + INDEX_SUFFIX, PICKLE + INDEX_SUFFIX)
+TEXT_PATTERNS = (
+    *("config.json", ADAPTER_CONFIG, "conversion.json", "README.md", *INDICES),
+    *(pattern for patterns in COMPANIONS.values() for pattern in patterns),
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +54,78 @@ class SourceFolder:
 
 
 def locate_source(
-    source: str | Path, revision: str | None = None, allow_pickle: bool = False, config_only: bool = False
+    source: str | Path,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    config_only: bool = False,
+    recorded: Mapping[str, Any] | None = None,
 ) -> SourceFolder:
-    """The folder that `source` names, downloaded through the Hub's cache if it is a Hub id (`owner/name`).
+    """Returns the folder that `source` names, downloaded through the Hub's cache if it is no folder here.
 
-    With `config_only` nothing but config.json comes down.
-    Raises ConversionError for a path or id under which nothing can be had.
+    Args:
+        source: A folder, or a repository in one of the forms of `parse_address`.
+        revision: Branch, tag or commit of a repository, if `source` names none itself.
+        allow_pickle: Let pickled weights come down where there are no others.
+        config_only: Let nothing but config.json come down.
+        recorded: The source of a record, whose commit is taken for its own repository if no other is named.
+
+    Raises:
+        ConversionError: A path or repository under which nothing can be had.
     """
     folder = Path(source).expanduser()
-    if folder.exists() or not HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+    address = None if folder.exists() else parse_address(str(source))
+    if address is None:
         if revision is not None:
-            raise ConversionError(f"--revision {revision}: {source} is a local path, and only Hub ids have revisions")
+            raise ConversionError(
+                f"{typed('revision', revision)}: {source} is a local path, and only Hub ids have revisions"
+            )
         return SourceFolder(folder)
-    patterns = [*TEXT_PATTERNS, *WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
-    return _download(str(source), revision, ["config.json"] if config_only else patterns)
+    if revision is not None and address.revision not in (None, revision):
+        raise ConversionError(
+            f"{source}: names revision {address.revision}, and {typed('revision', revision)} another; leave out one"
+        )
+    wanted = address.revision or revision
+    if wanted is None and recorded is not None and recorded["hub_id"] == address.hub_id:
+        wanted = recorded["revision"]
+    if config_only:
+        return _download(address.hub_id, wanted, ["config.json"])
+    return _download_checkpoint(address.hub_id, wanted, allow_pickle)
+
+
+def _download_checkpoint(hub_id: str, revision: str | None, allow_pickle: bool) -> SourceFolder:
+    """Texts first, among them the index, which says what the weight files are called."""
+    found = _download(hub_id, revision, list(TEXT_PATTERNS))
+    for single in (SAFETENSORS, PICKLE):
+        index = found.folder / (single + INDEX_SUFFIX)
+        if single == PICKLE and not allow_pickle:
+            if index.exists():
+                raise pickles_refused(hub_id)
+            continue
+        weights = {single} | (set(read_index(index).values()) if index.exists() else set())
+        # The same commit again, in which the texts are there already.
+        found = _download(hub_id, found.revision, [*TEXT_PATTERNS, *sorted(escape_pattern(name) for name in weights)])
+        if index.exists() or (found.folder / single).exists():
+            return found
+    names = _remote_names(found)
+    if PICKLE in names and not allow_pickle:
+        raise pickles_refused(hub_id)
+    raise no_weights(hub_id, names)
+
+
+def _remote_names(found: SourceFolder) -> list[str]:
+    """What the repository holds at its top, to say why nothing of it can be used; asked only then.
+
+    Raises:
+        ConversionError: A Hub that cannot be asked.
+    """
+    try:
+        names = HfApi().list_repo_files(str(found.hub_id), revision=found.revision)
+        return [name for name in names if "/" not in name]
+    except (HfHubHTTPError, HTTPError, OSError, OfflineModeIsEnabled) as error:
+        raise ConversionError(
+            f"{found.hub_id}: no {SAFETENSORS} and no index of shards came down, and the Hub cannot be asked what "
+            f"else is there ({type(error).__name__}); if it is {PICKLE} alone, {typed('allow_pickle', True)} reads it"
+        ) from error
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> SourceFolder:

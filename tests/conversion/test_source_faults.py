@@ -183,16 +183,17 @@ def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
     """What is asked of the Hub: weights and texts and no code; what is recorded: the id and the commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = saved(random_llama(), tmp_path / "models--owner--name" / "snapshots" / commit)
-    asked = {}
+    asked, patterns = [], set()
 
     def download(hub_id, **options):
-        asked.update(options, hub_id=hub_id)
+        asked.append((hub_id, options["revision"]))
+        patterns.update(options["allow_patterns"])
         return str(folder)
 
     monkeypatch.setattr(source, "snapshot_download", download)
     report = convert_checkpoint("owner/name", tmp_path / "output", "v1", uncalibrated=True, revision="main")
-    assert (asked["hub_id"], asked["revision"]) == ("owner/name", "main")
-    assert not any(pattern.endswith((".py", ".bin", ".pth")) or pattern == "*" for pattern in asked["allow_patterns"])
+    assert asked == [("owner/name", "main"), ("owner/name", commit)], "the weights are of the texts' own commit"
+    assert not any(pattern.endswith((".py", ".bin", ".pth")) or pattern == "*" for pattern in patterns)
     assert report.record["source"]["revision"] == commit
     assert "base_model: owner/name" in (tmp_path / "output" / "README.md").read_text()
 
