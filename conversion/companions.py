@@ -1,6 +1,9 @@
 """The files that travel beside the weights: tokenizer, templates, licences from the source, model code from here."""
 
+import codecs
+import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,26 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 import modeling_diff.modeling_diff_llama
 from conversion.errors import ConversionError, file_errors
 from conversion.reader import checked_path
-from conversion.safetensors_header import LFS_POINTER, parse_json
+from conversion.safetensors_header import LFS_POINTER
+from conversion.small_files import check_size, read_json, read_small
 
 
-# In any case, as people spell it: LICENSE, License.md, licence.txt.
-LICENCE = "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*"
+# As people spell them, in any case: LICENSE, License.md, licence.txt. Names that only begin so may be anything.
+LICENCE_STEMS = ("LICENSE", "LICENCE", "LICENSE-CODE", "LICENSE-MODEL", "LICENSE_CODE", "LICENSE_MODEL", "COPYING")
+NOTICE_STEMS = ("NOTICE", "NOTICES", "THIRD_PARTY_NOTICES", "USE_POLICY", "ACCEPTABLE_USE_POLICY")
+TEXT_ENDINGS = ("", ".txt", ".md", ".rst")
+PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
+# A file of these kinds that is empty was not copied whole.
+NEVER_EMPTY = (".json", ".model")
+
+
+def _in_any_case(stems: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of the names with every ending, for glob and fnmatch."""
+    names = [stem + ending for stem in stems for ending in TEXT_ENDINGS]
+    return tuple("".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in name) for name in names)
+
+
+LICENCES = _in_any_case(LICENCE_STEMS)
 # kind: patterns of which at least one file should be there, or its absence is reported
 COMPANIONS = {
     "tokenizer": (
@@ -32,7 +50,7 @@ COMPANIONS = {
     ),
     "chat template": ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     "generation config": ("generation_config.json",),
-    "licence": (LICENCE, "[Nn][Oo][Tt][Ii][Cc][Ee]*", "[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*"),
+    "licence": LICENCES + _in_any_case(NOTICE_STEMS),
 }
 
 
@@ -44,8 +62,11 @@ def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     files: dict[str, Path] = {}
     notes = []
     for kind, patterns in COMPANIONS.items():
-        found = matching_names(folder, patterns)
-        files |= {name: whole_file(folder, name) for name in found}
+        found = {name: whole_file(folder, name) for name in matching_names(folder, patterns)}
+        for name in [name for name, path in found.items() if is_licence(name) and not is_text(path)]:
+            del found[name]
+            notes.append(f"{name} is no text, or holds a private key, and is not copied")
+        files |= found
         if not found and not (kind == "chat template" and _has_inline_template(folder)):
             notes.append(f"no {kind} in the source")
     if "auto_map" in read_object(folder / "tokenizer_config.json"):
@@ -59,9 +80,27 @@ def matching_names(folder: Path, patterns: Iterable[str]) -> list[str]:
     return [name for name in names if not (folder / name).is_dir()]
 
 
+def is_licence(name: str) -> bool:
+    """Whether a file of this name is one of the licenses and notices."""
+    return any(fnmatch(name, pattern) for pattern in COMPANIONS["licence"])
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is a text that may be published: no binary data, no private key."""
+    data = read_small(path)
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if utf16 else "utf-8", errors="replace")
+    return not any(char < " " and char not in "\t\n\r\f" for char in text) and not PRIVATE_KEY.search(text)
+
+
 def whole_file(folder: Path, name: str) -> Path:
-    """The path of a file that is there, inside the folder, and no git-lfs pointer; ConversionError otherwise."""
+    """The path of a file that is there, inside the folder, whole, and no larger than such files are.
+
+    ConversionError otherwise.
+    """
     path = checked_path(folder, name)
+    if path.suffix != ".safetensors" and not check_size(path) and path.suffix in NEVER_EMPTY:
+        raise ConversionError(f"{path}: empty; download it again")
     with file_errors(path), path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ConversionError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in its folder")
@@ -107,7 +146,9 @@ def called_code(folder: Path) -> list[str]:
         module = (modules - seen).pop()
         seen.add(module)
         path = folder / f"{module}.py"
-        modules |= set(get_relative_imports(path)) if path.is_file() else set()
+        if path.is_file():
+            check_size(path)
+            modules |= set(get_relative_imports(path))
     return sorted(f"{module}.py" for module in seen)
 
 
@@ -124,5 +165,4 @@ def read_object(path: Path) -> Mapping[str, object]:
     """The JSON object in a file, empty without the file. ConversionError for a file that holds none."""
     if not path.is_file():
         return {}
-    with file_errors(path):
-        return parse_json(path.read_bytes(), path)
+    return read_json(path, nonfinite=True)

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from conversion.calibrated import Calibration
 from conversion.convert import ConversionReport
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, memory_error
 from conversion.escaping import escape
 from conversion.hub import PushReport
 from conversion.kept_work import described, kept_work
@@ -53,17 +53,18 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
         said = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
         say(f"{said}; {left_behind(target)}", "red", err)
         raise typer.Exit(stopped.exit_code) from error
-    except Exception as error:
+    except Exception as raised:
+        error = memory_error(raised, "this command") or raised
         if verbose:
             for line in traceback.format_exc().splitlines():
                 say(f"| {line}", console=err)  # a message in it may be of many lines, some like ours
         known = isinstance(error, ConversionError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}; --verbose shows where"
         # Of what a run has kept; a refusal about kept work has named it already.
-        notes = [note for note in getattr(error, "__notes__", ()) if note.removeprefix("kept: ") not in message]
+        notes = [note for note in getattr(raised, "__notes__", ()) if note.removeprefix("kept: ") not in message]
         message = TOKEN.sub("<token>", "; ".join([message, *notes]))
         say(f"error: {message}", "red", err)
-        raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from error
+        raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from raised
 
 
 def left_behind(target: Path | None) -> str:

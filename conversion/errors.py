@@ -1,6 +1,7 @@
 """What a conversion refuses, and the exit code of each refusal; usage errors and signals are the command line's."""
 
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,12 @@ class ConversionError(Exception):
 
 class FilesError(ConversionError):
     """Disk, permissions or the target folder. The message is one line, as above."""
+
+    exit_code = 3
+
+
+class MemoryLimitError(ConversionError):
+    """The memory of the machine, or what this process may use of it. The message is one line, as above."""
 
     exit_code = 3
 
@@ -76,3 +83,32 @@ def file_errors(path: Path) -> Iterator[None]:
         raise FilesError(
             f"{error.filename2 or error.filename or path}: {error.strerror or error}; {way_out}"
         ) from error
+
+
+def memory_error(error: BaseException, what: object) -> MemoryLimitError | None:
+    """Returns a lack of memory in one line that begins with `what`, None for any other error.
+
+    Python, torch and the libraries below them each have their own way of saying so.
+    """
+    lacking = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    said = isinstance(error, RuntimeError) and re.search(
+        r"out of memory|(can't|cannot) allocate memory", str(error), re.I
+    )
+    if not lacking and not said:
+        return None
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return MemoryLimitError(
+        f"{what}: not enough memory ({reason[:200]}); free some, raise this process's limit (ulimit -v), or ask for "
+        "less at once"
+    )
+
+
+@contextmanager
+def memory_errors(what: object) -> Iterator[None]:
+    """Turns a lack of memory into a MemoryLimitError that begins with `what`."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lacking := memory_error(error, what):
+            raise lacking from error
+        raise

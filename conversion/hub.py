@@ -13,15 +13,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from conversion.choices import chosen
 from conversion.describe import describe_checkpoint
-from conversion.errors import ConversionError, file_errors, typed
+from conversion.errors import ConversionError, typed
 from conversion.export import export_checkpoint, read_our_config
 from conversion.hub_address import parse_address
 from conversion.hub_errors import hub_errors
 from conversion.licences import licence_warnings, llama_terms, private_reason
 from conversion.model_card import GENERATED, CardFacts, render_card, source_metadata
-from conversion.safetensors_header import parse_json
+from conversion.small_files import read_json, read_small
 from conversion.stream import RECORD
-from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_token
+from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_secret
 from conversion.verify import VerificationReport, changed_files, read_record
 
 
@@ -127,7 +127,7 @@ def plan_upload(
         card, note = _card(folder, found, repo_id, verification)
         notes += [note] if note else []
         if card is not None:
-            refuse_token(CARD, card)
+            refuse_secret(CARD, card)
             contents[CARD] = card.encode()
     notes += _adapter_notes(found)
     if CARD not in contents:
@@ -163,7 +163,7 @@ def _card(
 ) -> tuple[str | None, str | None]:
     """A card written anew for this repository, if the folder's is ours, and a note if it is not."""
     own = found.files.get(CARD)
-    if own is not None and GENERATED not in own.read_text(encoding="utf-8", errors="replace"):
+    if own is not None and GENERATED not in read_small(own).decode(errors="replace"):
         return None, "README.md is your own and goes up as it is" + (
             ", without the numbers of the verification" if verification else ""
         )
@@ -201,8 +201,7 @@ def read_verification(path: Path) -> dict[str, Any]:
     """A report that `verify --json` printed. ConversionError for another file."""
     if not path.is_file():
         raise ConversionError(f"{path}: missing; make it with `diff-llama verify FOLDER --against SOURCE --json`")
-    with file_errors(path):
-        report = parse_json(path.read_bytes(), path)
+    report = read_json(path)
     if not {"promise", "checks", "passed"} <= report.keys():
         raise ConversionError(f"{path}: not a report of `diff-llama verify --json`; make it anew")
     return dict(report)

@@ -7,7 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from conversion.companions import COMPANIONS, LICENCE
+from conversion.companions import COMPANIONS, LICENCES, matching_names
+from conversion.small_files import read_small
 
 
 LICENCE_HEAD_CHARS = 2000
@@ -58,8 +59,8 @@ def llama_terms(metadata: Mapping[str, Any], folder: Path | None = None) -> Llam
             return LLAMA_TERMS.get(match[1])
     if metadata.get("license") not in (None, "other") or folder is None:
         return None
-    for path in sorted(folder.glob(LICENCE)):
-        head = path.read_bytes()[:LICENCE_HEAD_CHARS].decode("utf-8", errors="replace") if path.is_file() else ""
+    for name in sorted(matching_names(folder, LICENCES)):
+        head = read_small(folder / name).decode(errors="replace")[:LICENCE_HEAD_CHARS]
         if match := AGREEMENT.search(head):
             return LLAMA_TERMS.get(match[1])
     return None
@@ -90,7 +91,7 @@ def licence_warnings(
     licences = [name for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS["licence"])]
     if terms is None:
         return warnings
-    if not any(fnmatch(name, LICENCE) for name in licences):
+    if not any(fnmatch(name, pattern) for name in licences for pattern in LICENCES):
         warnings.append(f"the {terms.licence} asks for a copy of itself beside the weights: put LICENSE there")
     if not any(name.upper().startswith("NOTICE") for name in licences):
         warnings.append(f"the {terms.licence} asks for a Notice file that says: {terms.notice}")

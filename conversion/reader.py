@@ -13,9 +13,17 @@ from types import MappingProxyType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from conversion.errors import ConversionError, FilesError, file_errors, typed
+from conversion.errors import (
+    ConversionError,
+    FilesError,
+    MemoryLimitError,
+    file_errors,
+    memory_errors,
+    typed,
+)
 from conversion.file_identity import file_state
-from conversion.safetensors_header import LFS_POINTER, TensorInfo, parse_json, quote, read_header
+from conversion.safetensors_header import LFS_POINTER, TensorInfo, read_header
+from conversion.small_files import parse_json, quote, read_small
 
 
 __all__ = ["CheckpointReader", "TensorInfo", "checked_path", "count_nonfinite"]
@@ -93,7 +101,7 @@ class CheckpointReader:
         placed = read_header(path, file)
         try:
             # A second opinion: what we accept, everyone who loads with the safetensors library accepts.
-            with safe_open(path, framework="pt") as library:
+            with memory_errors(path), safe_open(path, framework="pt") as library:
                 library.keys()
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{path}: refused by safetensors ({error}); download it again") from error
@@ -116,7 +124,8 @@ class CheckpointReader:
             return self._pickles[info.file][info.name]
         # Read, not mapped: mapped pages count as the process's memory until the file is closed, and a file cut short
         # under a map kills the process.
-        data = torch.empty(info.num_bytes, dtype=torch.uint8)
+        with memory_errors(f"{path}: tensor {quote(info.name)} of {info.num_bytes:,} bytes"):
+            data = torch.empty(info.num_bytes, dtype=torch.uint8)
         with file_errors(path), path.open("rb", buffering=0) as stream:
             stream.seek(self._offsets[info.name])
             view = data.numpy().data
@@ -222,8 +231,7 @@ def pickles_refused(place: object) -> ConversionError:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    with file_errors(path):
-        data = path.read_bytes()
+    data = read_small(path)
     if data.startswith(LFS_POINTER):
         raise ConversionError(f"{path}: a git-lfs pointer, not the index; run `git lfs pull` in its folder")
     listed = parse_json(data, path).get("weight_map")
@@ -266,7 +274,10 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise ConversionError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     try:
         # The format before torch 1.6 is no zip archive and cannot be mapped: it is in memory whole.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with memory_errors(path):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except MemoryLimitError:
+        raise
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(

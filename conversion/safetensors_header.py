@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 import torch
 
 from conversion.errors import ConversionError, file_errors
+from conversion.small_files import parse_json, quote
 
 
 DTYPES = {
@@ -34,6 +35,7 @@ DTYPES = {
 DTYPE_ORDER = list(DTYPES.values())  # the library's own order, by width
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_DIMS = 64  # torch's own limit
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -59,36 +61,6 @@ class TensorInfo:
     dtype: torch.dtype
     num_bytes: int
     file: str
-
-
-def quote(name: object) -> str:
-    """A name out of a file, safe to print: one line, quoted, shortened."""
-    text = repr(name)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def parse_json(data: bytes, label: object) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no repeated keys, no NaN. ConversionError, beginning with `label`, otherwise."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{quote(next(name for name in names if names.count(name) > 1))} appears twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        parsed = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{label} is not JSON ({error}); download the file again") from error
-    if not isinstance(parsed, dict):
-        raise ConversionError(
-            f"{label} is a JSON {type(parsed).__name__}, expected an object; download the file again"
-        )
-    return parsed
 
 
 def read_header(path: Path, file: str) -> dict[TensorInfo, int]:
@@ -133,7 +105,9 @@ def _placed_tensor(path: Path, file: str, name: str, entry: object) -> tuple[Ten
         raise ConversionError(f"{label}: header entry is a {type(entry).__name__}, expected an object; save it again")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _is_naturals(shape):
-        raise ConversionError(f"{label}: shape {quote(shape)}, expected a list of whole numbers; save it again")
+        raise ConversionError(
+            f"{label}: shape {quote(shape)}, expected at most {MAX_DIMS} whole numbers; save it again"
+        )
     if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ConversionError(f"{label}: data_offsets {quote(offsets)}, expected [begin, end]; save it again")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
@@ -151,7 +125,9 @@ def _placed_tensor(path: Path, file: str, name: str, entry: object) -> tuple[Ten
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
     # type, not isinstance: true and false are no sizes
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_coverage(path: Path, placed: list[tuple[TensorInfo, int]], data_bytes: int) -> None:

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from conversion.architectures import unsupported
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError
 from conversion.layout import Sizes
 from conversion.rotary import PRETRAINED, check_rotary, with_pretrained_length
-from conversion.safetensors_header import parse_json
+from conversion.small_files import read_json
 from modeling_diff import DiffLlamaConfig
 
 
@@ -88,11 +88,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = "is a file" if folder.exists() else "does not exist"
         raise ConversionError(f"{folder}: {found}, expected a checkpoint folder; check the path")
     path = folder / "config.json"
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path}: not a regular file; put the file itself there")
     if not path.is_file():
         raise ConversionError(f"{path}: missing; {_without_config(folder)}")
-    with file_errors(path):
-        data = path.read_bytes()
-    raw = parse_json(data, path)
+    raw = read_json(path, nonfinite=True)
     if not isinstance(raw.get("model_type"), str):
         raise ConversionError(f'{path}: model_type is {raw.get("model_type")!r}, expected "llama"; is this a model?')
     return raw

@@ -7,10 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from conversion.companions import COMPANIONS, called_code, matching_names, whole_file
-from conversion.errors import ConversionError, file_errors
+from conversion.companions import COMPANIONS, PRIVATE_KEY, called_code, is_licence, is_text, matching_names, whole_file
+from conversion.errors import ConversionError
 from conversion.reader import CheckpointReader
-from conversion.safetensors_header import parse_json
+from conversion.small_files import read_json, text_parts
 from conversion.stream import RECORD
 
 
@@ -21,7 +21,7 @@ CARD = "README.md"
 MODULE_FILE = re.compile(r"[A-Za-z_]\w*\.py")
 # The form of the Hub's user tokens.
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
-TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".jinja", "")
+TEXT_SUFFIXES = (".json", ".md", ".txt", ".rst", ".py", ".jinja", "")
 KINDS = {"diff_llama": "checkpoint", "diffllama": "diffllama"}
 
 
@@ -58,15 +58,20 @@ def read_upload_folder(folder: Path) -> UploadFolder:
         names |= set(matching_names(folder, patterns))
     files = {name: whole_file(folder, name) for name in sorted(names)}
     for name, path in files.items():
+        if is_licence(name) and not is_text(path):
+            raise ConversionError(f"{path}: no text, or holds a private key; remove or rename it")
         if path.suffix in TEXT_SUFFIXES:
-            refuse_token(name, path.read_text(encoding="utf-8", errors="replace"))
+            for text in text_parts(path):
+                refuse_secret(name, text)
     return UploadFolder(kind, files, config)  # type: ignore[arg-type]
 
 
-def refuse_token(name: str, text: str) -> None:
-    """ConversionError for a text that holds what looks like a token, which is not repeated."""
+def refuse_secret(name: str, text: str) -> None:
+    """ConversionError for a text that holds what looks like a token or a private key, which is not repeated."""
     if TOKEN.search(text):
         raise ConversionError(f"{name}: holds a Hub token (hf_...); take it out, and revoke it on the Hub")
+    if PRIVATE_KEY.search(text):
+        raise ConversionError(f"{name}: holds a private key; take it out, and no longer use the key")
 
 
 def is_replaced(name: str) -> bool:
@@ -106,5 +111,4 @@ def _read_json(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / name
     if not path.is_file():
         raise ConversionError(f"{path}: missing, expected a checkpoint or an adapter; check the path")
-    with file_errors(path):
-        return parse_json(path.read_bytes(), path)
+    return read_json(path, nonfinite=True)

@@ -27,7 +27,7 @@ from conversion.companions import missing_code
 from conversion.errors import ConversionError, file_errors
 from conversion.export import read_our_config
 from conversion.lambdas import not_differential, read_lambdas
-from conversion.safetensors_header import parse_json, quote
+from conversion.small_files import quote, read_json
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
 from conversion.stream import RECORD
@@ -106,8 +106,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path}: missing; only checkpoints made by `convert` or `heal` can be verified or healed"
         )
-    with file_errors(path):
-        record = parse_json(path.read_bytes(), path)
+    record = read_json(path)
     for name, kind in RECORD_FIELDS.items():
         value: Any = record
         for key in name.split("."):
