@@ -1,7 +1,6 @@
 """The story of a conversion: find the source, check it, settle every tensor and file, then write them in a stream."""
 
 import platform
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig
 
 from conversion.calibrate import CalibrationResult
 from conversion.calibrate import Progress as CalibrationProgress
@@ -31,31 +29,15 @@ from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card, starting_lambdas
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions
+from conversion.output_config import check_loadable, output_config
 from conversion.source import SourceFolder, locate_source
-from conversion.source_config import SourceModel, check_pairs, read_source_model
+from conversion.source_config import SourceModel, check_against_weights, check_pairs, read_source_model
 from conversion.source_tensors import match_tensors
 from conversion.stream import Plan, Progress, write_plan
 from conversion.target import check_room
 from conversion.variants import UNCALIBRATED, check_uncalibrated, promise, rules_and_fields, variant_of_import
 from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
-
-
-# Said anew, or in one spelling (rope_parameters, lambda_init_std) where LLaMA's configs know several.
-RESTATED_FIELDS = frozenset(
-    [
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "model_type",
-        "_name_or_path",
-        "rope_scaling",
-        "rope_theta",
-        "lambda_std_dev",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -161,6 +143,7 @@ def plan_conversion(
     calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
 ) -> tuple[Plan, list[str]]:
     """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
+    check_against_weights(model.sizes, reader.tensors)
     rules, fields = rules_and_fields(model, reader, options)
     if calibrated:
         rules = calibrated_rules(rules, calibrated[1])
@@ -180,11 +163,7 @@ def plan_conversion(
             "config.json names model code of its own (auto_map), which is not copied: converted is what transformers' "
             "own class computes"
         )
-    shared, field_notes = _shared_fields(model)
-    architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"
-    config = DiffLlamaConfig(
-        **(shared | fields), architectures=[architecture], dtype=options.torch_dtype or main_dtype(reader)
-    )
+    config, field_notes = output_config(model, fields, reader, options)
     read = list(matched.reader.tensors.values())
     record = {
         "format": 1,
@@ -202,6 +181,7 @@ def plan_conversion(
         },
     }
     texts = {"config.json": config.to_json_string(), "README.md": model_card(found, config, record)}
+    check_loadable(texts["config.json"], rules)
     plan = Plan(
         matched.reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
         files | code_files(),
@@ -210,32 +190,10 @@ def plan_conversion(
     return plan, notes + field_notes + ([warning] if warning else [])
 
 
-def main_dtype(reader: CheckpointReader) -> torch.dtype:
-    """The dtype most of the checkpoint is in, which `from_pretrained` loads it in by default."""
-    counts: Counter[torch.dtype] = Counter()
-    for info in reader.tensors.values():
-        counts[info.dtype] += info.num_bytes
-    return counts.most_common(1)[0][0]
-
-
 def versions() -> dict[str, str]:
     """What a conversion was made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return packages | {"python": platform.python_version()}
-
-
-def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
-    """LLaMA's fields as they are, and notes on fields of the source that have no place here."""
-    known = LlamaConfig().to_dict().keys() - RESTATED_FIELDS
-    shared = {name: value for name, value in model.config.to_dict().items() if name in known}
-    not_kept = sorted(model.raw.keys() - known - RESTATED_FIELDS - DiffLlamaConfig().to_dict().keys())
-    notes = [f"config.json: {name} is not kept" for name in not_kept]
-    if shared.get("attention_dropout"):
-        notes.append(
-            f"config.json: attention_dropout {shared['attention_dropout']} becomes 0, undefined on differences"
-        )
-        shared["attention_dropout"] = 0.0
-    return shared, notes
 
 
 def _pairing(config: DiffLlamaConfig, options: ConversionOptions, calibrated: bool) -> str | None:

@@ -6,18 +6,19 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import LlamaConfig
 
 from conversion.checkpoint import CheckpointReader, check_target
 from conversion.choices import DTYPES, chosen, chosen_dtype, parse_size
 from conversion.companions import companion_files
-from conversion.convert import RESTATED_FIELDS, ConversionReport, main_dtype, versions
+from conversion.config_fields import KEPT_FIELDS
+from conversion.convert import ConversionReport, versions
 from conversion.errors import ConversionError
 from conversion.layout import Sizes
 from conversion.model_card import export_card
+from conversion.original_model import CONFIG_ERRORS, default_dtype, one_line
 from conversion.rules import diffllama_export_rules
 from conversion.source import SourceFolder
-from conversion.source_config import CONFIG_ERRORS, read_config
+from conversion.source_config import check_sizes, read_config
 from conversion.source_tensors import match_tensors
 from conversion.stream import Plan, Progress, write_plan
 from modeling_diff import DiffLlamaConfig
@@ -53,7 +54,7 @@ def export_checkpoint(
     files, notes = companion_files(found.folder)
     notes += matched.notes
     torch_dtype = DTYPES[dtype] if dtype else None
-    fields = _diffllama_fields(config, torch_dtype or main_dtype(reader))
+    fields = _diffllama_fields(config, torch_dtype or default_dtype(config, reader))
     record: dict[str, Any] = {
         "format": 1,
         "source": {"name": found.name, "hub_id": None, "revision": None, "kind": "diff_llama"},
@@ -78,10 +79,11 @@ def read_our_config(folder: Path) -> DiffLlamaConfig:
         raise ConversionError(
             f"{folder / 'config.json'}: model_type is {raw['model_type']!r}, expected 'diff_llama'; convert it first"
         )
+    check_sizes(raw)
     try:
         return DiffLlamaConfig.from_dict(raw)
     except CONFIG_ERRORS as error:
-        raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+        raise ConversionError(f"{folder / 'config.json'}: {one_line(error)}") from error
 
 
 def map_sizes(config: Any) -> Sizes:
@@ -131,7 +133,7 @@ def _refuse_unsayable(config: Any) -> None:
 
 
 def _diffllama_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    known = LlamaConfig().to_dict().keys() - RESTATED_FIELDS - {"mlp_bias", "pretraining_tp"}
+    known = KEPT_FIELDS - {"mlp_bias", "pretraining_tp"}
     return {name: value for name, value in config.to_dict().items() if name in known} | {
         "num_attention_heads": 2 * config.num_attention_heads,
         "num_key_value_heads": 2 * config.num_key_value_heads,

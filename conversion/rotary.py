@@ -1,5 +1,6 @@
 """What a source's rotary settings must say; they are kept as they are. transformers only warns of most faults."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
         if not _is_number(value) or value <= 0:
             raise ConversionError(f"config.json: rope_theta is {value!r}, expected a number above 0")
     for field, settings in spelled.items():
-        _check_settings(field, settings, raw, map_dim)
+        _check_settings(field, settings, map_dim)
 
 
 def _normalised(field: str, settings: Any) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _refuse_difference(what: str, values: Mapping[str, Any]) -> None:
         raise ConversionError(f"config.json: {what} of the rotary embedding is given twice ({said}); remove one")
 
 
-def _check_settings(field: str, settings: Mapping[str, Any], raw: Mapping[str, Any], map_dim: int) -> None:
+def _check_settings(field: str, settings: Mapping[str, Any], map_dim: int) -> None:
     rope_type = settings["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ConversionError(f"config.json: {field} has type {rope_type!r}, known are {', '.join(ROPE_TYPES)}")
@@ -89,7 +90,7 @@ def _check_settings(field: str, settings: Mapping[str, Any], raw: Mapping[str, A
         )
     if rope_type == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
         raise ConversionError(f"config.json: {field} has high_freq_factor not above low_freq_factor")
-    if settings.get("partial_rotary_factor", 1) != 1 or (raw.get("partial_rotary_factor") or 1) != 1:
+    if settings.get("partial_rotary_factor", 1) != 1:
         raise ConversionError("config.json: partial_rotary_factor is not 1, and LLaMA turns whole heads")
     if rope_type == "longrope":
         for key in ("short_factor", "long_factor"):
@@ -102,4 +103,9 @@ def _check_factors(field: str, key: str, factors: Any, count: int) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one, and finite; whole numbers can be too large for a float."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )

@@ -1,30 +1,34 @@
 """What a source's config.json must say, checked on the file's own text before transformers fills its gaps."""
 
+import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from conversion.architectures import unsupported
+from conversion.config_fields import KEPT_FIELDS, check_neutral
 from conversion.errors import ConversionError
 from conversion.layout import Sizes
-from conversion.rotary import PRETRAINED, check_rotary, with_pretrained_length
-from conversion.small_files import read_json
-from modeling_diff import DiffLlamaConfig
+from conversion.original_model import original_config
+from conversion.rotary import PRETRAINED, SPELLINGS, check_rotary, with_pretrained_length
+from conversion.safetensors_header import TensorInfo
+from conversion.small_files import quote, read_json
 
 
-# What building a config raises for values of the wrong type or that do not go together.
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 SourceKind = Literal["llama", "diffllama", "unilm"]
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", PRETRAINED)
+# Far above any model's, so that no loop over layers and no table of tensors outgrows the machine.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1
+MAX_FIELDS = 10_000
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 TASK_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
@@ -49,6 +53,7 @@ def read_source_model(
     """
     raw = read_config(folder)
     kind = _check_kind(raw, layout)
+    check_neutral(raw)
     _check_fields(raw)
     if not backbone_only and any(head in str(raw.get("architectures")) for head in TASK_HEADS):
         raise ConversionError(
@@ -58,15 +63,7 @@ def read_source_model(
     maps = _check_heads(raw, kind)
     raw = with_pretrained_length(raw)
     check_rotary(raw, maps.map_dim)
-    classes: dict[str, Any] = {
-        "llama": LlamaConfig,
-        "diffllama": transformers.DiffLlamaConfig,
-        "unilm": DiffLlamaConfig,
-    }
-    try:
-        config = classes[kind].from_dict(deepcopy(dict(raw)))
-    except CONFIG_ERRORS as error:
-        raise ConversionError(f"config.json: {_one_line(error)}") from error
+    config: Any = original_config(raw, kind)
     sizes = Sizes(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -93,6 +90,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{path}: missing; {_without_config(folder)}")
     raw = read_json(path, nonfinite=True)
+    if len(raw) > MAX_FIELDS:
+        raise ConversionError(f"{path}: has {len(raw):,} fields, expected at most {MAX_FIELDS:,}; is this a model?")
     if not isinstance(raw.get("model_type"), str):
         raise ConversionError(f'{path}: model_type is {raw.get("model_type")!r}, expected "llama"; is this a model?')
     return raw
@@ -111,7 +110,7 @@ def _without_config(folder: Path) -> str:
 
 def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> SourceKind:
     model_type = raw["model_type"]
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") is not None:
         raise ConversionError(
             "config.json: quantization_config is set, and quantised weights cannot be rearranged; convert the original"
         )
@@ -123,10 +122,6 @@ def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> Sou
             )
         return "unilm"
     if model_type == "diffllama" or model_type == "llama":
-        if raw.get("sliding_window"):
-            raise ConversionError(
-                f"config.json: sliding_window is {raw['sliding_window']}, and LLaMA has none; this is another model"
-            )
         return "diffllama" if model_type == "diffllama" else "llama"
     if model_type == "diff_llama":
         raise ConversionError(
@@ -136,18 +131,35 @@ def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> Sou
     raise unsupported(raw)
 
 
+def check_sizes(raw: Mapping[str, Any]) -> None:
+    """Raises ConversionError for a size that is no whole number above 0, or far above any model's."""
+    for field in WHOLE_NUMBERS:
+        value = raw.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConversionError(f"config.json: {field} is {quote(value)}, expected a whole number above 0")
+        largest = MAX_LAYERS if field == "num_hidden_layers" else MAX_SIZE
+        if value is not None and value > largest:
+            raise ConversionError(f"config.json: {field} is {quote(value)}, expected at most {largest}; correct it")
+
+
 def _check_fields(raw: Mapping[str, Any]) -> None:
     for field in NEEDED:
         if raw.get(field) is None:
             raise ConversionError(
                 f"config.json: {field} is missing; a default would be a guess, write it into the file"
             )
-    for field in WHOLE_NUMBERS:
-        value = raw.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConversionError(f"config.json: {field} is {value!r}, expected a whole number above 0")
-    if raw.get("hidden_act", "silu") not in ACT2FN:
-        raise ConversionError(f"config.json: hidden_act is {raw['hidden_act']!r}, which transformers does not know")
+    check_sizes(raw)
+    for field in sorted(KEPT_FIELDS.union(SPELLINGS) & raw.keys()):
+        if not _is_finite(raw[field]):
+            raise ConversionError(f"config.json: {field} is {quote(raw[field])}, expected finite numbers; correct it")
+    activation = raw.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise ConversionError(f"config.json: hidden_act is {quote(activation)}, which transformers does not know")
+    for field in ("dtype", "torch_dtype"):
+        if raw.get(field) is not None and raw[field] not in DTYPES:
+            raise ConversionError(
+                f"config.json: {field} is {quote(raw[field])}, expected one of {', '.join(DTYPES)}; correct it"
+            )
     for field in FLAGS:
         if not isinstance(raw.get(field, False), bool):
             raise ConversionError(f"config.json: {field} is {raw[field]!r}, expected true or false")
@@ -181,6 +193,23 @@ def _check_heads(raw: Mapping[str, Any], kind: SourceKind) -> Maps:
     return maps
 
 
+def check_against_weights(sizes: Sizes, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises ConversionError unless layers and heads, over which loops run, are those of the weights."""
+    layers = [int(match[1]) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))]
+    found = max(layers, default=-1) + 1
+    if found != sizes.num_layers:
+        raise ConversionError(
+            f"config.json: num_hidden_layers is {sizes.num_layers}, but the weights have {found} layers; correct the "
+            "config or get the complete checkpoint"
+        )
+    rows = sizes.num_heads * sizes.map_dim
+    for name, info in tensors.items():
+        if name.endswith("self_attn.q_proj.weight") and info.shape[:1] != (rows,):
+            raise ConversionError(
+                f"tensor {name} has shape {info.shape}, but config.json makes its rows {rows}; one is wrong"
+            )
+
+
 def check_pairs(num_heads: int, num_kv_heads: int) -> None:
     """Parity needs heads and KV heads in pairs. ConversionError naming the exact conversion otherwise."""
     for field, count in (("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads)):
@@ -191,5 +220,10 @@ def check_pairs(num_heads: int, num_kv_heads: int) -> None:
             )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _is_finite(value: Any) -> bool:
+    """Whether no number in it is NaN or Infinity, or would be as a float."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or isfinite(value)
