@@ -29,7 +29,6 @@ KEPT_FIELDS = frozenset(
         "tie_word_embeddings",
         "is_causal",
         "use_cache",
-        "output_attentions",
         "output_hidden_states",
         "tie_last_hidden_states",
         "pad_token_id",
@@ -66,7 +65,11 @@ NESTED = "transformers then looks for the model's settings in there; give the ch
 # field: values with which LLaMA computes what it computes without the field, and what another value does to it
 NEUTRAL_VALUES: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True, False), "LLaMA knows true and false alone"),
-    "return_dict": ((True, None), "LLaMA cannot run with it; remove it, callers can ask for tuples"),
+    "output_attentions": (
+        (False, None),
+        "no attention but eager returns its maps; remove it, callers can ask for them",
+    ),
+    "return_dict": ((True,), "LLaMA cannot run with it; remove it, callers can ask for tuples"),
     "partial_rotary_factor": ((None, 1, 1.0), "LLaMA turns whole heads"),
     "sliding_window": ((None,), WINDOWS),
     "attention_chunk_size": ((None,), WINDOWS),

@@ -19,6 +19,7 @@ ROPE_TYPES = {
 TYPE_KEYS = ("rope_type", "type")
 SPELLINGS = ("rope_scaling", "rope_parameters")
 PRETRAINED = "original_max_position_embeddings"
+OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 STRETCHED = ("yarn", "llama3", "longrope")  # the types that ask what length the model was pretrained for
 
 
@@ -81,7 +82,7 @@ def _check_settings(field: str, settings: Mapping[str, Any], map_dim: int) -> No
     rope_type = settings["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ConversionError(f"config.json: {field} has type {rope_type!r}, known are {', '.join(ROPE_TYPES)}")
-    for key in ROPE_TYPES[rope_type]:
+    for key in (*ROPE_TYPES[rope_type], *(key for key in OPTIONAL if key in settings)):
         if not _is_number(settings.get(key)):
             raise ConversionError(f"config.json: {field} ({rope_type}) has {key} {settings.get(key)!r}, not a number")
     if "factor" in settings and (not _is_number(settings["factor"]) or settings["factor"] < 1):

@@ -1,6 +1,5 @@
 """What a source's config.json must say, checked on the file's own text before transformers fills its gaps."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -18,6 +17,7 @@ from conversion.original_model import original_config
 from conversion.rotary import PRETRAINED, SPELLINGS, check_rotary, with_pretrained_length
 from conversion.safetensors_header import TensorInfo
 from conversion.small_files import quote, read_json
+from conversion.source_tensors import LAYER
 
 
 SourceKind = Literal["llama", "diffllama", "unilm"]
@@ -194,10 +194,9 @@ def _check_heads(raw: Mapping[str, Any], kind: SourceKind) -> Maps:
 
 
 def check_against_weights(sizes: Sizes, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises ConversionError unless layers and heads, over which loops run, are those of the weights."""
-    layers = [int(match[1]) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))]
-    found = max(layers, default=-1) + 1
-    if found != sizes.num_layers:
+    """Raises ConversionError for more layers or other heads, over which loops run, than the weights have."""
+    found = max((int(match[1]) for name in tensors if (match := LAYER.search(name))), default=-1) + 1
+    if 0 < found < sizes.num_layers:
         raise ConversionError(
             f"config.json: num_hidden_layers is {sizes.num_layers}, but the weights have {found} layers; correct the "
             "config or get the complete checkpoint"
