@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from conversion.companions import read_tokenizer
 from conversion.errors import ConversionError
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.analysis.tokens import token_fault
 from modeling_diff.diff_transformers_compat import cache_argument
 
 
@@ -56,16 +57,12 @@ def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Seque
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocab_size, (1, min(length, 64)), generator=generator) for _ in TEXTS]
-    encoded = (tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in texts or TEXTS)
+    encoded = (tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length] for text in texts or TEXTS)
     inputs = [ids for ids in encoded if ids.shape[1] > 1]
     if not inputs:
         raise ConversionError("none of the texts is two tokens long, expected one at least; give longer texts")
-    largest = int(torch.cat(inputs, dim=1).max())
-    if largest >= vocab_size:
-        raise ConversionError(
-            f"{folder}: its tokenizer gives token {largest}, but config.json says vocab_size {vocab_size}; get the "
-            "tokenizer that belongs to it"
-        )
+    if fault := token_fault(torch.cat(inputs, dim=1), vocab_size):
+        raise ConversionError(f"{folder}: its tokenizer gives {fault}")
     return inputs
 
 

@@ -38,6 +38,7 @@ from conversion.layout import HeadPairing
 from conversion.local_fit import LocalFit, fit_layer
 from conversion.reader import CheckpointReader
 from conversion.source_config import check_pairs
+from modeling_diff.analysis.tokens import token_fault
 from modeling_diff.configuration_diff_llama import paper_lambda_init
 
 
@@ -240,11 +241,8 @@ def check_tokens(config: PreTrainedConfig, tokens: torch.Tensor, stages: Collect
         raise ConversionError(
             f"calibration tokens: {tokens.dtype} of shape {tuple(tokens.shape)}, expected rows of ids"
         )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
-        raise ConversionError(
-            f"calibration tokens: ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has "
-            f"{config.vocab_size}; tokenise with the source's tokenizer"
-        )
+    if fault := token_fault(tokens, config.vocab_size):
+        raise ConversionError(f"calibration tokens: {fault}")
     if tokens.shape[1] > config.max_position_embeddings:
         raise ConversionError(
             f"calibration tokens: rows of {tokens.shape[1]}, but max_position_embeddings is "

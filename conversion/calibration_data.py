@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from conversion.errors import ConversionError, file_errors
+from modeling_diff.analysis.tokens import token_fault
 
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -24,7 +25,7 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
 
 
 def read_calibration(
@@ -68,15 +69,17 @@ def _token_ids(
                     f"{path}: holds text, but the source has no tokenizer (tokenizer.json, or tokenizer_config.json "
                     "with its vocabulary); give JSON lines with input_ids"
                 )
-            yield from tokenizer.encode(document, add_special_tokens=False)
+            ids = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+            yield from checked_ids(ids, f"{path}: the text", vocab_size)
             continue
-        for token in document:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise ConversionError(
-                    f"{path}: input_ids of document {number} holds {token!r}, expected whole numbers from 0 to "
-                    f"{vocab_size - 1}; tokenise with the source's tokenizer"
-                )
-            yield token
+        yield from checked_ids(document, f"{path}: input_ids of document {number}", vocab_size)
+
+
+def checked_ids(ids: Sequence[int], where: str, vocab_size: int) -> Sequence[int]:
+    """The ids. ConversionError for one that an embedding of `vocab_size` rows has no row for."""
+    if fault := token_fault(ids, vocab_size):
+        raise ConversionError(f"{where}: {fault}")
+    return ids
 
 
 def read_file(path: Path) -> Iterator[str | Sequence[int]]:

@@ -98,7 +98,7 @@ def heal_checkpoint(
         healed = train_student(run, model, callbacks, progress)
         entry = healing_entry(
             options, teacher=source, data=paths, steps=run.steps, tokens=run.steps * options.batch_rows * context,
-            seconds=time.monotonic() - began, table=healed.table,
+            seconds=time.monotonic() - began, table=healed.table, held_out=measured, held_out_rows=len(held_out_rows),
         )  # fmt: skip
         record = {**record, "promise": PROMISE, "healing": [*record.get("healing", []), entry]}
         if processes().is_main_process:
@@ -170,8 +170,8 @@ def _whole_batches(options: HealingOptions, shape: Sequence[int]) -> int:
     """Batches in once through the data of shape (R, T); what does not fill one is left out."""
     if shape[0] < options.batch_rows:
         raise ConversionError(
-            f"the data fill {shape[0]} rows of {shape[1]} tokens, and a step takes {options.batch_rows}; give more "
-            "text, or take fewer rows a step (--batch-rows)"
+            f"the data leave {shape[0]} rows of {shape[1]} tokens to train on, and a step takes {options.batch_rows}; "
+            "give more text, take fewer rows per step (--batch-rows), or measure on other text (--held-out)"
         )
     return shape[0] // options.batch_rows
 

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from conversion.calibration_data import JSON_LINES, read_dataset, read_file
+from conversion.calibration_data import JSON_LINES, checked_ids, read_dataset, read_file
 from conversion.errors import ConversionError, file_errors
+
+
+HELD_OUT_ROWS = 32
+HELD_OUT_SHARE = 5  # in runs too short for so many, one row in five is held out
 
 
 class Rows(Dataset):
@@ -61,9 +65,20 @@ def map_rows(file: Path, num_rows: int, row_tokens: int) -> torch.Tensor:
     return flat.view(num_rows, row_tokens)
 
 
-def split_rows(rows: torch.Tensor, held_out_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first rows are held out, the same however many are read. ConversionError if that is more than half."""
-    if len(rows) < 2 * held_out_rows:
+def rows_to_read(train_rows: int | None, held_out_rows: int | None) -> int | None:
+    """How many rows give `train_rows` and those held out of them; None: all there are."""
+    if train_rows is None:
+        return None
+    return train_rows + (held_out_rows or _share(train_rows, HELD_OUT_SHARE - 1))
+
+
+def split_rows(rows: torch.Tensor, held_out_rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Holds out the first rows, by default one in HELD_OUT_SHARE, at most HELD_OUT_ROWS and at least one.
+
+    Raises ConversionError if none is left to train on.
+    """
+    held_out_rows = held_out_rows or _share(len(rows), HELD_OUT_SHARE)
+    if len(rows) <= held_out_rows:
         raise ConversionError(
             f"the data fill {len(rows)} rows of {rows.shape[1]} tokens, and {held_out_rows} are held out to measure "
             "on: give more text, a shorter --context, or other text to measure on (--held-out)"
@@ -71,34 +86,30 @@ def split_rows(rows: torch.Tensor, held_out_rows: int) -> tuple[torch.Tensor, to
     return rows[held_out_rows:], rows[:held_out_rows]
 
 
+def _share(num_rows: int, part: int) -> int:
+    return min(HELD_OUT_ROWS, max(1, num_rows // part))
+
+
 def _stream(paths: Sequence[Path], tokenizer: Any, vocab_size: int) -> Iterator[int]:
     for path in paths:
         is_text = path.is_file() and path.suffix.lower() not in JSON_LINES
         bos, eos = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
         around = [[] if token is None else [token] for token in (bos, eos)]
+        checked_ids([*around[0], *around[1]], f"{path}: bos and eos", vocab_size)
         documents = enumerate(read_dataset(path) if path.is_dir() else read_file(path), 1)
         if is_text:
             yield from around[0]
         for number, document in documents:
             if not isinstance(document, str):
-                yield from _checked(document, f"{path}: input_ids of document {number}", vocab_size)
+                yield from checked_ids(document, f"{path}: input_ids of document {number}", vocab_size)
                 continue
             if tokenizer is None:
                 raise ConversionError(
                     f"{path}: holds text, but the checkpoint has no tokenizer (tokenizer.json, or "
                     "tokenizer_config.json with its vocabulary); give JSON lines with input_ids"
                 )
-            ids = tokenizer.encode(document, add_special_tokens=False)
+            ids = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+            checked_ids(ids, f"{path}: the text", vocab_size)
             yield from ids if is_text else [*around[0], *ids, *around[1]]
         if is_text:
             yield from around[1]
-
-
-def _checked(ids: Sequence[int], where: str, vocab_size: int) -> Sequence[int]:
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ConversionError(
-                f"{where} holds {token!r}, expected whole numbers from 0 to {vocab_size - 1}; tokenise with the "
-                "checkpoint's tokenizer"
-            )
-    return ids

@@ -95,6 +95,8 @@ def healing_entry(
     tokens: int,
     seconds: float,
     table: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Path],
+    held_out_rows: int,
 ) -> dict[str, Any]:
     """One healing, for the list in conversion.json: names without paths, options, held-out numbers."""
     start, end = ({name: row[name] for name in MEASURED if row[name] is not None} for row in (table[0], table[-1]))
@@ -102,6 +104,7 @@ def healing_entry(
         "stage": str(options.stage),
         "teacher": teacher and teacher.name,
         "data": [path.name for path in data],
+        "held_out": {"text": [path.name for path in held_out] or "first rows of the data", "rows": held_out_rows},
         "steps": steps,
         "tokens": tokens,
         "seconds": round(seconds, 1),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import file_errors
-from conversion.healing.data import map_rows, pack_rows, split_rows
+from conversion.healing.data import HELD_OUT_ROWS, map_rows, pack_rows, rows_to_read, split_rows
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, Trained
 from conversion.healing.output import stored_specs
 from conversion.kept_work import folder_bytes, keep_note, read_state, state_to_go_on_from, write_state
@@ -121,7 +121,7 @@ def packed_rows(
     row_tokens: int,
     vocab_size: int,
     max_rows: int | None,
-    held_out_rows: int,
+    held_out_rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Rows (R, T) to train on, `max_rows` at most, and rows to measure on: of `held_out`, or else the first of the data.
@@ -131,10 +131,11 @@ def packed_rows(
     counts = folder / COUNTS
     files = {"train": folder / "rows", "held_out": folder / "held-out-rows"}
     if processes().is_main_process and not counts.exists():
-        wanted = None if max_rows is None else max_rows + (held_out_rows if not held_out else 0)
+        wanted = max_rows if held_out else rows_to_read(max_rows, held_out_rows)
         packed = {"train": len(pack_rows(data, tokenizer, row_tokens, vocab_size, wanted, files["train"]))}
         if held_out:
-            rows = pack_rows(held_out, tokenizer, row_tokens, vocab_size, held_out_rows, files["held_out"])
+            most = held_out_rows or HELD_OUT_ROWS
+            rows = pack_rows(held_out, tokenizer, row_tokens, vocab_size, most, files["held_out"])
             packed["held_out"] = len(rows)
         write_state(counts, packed)
     processes().wait_for_everyone()

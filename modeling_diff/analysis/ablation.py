@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .maps import AttentionLayer, attention_layers
+from .tokens import check_token_ids
 
 
 Means = Mapping[int, torch.Tensor]  # layer -> (H, D)
@@ -30,6 +31,7 @@ class AblationEffect:
 @torch.no_grad()
 def mean_head_outputs(model: nn.Module, input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """Each head's output, what o_proj reads of it, in the mean over texts (B, T): (H, D) a layer."""
+    check_token_ids(model, input_ids, "texts")
     means: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
         for layer in attention_layers(model):
@@ -86,6 +88,7 @@ def _replacing(layer: AttentionLayer, heads: list[int], means: torch.Tensor | No
 @torch.no_grad()
 def loss_nats(model: Any, input_ids: torch.Tensor) -> float:
     """Mean cross entropy of the next token over texts (B, T) without padding, one text at a time."""
+    check_token_ids(model, input_ids, "texts")
     losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.float() for row in input_ids]
     return torch.stack(losses).mean().item()
 

@@ -20,7 +20,7 @@ from torch import nn
 from .aggregate import MapKind, normalise, weights_of
 from .maps import LayerMaps, visit_maps
 from .needles import NeedlePrompt
-from .tokens import token_span
+from .tokens import check_token_ids, token_span
 
 
 SCORES = ("previous_token", "first_token", "entropy_nats", "induction", "retrieval")
@@ -184,6 +184,7 @@ def score_retrieval(model: Any, prompts: Sequence[RetrievalPrompt]) -> dict[Key,
 @torch.no_grad()
 def greedy(model: Any, input_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """The prompt (1, T) and `num_tokens` greedy ones after it, an end of text among them or not."""
+    check_token_ids(model, input_ids, "prompt")
     return model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),

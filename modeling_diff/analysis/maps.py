@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .tokens import token_fault
+
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")  # q_proj and k_proj, LLaMA's rotary embedding, one softmax
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -242,6 +244,8 @@ def _allowed(rows: torch.Tensor, num_keys: int, visible: torch.Tensor | None) ->
 def _check_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give (batch, tokens) with at least one token.")
+    if fault := token_fault(input_ids, config.vocab_size):
+        raise ValueError(f"input_ids: {fault}.")
     limit = config.max_position_embeddings
     if input_ids.shape[1] > limit:
         raise ValueError(

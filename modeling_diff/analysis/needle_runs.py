@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .needles import CITIES, NeedlePrompt, NeedleTask, Template, make_prompts, read_number, score
+from .tokens import check_token_ids
 
 
 # arXiv:2410.05258, table 2 and table 3: 3B parameters, 4K tokens; for scale beside one's own.
@@ -85,7 +86,10 @@ def generate_replies(model: Any, tokenizer: Any, texts: Sequence[str], max_new_t
     """Greedy continuations of one batch of texts."""
     rows = [tokenizer(text, verbose=False).input_ids for text in texts]
     check_context(model, max(map(len, rows)) + max_new_tokens, "needle prompts with their answers")
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    for row in rows:
+        check_token_ids(model, row, "needle prompts")
+    usable = range(model.config.vocab_size)  # a padding token added to the tokenizer alone has no embedding
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token in usable), 0)
     ids, mask = left_padded(rows, pad)
     output = model.generate(
         ids.to(model.device),

@@ -22,6 +22,7 @@ from modeling_diff.diff_transformers_compat import cache_argument
 
 from .needle_runs import check_context
 from .needles import CITIES
+from .tokens import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def label_log_probs(
     bare = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts for _ in labels]
     starts = [_common_length(pair) for pair in zip(bare, rows, strict=True)]
     check_context(model, max(map(len, rows)), "demonstrations and a question")
+    for row in rows:
+        check_token_ids(model, row, "demonstrations and a question")
     # The token before a label is read with the rest: it predicts the label's first.
     shared = min(_common_length(rows), *starts) - 1
     cache = DynamicCache(config=model.config)

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from .maps import LayerMaps, attention_layers, decoder_of, visit_maps
+from .tokens import check_token_ids
 
 
 # A magnitude's bin is the first 19 of its 31 bits in float32: eleven of the mantissa, so that a median is exact to
@@ -155,6 +156,7 @@ def quantised_scores(model: Any, bits: int, over: Literal["row", "head"] = "row"
 @torch.no_grad()
 def mean_loss(model: Any, rows: torch.Tensor, batch_size: int = 4) -> float:
     """Cross entropy in nats a token over `rows` (N, T) of token ids, in float32."""
+    check_token_ids(model, rows, "rows")
     total = 0.0
     for part in rows.to(model.device).split(batch_size):
         logits = model(input_ids=part).logits[:, :-1].float()

@@ -1,6 +1,6 @@
-"""A text as tokens: ids, how they are written, and which of them a stretch of it became."""
+"""A text as tokens: ids, whether a model knows them, how they are written, which of them a part of it became."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,29 @@ def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
     if not text.strip():
         raise ValueError("text is empty: there is nothing to attend to; give at least a word.")
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids
+
+
+def token_fault(ids: torch.Tensor | Iterable[Any], vocab_size: int) -> str | None:
+    """
+    What is wrong with token ids for an embedding of `vocab_size` rows, None if all are known.
+
+    Every command and measure asks here: PyTorch says no more than "index out of range", and on a GPU not even where.
+    """
+    if isinstance(ids, torch.Tensor):
+        ids = (int(extreme) for extreme in torch.aminmax(ids)) if ids.numel() else ()
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            return (
+                f"token {token!r}, expected whole numbers from 0 to {vocab_size - 1}, as vocab_size is "
+                f"{vocab_size}; use the tokenizer that belongs to the checkpoint, or leave out text with that token"
+            )
+    return None
+
+
+def check_token_ids(model: Any, ids: torch.Tensor | Iterable[Any], what: str) -> None:
+    """ValueError for ids that `model` has no embedding for; `what` they are begins the message."""
+    if fault := token_fault(ids, model.config.vocab_size):
+        raise ValueError(f"{what}: {fault}.")
 
 
 def token_labels(tokenizer: Any, input_ids: Sequence[int]) -> list[str]:

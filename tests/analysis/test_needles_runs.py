@@ -31,7 +31,7 @@ class Reader:
     """Stands for a model: reads the prompt's facts as text and answers with what `choose` makes of them."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(max_position_embeddings=512, name_or_path="reader")
+    config = SimpleNamespace(max_position_embeddings=512, vocab_size=2048, name_or_path="reader")
 
     def __init__(self, tokenizer, choose):
         self.tokenizer, self.choose, self.prompts = tokenizer, choose, []

@@ -15,7 +15,7 @@ class Letters:
 
     bos_token_id = 1
 
-    def encode(self, text, *, add_special_tokens):
+    def encode(self, text, *, add_special_tokens, verbose=False):
         assert not add_special_tokens
         return [ord(letter) % 96 for letter in text]
 
@@ -55,9 +55,9 @@ BAD = {
     "other.jsonl": (b'{"body": "abc"}', 'neither "text"'),
     "list.jsonl": (b"[1, 2]", 'neither "text"'),
     "half.jsonl": (b'\n{"text": "abc \\ud800 abc"}', r"line 2: text has '\\ud800' at 4"),
-    "large.jsonl": (b'{"input_ids": [5, 96]}', "holds 96"),
-    "words.jsonl": (b'{"input_ids": ["a"]}', "holds 'a'"),
-    "true.jsonl": (b'{"input_ids": [true]}', "holds True"),
+    "large.jsonl": (b'{"input_ids": [5, 96]}', "document 1: token 96, expected whole numbers from 0 to 95"),
+    "words.jsonl": (b'{"input_ids": ["a"]}', "token 'a'"),
+    "true.jsonl": (b'{"input_ids": [true]}', "token True"),
 }
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from healing_toys import CONTEXT, heal, make_toys, weights
+from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
 from random_llamas import SMALL, token_ids
 from saved_checkpoints import names, snapshot
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from conversion import ConversionError, FilesError, verify_checkpoint
 from conversion.healing import run as healing_run
 from conversion.healing.cache import fill_cache
-from conversion.healing.data import pack_rows
+from conversion.healing.data import pack_rows, rows_to_read, split_rows
 from conversion.healing.options import HealingOptions
 from conversion.healing.student import load_student
 from conversion.healing.teacher import load_teacher
@@ -236,7 +236,8 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     class Letters:
         bos_token_id, eos_token_id = 1, 2
 
-        def encode(self, text, add_special_tokens):
+        def encode(self, text, add_special_tokens, verbose):
+            assert not verbose, "a warning about the length would be about documents, which are cut into rows"
             return [ord(letter) for letter in text]
 
     lines = [{"text": "abc"}, {"input_ids": [7, 8]}, {"text": "defg"}]
@@ -248,6 +249,36 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
     assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
     assert pack_rows(paths, Letters(), 4, 128, 2, tmp_path / "two").tolist() == rows[:2].tolist()
+
+
+@pytest.mark.parametrize("train_rows", range(1, 200))
+def test_rows_held_out_scale_with_the_run_and_leave_it_all_it_asked_for(train_rows):
+    """Of any text that is long enough: a quarter as many as are trained on, one at least and 32 at most."""
+    wanted = rows_to_read(train_rows, None)
+    rows = torch.arange(wanted)[:, None]
+    train, held_out = split_rows(rows, None)
+    assert len(train) == train_rows
+    assert len(held_out) == max(1, min(32, train_rows // 4))
+    assert torch.cat((held_out, train)).equal(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_rows", "held_out_rows"),
+    [
+        ({"steps": 1}, 40, 1),
+        ({"steps": 3}, 40, 3),
+        ({"steps": 5, "batch_rows": 8}, 60, 10),
+        ({"steps": None}, 12, 2),  # once through the data: ten rows are left, two whole batches
+        ({"steps": 4}, 6, 1),
+        ({"steps": 2, "held_out_rows": 7}, 40, 7),
+        ({"steps": 2, "held_out_rows": 32}, 40, 32),
+    ],
+)
+def test_short_runs_heal_and_say_how_many_rows_they_measured_on(toys, tmp_path, options, num_rows, held_out_rows):
+    data = write_rows(tmp_path / "data.jsonl", num_rows)
+    report = heal(toys, tmp_path / "out", **({"held_out_rows": None} | options), arguments={"data": data})
+    expected = {"text": "first rows of the data", "rows": held_out_rows}
+    assert report.record["healing"][0]["held_out"] == expected
 
 
 def test_options_are_recorded_with_the_rate_that_was_used():

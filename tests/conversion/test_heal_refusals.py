@@ -35,7 +35,7 @@ def toys(tmp_path_factory):
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
         ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
-        ({"batch_rows": 50, "steps": None}, "fewer rows a step"),
+        ({"batch_rows": 50, "steps": None}, "fewer rows per step"),
         ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
         ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "lora with the stage local"),
         ({"norm_share": 1.5}, "a share from 0 to 1"),
@@ -170,14 +170,15 @@ def test_missing_input_is_refused(toys, tmp_path, arguments, message):
 def test_data_of_no_use_are_refused(toys, tmp_path):
     contents = {"empty": "", "text": "words", "short": json.dumps({"input_ids": [1, 2]}),
                 "strange": json.dumps({"input_ids": [96]}), "half": '{"text": "\\ud800"}'}  # fmt: skip
-    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens", "strange": "holds 96",
+    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens",
+                "strange": "document 1: token 96",
                 "half": r"half.jsonl: line 1: text has '\\ud800' at 0"}  # fmt: skip
     for name, content in contents.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
         with pytest.raises(ConversionError, match=messages[name]):
             heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
         assert not [left for left in names(tmp_path) if "out" in left]
-    with pytest.raises(ConversionError, match="7 rows of 16 tokens, and 4 are held out"):
+    with pytest.raises(ConversionError, match="leave 3 rows of 16 tokens to train on, and a step takes 4"):
         heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
 
 
