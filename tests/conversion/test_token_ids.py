@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the embedding has rows: every command says so in one line, where a text has one."""
+"""A tokenizer with more tokens than the embedding has rows: every command says so where a text has such a token."""
 
 import random
 
@@ -27,7 +27,7 @@ def save_tokenizer(folder, **special_tokens):
 
 def words(path, below, count=3000):
     """Text of words with numbers below `below`, and the largest of them."""
-    numbers = random.Random(0).choices(range(below), k=count) + [below - 1]
+    numbers = [*random.Random(0).choices(range(below), k=count), below - 1]
     path.write_text(" ".join(f"w{number}" for number in numbers))
     return path
 
