@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.errors import ConversionError, FilesError, file_errors
-from conversion.safetensors_header import parse_json
+from conversion.small_files import read_json
 
 
 KINDS = {"partial": "finished shards", "calibration": "finished layers", "healing": "checkpoints"}
@@ -103,10 +103,10 @@ def read_state(path: Path) -> dict[str, Any]:
     advice = "expected the state of a stopped run; discard its work (--no-resume)"
     if not path.exists():
         raise FilesError(f"{path}: missing, {advice}")
-    with file_errors(path):
-        data = path.read_bytes()
     try:
-        return parse_json(data, path)
+        return read_json(path)
+    except FilesError:
+        raise
     except ConversionError as error:
         raise FilesError(f"{path}: damaged, {advice}") from error
 
