@@ -4,7 +4,7 @@ import math
 from copy import deepcopy
 from typing import Any
 
-from .diff_transformers_compat import check_versions
+from .diff_transformers_compat import HAS_TENSOR_PARALLEL, check_versions
 
 
 check_versions()  # before what older releases lack is imported
@@ -264,8 +264,10 @@ class DiffLlamaConfig(LlamaConfig):
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}: LLaMA knows {', '.join(ROPE_TYPES)}.")
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str] | None:
         """LLaMA's plan; ranks hold different heads, so what a layer's heads share sums its gradient over ranks."""
+        if not HAS_TENSOR_PARALLEL:
+            return None
         plan = dict(LlamaConfig.base_model_tp_plan)
         if self.variant == "v2":
             return plan | {"layers.*.self_attn.lambda_proj": "colwise"}

@@ -3,7 +3,15 @@
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+from .diff_transformers_compat import HAS_TENSOR_PARALLEL
+
+
+if HAS_TENSOR_PARALLEL:
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+else:
+    ALL_PARALLEL_STYLES = None
+    TensorParallelLayer = object
 
 
 SHARED_BY_HEADS = "shared_by_heads"  # the name used in the configuration's plan
@@ -49,5 +57,5 @@ def check_tensor_parallel_size(config, tp_size: int) -> None:
 
 
 # What is there stays: another revision of this code may be loaded beside this one, and the name says what is done.
-if SHARED_BY_HEADS not in ALL_PARALLEL_STYLES:
+if HAS_TENSOR_PARALLEL and SHARED_BY_HEADS not in ALL_PARALLEL_STYLES:
     ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeadsParallel())  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -30,9 +29,10 @@ from .diff_transformers_compat import (
     CACHE_NAME,
     NEWEST_TESTED_TRANSFORMERS,
     TRANSFORMERS,
+    TRANSFORMERS_VERSION,
+    UnsupportedTransformersError,
     cache_argument,
     release,
-    unsupported,
 )
 
 
@@ -58,7 +58,7 @@ def skip_checks() -> bool:
     if not os.environ.get(SKIP_VARIABLE):
         return False
     warnings.warn(
-        f"{SKIP_VARIABLE} is set: DiffLlama is not checked against transformers {transformers.__version__}, and may "
+        f"{SKIP_VARIABLE} is set: DiffLlama is not checked against transformers {TRANSFORMERS_VERSION}, and may "
         "compute wrong tokens without an error.",
         stacklevel=2,
     )
@@ -76,7 +76,7 @@ def check_structure() -> None:
     Where transformers is installed without its source, the behavior is checked instead, at the first use.
 
     Raises:
-        ImportError: Something is passed that would be lost here, or something is missing.
+        UnsupportedTransformersError: Something is passed that would be lost here, or something is missing.
     """
     global _behavior_checked
     if skip_checks():
@@ -87,7 +87,7 @@ def check_structure() -> None:
         _behavior_checked = False
         return
     if difference is not None:
-        raise ImportError(unsupported(difference))
+        raise UnsupportedTransformersError(difference)
 
 
 def structural_difference() -> str | None:
@@ -132,7 +132,7 @@ def find_call(function: Callable, callee: str) -> ast.Call | None:
     return None
 
 
-def check_behavior_when_used(model: nn.Module, causal_lm_class: type) -> None:
+def check_behavior_when_used(model: nn.Module, causal_lm_class: Any) -> None:
     """
     Checks an untested transformers once per process: now, or before the model's first forward pass.
 
@@ -141,7 +141,7 @@ def check_behavior_when_used(model: nn.Module, causal_lm_class: type) -> None:
         causal_lm_class: DiffLlamaForCausalLM, of the code that builds it.
 
     Raises:
-        ImportError: A tiny model's logits or tokens differ from the definition.
+        UnsupportedTransformersError: A tiny model's logits or tokens differ from the definition.
     """
     if _behavior_checked:
         return
@@ -151,12 +151,12 @@ def check_behavior_when_used(model: nn.Module, causal_lm_class: type) -> None:
         check_behavior(causal_lm_class)
 
 
-def _check_before_forward(causal_lm_class: type, model: nn.Module, inputs: Any) -> None:
+def _check_before_forward(causal_lm_class: Any, model: nn.Module, inputs: Any) -> None:
     check_behavior(causal_lm_class)
 
 
 @torch.compiler.assume_constant_result  # not traced: what is compiled is the model alone
-def check_behavior(causal_lm_class: type) -> None:
+def check_behavior(causal_lm_class: Any) -> None:
     """
     Compares tiny models of both variants with the definition, once per process; tens of milliseconds.
 
@@ -164,7 +164,7 @@ def check_behavior(causal_lm_class: type) -> None:
         causal_lm_class: DiffLlamaForCausalLM.
 
     Raises:
-        ImportError: Their logits or tokens differ.
+        UnsupportedTransformersError: Their logits or tokens differ.
     """
     global _behavior_checked
     if _behavior_checked:
@@ -177,16 +177,16 @@ def check_behavior(causal_lm_class: type) -> None:
         difference = thread.submit(behavioral_difference, causal_lm_class).result()
     if difference is not None:
         _behavior_checked = False  # the next use is refused, too
-        raise ImportError(unsupported(difference))
+        raise UnsupportedTransformersError(difference)
     if TRANSFORMERS[:2] > release(NEWEST_TESTED_TRANSFORMERS)[:2]:
         warnings.warn(
             f"DiffLlama was tested with transformers up to {NEWEST_TESTED_TRANSFORMERS}, found "
-            f"{transformers.__version__}: a check on a tiny model just passed.",
+            f"{TRANSFORMERS_VERSION}: a check on a tiny model just passed.",
             stacklevel=2,
         )
 
 
-def behavioral_difference(causal_lm_class: type) -> str | None:
+def behavioral_difference(causal_lm_class: Any) -> str | None:
     """Returns what tiny models compute wrongly, in words, or None."""
     dtype = torch.get_default_dtype()
     try:
@@ -199,13 +199,13 @@ def behavioral_difference(causal_lm_class: type) -> str | None:
                     if (difference := model_difference(model)) is not None:
                         return f"{variant} with {implementation}: {difference}"
     except Exception as error:  # whatever an unknown release raises means that it is not supported
-        return f"{type(error).__name__}: {error}"
+        return getattr(error, "difference", f"{type(error).__name__}: {error}")
     finally:
         torch.set_default_dtype(dtype)
     return None
 
 
-def tiny_model(causal_lm_class: type, variant: str) -> nn.Module:
+def tiny_model(causal_lm_class: Any, variant: str) -> Any:
     """Builds two layers with random weights; in V1 the second one keeps LLaMA's attention."""
     config = causal_lm_class.config_class(
         variant=variant,
@@ -229,7 +229,7 @@ def tiny_model(causal_lm_class: type, variant: str) -> nn.Module:
     return model
 
 
-def model_difference(model: nn.Module) -> str | None:
+def model_difference(model: Any) -> str | None:
     """Compares prefill, two cached steps and generation with the definition, for one full and one padded sequence."""
     input_ids = torch.tensor([[5, 9, 2, 7, 7, 3, 11], [0, 0, 4, 8, 1, 6, 2]])
     visible = torch.ones_like(input_ids)
@@ -251,7 +251,7 @@ def model_difference(model: nn.Module) -> str | None:
     return None if torch.equal(generated, input_ids) else "generate gives other tokens"
 
 
-def logits_by_definition(model: nn.Module, input_ids: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def logits_by_definition(model: Any, input_ids: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """Computes the logits (B, T, vocabulary) in float64 from the weights and the papers' formulas alone."""
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 
-OLDEST_TRANSFORMERS = "5.16.1"  # axolotl 0.19 pins it; before 5.16 tensor parallelism has another interface
+OLDEST_TRANSFORMERS = "5.6.0"  # LLaMA-Factory 0.9.5 takes nothing newer
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"  # newer ones are checked at the first use (diff_transformers_check.py)
 OLDEST_TORCH = "2.11"
 
@@ -23,7 +23,8 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version).group().split("."))
 
 
-TRANSFORMERS = release(transformers.__version__)
+TRANSFORMERS_VERSION: str = transformers.__version__
+TRANSFORMERS = release(TRANSFORMERS_VERSION)
 
 
 def check_versions() -> None:
@@ -34,7 +35,7 @@ def check_versions() -> None:
         ImportError: One of them is older than the oldest supported release; names both versions and the way out.
     """
     for package, found, oldest in (
-        ("transformers", transformers.__version__, OLDEST_TRANSFORMERS),
+        ("transformers", TRANSFORMERS_VERSION, OLDEST_TRANSFORMERS),
         ("torch", torch.__version__, OLDEST_TORCH),
     ):
         if release(found) < release(oldest):
@@ -47,6 +48,11 @@ def check_versions() -> None:
 # transformers 5.24 renamed `past_key_values` to `cache` in every forward and output. The old name goes in 5.40 there;
 # here both stay as long as a release below 5.24 is supported.
 CACHE_NAME = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
+
+
+# 5.16 moved tensor parallelism to `transformers.distributed` and gave it another interface. Earlier releases load
+# models whole on every device.
+HAS_TENSOR_PARALLEL = TRANSFORMERS >= (5, 16)
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
@@ -74,8 +80,8 @@ def append_to_cache(
         key_states: New keys, (B, K, T, D).
         value_states: New values, (B, K, T, D).
         layer_idx: Index of the layer.
-        cache: What LLaMA's layer passed as `cache`. Before 5.24 only continuous batching does: its paged cache, which
-            the attention function writes and takes from `kwargs`.
+        cache: What LLaMA's layer passed as `cache`. Before 5.24 this is the paged cache of continuous batching, which
+            the attention function takes from `kwargs` and updates.
         past_key_values: What LLaMA's layer passed as `past_key_values`, before 5.24.
         kwargs: The other keyword arguments on their way to the attention function; a paged cache updates them.
 
@@ -83,20 +89,18 @@ def append_to_cache(
         Keys and values of the whole sequence so far, (B, K, S, D) each.
 
     Raises:
-        ImportError: The model should use a cache, and none arrived under a name known here.
+        UnsupportedTransformersError: The model should use a cache, and none arrived under a name known here.
     """
+    if TRANSFORMERS < (5, 24) and cache is not None and not isinstance(cache, transformers.Cache):
+        kwargs["cache"] = cache
+        return key_states, value_states
+    cache = past_key_values if cache is None else cache
+    if cache is None:
+        refuse_lost_cache(kwargs)
+        return key_states, value_states
     if TRANSFORMERS < (5, 24):
-        if past_key_values is not None:
-            return past_key_values.update(key_states, value_states, layer_idx)
-        if cache is not None:
-            kwargs["cache"] = cache
-            return key_states, value_states
-    else:
-        cache = past_key_values if cache is None else cache
-        if cache is not None:  # 5.24: `kwargs` lets paged caches be updated here, too
-            return cache.update(key_states, value_states, layer_idx, kwargs=kwargs)
-    refuse_lost_cache(kwargs)
-    return key_states, value_states
+        return cache.update(key_states, value_states, layer_idx)
+    return cache.update(key_states, value_states, layer_idx, kwargs=kwargs)  # paged caches, too, are updated here
 
 
 def refuse_lost_cache(kwargs: MutableMapping[str, Any]) -> None:
@@ -104,19 +108,27 @@ def refuse_lost_cache(kwargs: MutableMapping[str, Any]) -> None:
     Checks, where no cache arrived, that none was meant to: without it every new token would be computed from itself.
 
     Raises:
-        ImportError: `use_cache` is set, or a cache came under an unknown name.
+        UnsupportedTransformersError: `use_cache` is set, or a cache came under an unknown name.
     """
     lost = [name for name, value in kwargs.items() if isinstance(value, transformers.Cache)]
     if lost or kwargs.get("use_cache"):
         found = f"a cache came as {lost[0]!r}" if lost else "use_cache is set, and no cache came"
-        raise ImportError(unsupported(f"{found}, where {CACHE_NAME!r} is expected"))
+        raise UnsupportedTransformersError(f"{found}, where {CACHE_NAME!r} is expected")
 
 
-def unsupported(difference: str) -> str:
-    """Returns the message for a transformers that differs from all that this code was tested with."""
-    return (
-        f"transformers {transformers.__version__} calls DiffLlama's attention in a way that this code does not know "
-        f"({difference}), so tokens would be wrong. It is tested with transformers {OLDEST_TRANSFORMERS} to "
-        f"{NEWEST_TESTED_TRANSFORMERS}: install one of these, or a newer diff-llama (and run `diff-llama update-code "
-        "FOLDER` where a checkpoint carries its own code)."
-    )
+class UnsupportedTransformersError(ImportError):
+    """
+    The installed transformers differs from all that this code was tested with, in a way that changes tokens.
+
+    Args:
+        difference: What differs, in words.
+    """
+
+    def __init__(self, difference: str):
+        self.difference = difference
+        super().__init__(
+            f"transformers {TRANSFORMERS_VERSION} calls DiffLlama in a way that its code does not know "
+            f"({difference}), so tokens would be wrong. It is tested with transformers {OLDEST_TRANSFORMERS} to "
+            f"{NEWEST_TESTED_TRANSFORMERS}: install one of these, or a newer diff-llama (and run `diff-llama "
+            "update-code FOLDER` where a checkpoint carries its own code)."
+        )

@@ -309,8 +309,8 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
-        check_behavior_when_used(self, DiffLlamaForCausalLM)
         super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
+        check_behavior_when_used(self, DiffLlamaForCausalLM)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
