@@ -27,8 +27,9 @@ from conversion.display import (
 )
 from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
-from conversion.hub import push_checkpoint, read_verification
+from conversion.hub import push_checkpoint
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
+from conversion.record import read_report
 from conversion.signals import ignore_signals, stop_on_signals
 from conversion.terminal import NoteHandler
 from conversion.usage import PlainCommand, PlainGroup, parsed
@@ -281,7 +282,7 @@ def push(
     with one_line_errors(verbose), quiet_client():
         report = push_checkpoint(
             folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, format=format,
-            verification=None if verification is None else read_verification(verification),
+            verification=None if verification is None else read_report(verification),
         )  # fmt: skip
     show_push(report, as_json)
 

@@ -27,6 +27,8 @@ def read_metadata(card: Path) -> dict[str, str | list[str]]:
     A card is no part of a checkpoint: one that is missing or cannot be read has no metadata, and stops nothing.
     """
     try:
+        if not card.is_file():  # a pipe would be waited for
+            return {}
         with card.open("rb") as stream:
             block = BLOCK.match(stream.read(MAX_BLOCK_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff"))
         # Text only, where huggingface_hub.metadata_load takes `language: no` for false and `license: 010` for 8.

@@ -23,8 +23,8 @@ from conversion.healing.student import check_student
 from conversion.healing.teacher import find_teacher, weight_files
 from conversion.healing.work import least_bytes, opened, packed_rows, processes
 from conversion.kept_work import healing_folder
+from conversion.record import read_record
 from conversion.source import SourceFolder
-from conversion.verify import read_record
 from modeling_diff import DiffLlamaConfig
 
 
@@ -100,7 +100,7 @@ def heal_checkpoint(
             options, teacher=source, data=paths, steps=run.steps, tokens=run.steps * options.batch_rows * context,
             seconds=time.monotonic() - began, table=healed.table, held_out=measured, held_out_rows=len(held_out_rows),
         )  # fmt: skip
-        record = {**record, "promise": PROMISE, "healing": [*record.get("healing", []), entry]}
+        record = {**record, "promise": PROMISE, "healing": [*(record.get("healing") or []), entry]}
         if processes().is_main_process:
             written = healed_config(config, healed.config, options.dtype)
             tensors = stored_tensors(reader, healed.state, options.dtype)

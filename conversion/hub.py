@@ -19,10 +19,11 @@ from conversion.hub_address import parse_address
 from conversion.hub_errors import hub_errors
 from conversion.licences import licence_warnings, llama_terms, private_reason
 from conversion.model_card import GENERATED, CardFacts, render_card, source_metadata
-from conversion.small_files import read_json, read_small
+from conversion.record import read_record
+from conversion.small_files import read_small
 from conversion.stream import RECORD
 from conversion.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_secret
-from conversion.verify import VerificationReport, changed_files, read_record
+from conversion.verify import VerificationReport, changed_files
 
 
 UNTOUCHED = "nothing was changed there"
@@ -195,16 +196,6 @@ def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping
     if not verification.get("passed"):
         failed = [check["name"] for check in verification.get("checks", ()) if check["outcome"] == "failed"]
         raise ConversionError(f"the verification failed ({', '.join(failed)}); convert again before uploading")
-
-
-def read_verification(path: Path) -> dict[str, Any]:
-    """A report that `verify --json` printed. ConversionError for another file."""
-    if not path.is_file():
-        raise ConversionError(f"{path}: missing; make it with `diff-llama verify FOLDER --against SOURCE --json`")
-    report = read_json(path)
-    if not {"promise", "checks", "passed"} <= report.keys():
-        raise ConversionError(f"{path}: not a report of `diff-llama verify --json`; make it anew")
-    return dict(report)
 
 
 def _send(plan: UploadPlan, api: HfApi, revision: str, create_pr: bool) -> PushReport:

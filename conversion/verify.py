@@ -24,34 +24,17 @@ from conversion.behaviour import (
 )
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import missing_code
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import file_errors
 from conversion.export import read_our_config
 from conversion.lambdas import not_differential, read_lambdas
-from conversion.small_files import quote, read_json
+from conversion.record import read_record
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
-from conversion.stream import RECORD
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
 
 # float32, two ways of computing one thing; a wrong cache or a wrong conversion is off by 0.1 and more
 TOLERANCE = 1e-3
-# What verification, healing and cards take from conversion.json, and its type.
-RECORD_FIELDS: Mapping[str, Any] = {
-    "source.name": str,
-    "source.hub_id": str | None,
-    "source.revision": str | None,
-    "source.kind": str,
-    "source.sha256": dict,
-    "options.dtype": str | None,
-    "options.source_layout": str,
-    "promise.kind": str,
-    "promise.text": str,
-    "parameters.source": int,
-    "parameters.output": int,
-    "versions": dict,
-    "sha256": dict,
-}
 
 
 @dataclass(frozen=True)
@@ -97,24 +80,6 @@ def verify_checkpoint(
     if all(check.outcome != "failed" for check in checks):  # a broken checkpoint would only fail in less clear ways
         checks += _behaviour(folder, config, record, against, texts)
     return VerificationReport(folder.name, promise, checks)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """conversion.json of a converted checkpoint. ConversionError where it is not what `convert` and `heal` write."""
-    path = folder / RECORD
-    if not path.is_file():
-        raise ConversionError(
-            f"{path}: missing; only checkpoints made by `convert` or `heal` can be verified or healed"
-        )
-    record = read_json(path)
-    for name, kind in RECORD_FIELDS.items():
-        value: Any = record
-        for key in name.split("."):
-            value = value.get(key, ...) if isinstance(value, dict) else ...
-        if not isinstance(value, kind):
-            found = "missing" if value is ... else quote(value)
-            raise ConversionError(f"{path}: {name} is {found}; get the file as it was written, or convert again")
-    return record
 
 
 def _outcome(good: bool) -> Literal["passed", "failed"]:

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from random_llamas import random_llama, saved
 from saved_checkpoints import read_refusal
 
 from conversion import ConversionError, convert_checkpoint
+from conversion.card_metadata import read_metadata
 from conversion.companions import companion_files
 from conversion.describe import describe_checkpoint
 from conversion.errors import MemoryLimitError, memory_error
@@ -97,6 +99,15 @@ def test_pipe_in_place_of_a_file_is_refused_and_not_waited_for(source, name):
     (source / name).unlink(missing_ok=True)
     os.mkfifo(source / name)
     assert f"{name}: not a regular file" in refusal(lambda: convert(source))
+
+
+def test_pipe_in_place_of_a_card_is_no_card_and_not_waited_for(source):
+    os.mkfifo(source / "README.md")
+    found: list[object] = []
+    reader = threading.Thread(target=lambda: found.append(read_metadata(source / "README.md")), daemon=True)
+    reader.start()
+    reader.join(timeout=20)
+    assert found == [{}]
 
 
 def test_folder_in_place_of_the_config_is_named(source):

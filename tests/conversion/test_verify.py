@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
-from conversion.verify import read_record
+from conversion.record import read_record, read_report
 
 
 def outcomes(report):
@@ -228,7 +228,17 @@ def changed_record(folder, name, value):
         ("[]", "is a JSON list, expected an object"),
         ("{}", "source.name is missing"),
         ("{", "is not JSON"),
-        ({"promise": "parity"}, "promise.kind is missing"),
+        ({"promise": "parity"}, "promise is 'parity'"),
+        ({"promise": {"kind": "new", "text": ""}}, "promise.kind is 'new'"),
+        ({"promise": {"kind": [], "text": ""}}, r"promise.kind is \[\]"),
+        ({"calibration": 5}, "calibration is 5"),
+        ({"calibration": {"text": "a.txt", "tokens": "5", "stages": []}}, "calibration.tokens is '5'"),
+        ({"healing": 5}, "healing is 5"),
+        ({"healing": [5]}, r"healing\[0\] is 5"),
+        ({"healing": [{"end": {"loss": "low"}}]}, r"healing\[0\].end.loss is 'low'"),
+        ({"options.lambda_start": True}, "options.lambda_start is True"),
+        ({"versions.torch": 2}, "versions.torch is 2"),
+        ({"source.sha256": {"model.safetensors": 1}}, r"source.sha256.model.safetensors is 1"),
         ({"parameters.source": "many"}, "parameters.source is 'many'"),
         ({"sha256": ["model.safetensors"]}, r"sha256 is \['model.safetensors'\]"),
         ({"options.dtype": None}, "options.dtype is missing"),
@@ -245,6 +255,30 @@ def test_records_that_are_not_ours_are_refused_in_one_line(v1, tmp_path, text, m
     with pytest.raises(ConversionError, match=message) as caught:
         read(folder)
     assert str(caught.value).startswith(str(folder / "conversion.json")) and "\n" not in str(caught.value)
+
+
+CHECK = {"name": "converted", "outcome": "measured", "detail": "", "values": {"loss_nats": 1.5}}
+REPORT = {"promise": "parity", "passed": True, "checks": [CHECK]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checks": 5}, "checks is 5"),
+        ({"checks": [5]}, r"checks\[0\] is 5"),
+        ({"checks": [CHECK | {"values": {"loss_nats": "low"}}]}, r"checks\[0\].values.loss_nats is 'low'"),
+        ({"checks": [CHECK | {"name": 1}]}, r"checks\[0\].name is 1"),
+        ({"passed": 1}, "passed is 1"),
+    ],
+)
+def test_reports_that_verify_did_not_print_are_refused_in_one_line(tmp_path, change, message):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(REPORT))
+    assert read_report(path) == REPORT
+    path.write_text(json.dumps(REPORT | change))
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_report(path)
+    assert str(caught.value).startswith(str(path)) and "make it again" in str(caught.value)
 
 
 def test_kl_and_agreement_are_what_they_are_called():

@@ -15,7 +15,7 @@ from conversion.export import read_our_config
 from conversion.hub import plan_upload
 from conversion.licences import llama_terms
 from conversion.model_card import GENERATED, CardFacts, lambda_plot, render_card, source_metadata
-from conversion.verify import read_record
+from conversion.record import read_record
 from modeling_diff.training import lora_config
 
 
