@@ -4,6 +4,7 @@ from conversion.convert import ConversionReport, convert_checkpoint
 from conversion.errors import ConversionError, FilesError
 from conversion.export import export_checkpoint
 from conversion.hub import PushReport, push_checkpoint
+from conversion.update_code import UpdateReport, update_checkpoint_code
 from conversion.verify import VerificationReport, verify_checkpoint
 
 
@@ -12,9 +13,11 @@ __all__ = [
     "ConversionReport",
     "FilesError",
     "PushReport",
+    "UpdateReport",
     "VerificationReport",
     "convert_checkpoint",
     "export_checkpoint",
     "push_checkpoint",
+    "update_checkpoint_code",
     "verify_checkpoint",
 ]

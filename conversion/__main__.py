@@ -22,6 +22,7 @@ from conversion.display import (
     show_description,
     show_healing,
     show_push,
+    show_update,
     show_verification,
     step_progress,
 )
@@ -32,6 +33,7 @@ from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_l
 from conversion.record import read_report
 from conversion.signals import ignore_signals, stop_on_signals
 from conversion.terminal import NoteHandler
+from conversion.update_code import update_checkpoint_code
 from conversion.usage import PlainCommand, PlainGroup, parsed
 from conversion.verify import verify_checkpoint
 
@@ -39,7 +41,7 @@ from conversion.verify import verify_checkpoint
 app = typer.Typer(
     name="diff-llama",
     cls=PlainGroup,
-    help="Differential Transformers from LLaMA checkpoints: convert, heal, verify, export, inspect, push.",
+    help="Differential Transformers from LLaMA checkpoints: convert them, train, check, publish and keep them.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -285,6 +287,26 @@ def push(
             verification=None if verification is None else read_report(verification),
         )  # fmt: skip
     show_push(report, as_json)
+
+
+@app.command("update-code", cls=PlainCommand)
+def update_code(
+    target: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_REPO", help="Folder or Hub id of a diff_llama checkpoint.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that were edited or are newer, too.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch on the Hub. main by default.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request on the Hub in place of a commit.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put the model code of this diff-llama next to a checkpoint's weights, which are not touched."""
+    with one_line_errors(verbose), quiet_client():
+        report = update_checkpoint_code(target, dry_run=dry_run, force=force, revision=revision, create_pr=create_pr)
+    show_update(report, as_json)
 
 
 @app.command(cls=PlainCommand)

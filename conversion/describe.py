@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from conversion.bundle import read_code
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import read_object
 from conversion.export import read_our_config
@@ -44,6 +45,8 @@ def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[
     }
     if ours and (warning := not_differential(description["lambda"])):
         description["warning"] = warning
+    if ours:
+        description["code"] = read_code(path).described()
     if record := read_object(path / RECORD):
         description["conversion"] = {key: record.get(key) for key in ("source", "options", "promise", "versions")}
     return description

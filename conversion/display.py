@@ -35,6 +35,7 @@ from conversion.kept_work import described, kept_work
 from conversion.options import STAGES
 from conversion.signals import Stopped
 from conversion.terminal import STDOUT, err, out, results_shown, say
+from conversion.update_code import UpdateReport
 from conversion.upload_files import TOKEN
 from conversion.usage import command_line
 from conversion.verify import VerificationReport
@@ -222,6 +223,23 @@ def show_push(report: PushReport, as_json: bool) -> None:
         table.add_row(escape(name), f"{num_bytes:,}")
     table.add_row(f"{len(report.files)} files", f"{report.num_bytes:,}", style="bold")
     out.print(table)
+    if report.url:
+        say(report.url)
+    _show_notes(report.notes)
+
+
+@results_shown()
+def show_update(report: UpdateReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(report))
+        return
+    verb = "would update" if report.dry_run else "updated" if report.written or report.removed else "left"
+    say(f"{verb} {report.target}")
+    say(f"code before: {report.before}")
+    for name, num_bytes in report.written.items():
+        say(f"  {name} ({num_bytes:,} bytes)")
+    for name in report.removed:
+        say(f"  {name} (removed)")
     if report.url:
         say(report.url)
     _show_notes(report.notes)

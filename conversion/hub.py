@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,16 +206,12 @@ def _send(plan: UploadPlan, api: HfApi, revision: str, create_pr: bool) -> PushR
         if revision != MAIN and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.repo_info(repo_id, revision=revision).sha
-        present = _remote_files(api, repo_id, head)
-        additions = [CommitOperationAdd(name, content) for name, content in plan.contents.items()]
-        stale = [CommitOperationDelete(name) for name in present if is_replaced(name) and name not in plan.contents]
-    with hub_errors(repo_id, WHOLE):
-        commit = api.create_commit(
-            repo_id, [*additions, *stale], commit_message=f"Upload {len(additions)} files with diff-llama",
-            revision=revision, create_pr=create_pr, parent_commit=head,
-        )  # fmt: skip
-    with hub_errors(repo_id, "it is committed, but could not be compared with what was sent; run again to compare"):
-        _compare(api, repo_id, commit, additions, [operation.path_in_repo for operation in stale])
+        present = remote_files(api, repo_id, head)
+    stale = [name for name in present if is_replaced(name) and name not in plan.contents]
+    message = f"Upload {len(plan.contents)} files with diff-llama"
+    commit = commit_files(
+        api, repo_id, plan.contents, stale, message, revision=revision, create_pr=create_pr, parent_commit=head
+    )
     private = api.repo_info(repo_id).private
     shown = commit.pr_revision or revision
     return PushReport(repo_id, shown, private, plan.sizes, plan.notes, commit.oid, commit.pr_url or commit.commit_url)
@@ -242,16 +238,48 @@ def _ensure_repository(plan: UploadPlan, api: HfApi, create_pr: bool) -> UploadP
     return plan
 
 
-def _remote_files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
+def commit_files(
+    api: HfApi,
+    repo_id: str,
+    contents: Mapping[str, Path | bytes],
+    stale: Sequence[str],
+    message: str,
+    *,
+    revision: str,
+    create_pr: bool,
+    parent_commit: str | None,
+) -> CommitInfo:
+    """Adds and removes files in one commit, and compares what is there with what was sent.
+
+    Raises:
+        ConversionError: Whatever the Hub answers, among it that `parent_commit` is no longer the newest.
+    """
+    additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    with hub_errors(repo_id, WHOLE):
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, stale)],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent_commit,
+        )
+    with hub_errors(repo_id, "it is committed, but could not be compared with what was sent; run again to compare"):
+        _compare(api, repo_id, commit, additions, stale)
+    return commit
+
+
+def remote_files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
+    """Returns the files of a repository by name."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _compare(
-    api: HfApi, repo_id: str, commit: CommitInfo, additions: list[CommitOperationAdd], removed: list[str]
+    api: HfApi, repo_id: str, commit: CommitInfo, additions: list[CommitOperationAdd], removed: Sequence[str]
 ) -> None:
     """ConversionError unless every file is there with the size and checksum of what was sent."""
-    remote = _remote_files(api, repo_id, commit.pr_revision or commit.oid)
+    remote = remote_files(api, repo_id, commit.pr_revision or commit.oid)
     wrong = [
         operation.path_in_repo for operation in additions if not _same(remote.get(operation.path_in_repo), operation)
     ]

@@ -30,6 +30,7 @@ MAX_SIZE = 2**31 - 1
 MAX_FIELDS = 10_000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+INTERRUPTED_UPDATE = ".update-code"  # what `update-code` leaves in a folder if it is killed while config.json is away
 TASK_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
@@ -99,6 +100,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _without_config(folder: Path) -> str:
     """What a folder without config.json most likely is."""
+    if (folder / INTERRUPTED_UPDATE).exists():
+        return "an update of its code was interrupted, complete it (`diff-llama update-code FOLDER`)"
     if (folder / "adapter_config.json").exists():
         return "this is an adapter, merge it into its base model first (peft: merge_and_unload, save_pretrained)"
     if any(folder.glob("*.gguf")):

@@ -22,6 +22,7 @@ from conversion.behaviour import (
     observe,
     shuffled_pairs,
 )
+from conversion.bundle import read_code
 from conversion.checkpoint import CheckpointReader
 from conversion.companions import missing_code
 from conversion.errors import file_errors
@@ -77,7 +78,8 @@ def verify_checkpoint(
     record = read_record(folder)
     promise = record["promise"]["kind"]
     checks = list(_structure(folder, config, record))
-    if all(check.outcome != "failed" for check in checks):  # a broken checkpoint would only fail in less clear ways
+    # A broken checkpoint would only fail in less clear ways; its code is not what is run here.
+    if all(check.outcome != "failed" or check.name == "code" for check in checks):
         checks += _behaviour(folder, config, record, against, texts)
     return VerificationReport(folder.name, promise, checks)
 
@@ -100,7 +102,10 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
     changed = changed_files(folder, record)
     yield Check("checksums", _outcome(not changed), f"{changed[0]} has changed" if changed else "as recorded")
     missing = missing_code(folder)
-    yield Check("code", _outcome(not missing), f"{missing[0]} is missing" if missing else "beside the weights")
+    code = read_code(folder)
+    yield Check(
+        "code", _outcome(not missing and not code.wrong_here), f"{missing[0]} is missing" if missing else str(code)
+    )
     yield _parameter_count(config, record, sum(torch.Size(shape).numel() for shape in found.values()))
     if not wrong and (warning := not_differential(read_lambdas(config, reader))):
         yield Check("lambda", "measured", warning)
