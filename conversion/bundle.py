@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
+from transformers import __version__ as INSTALLED_TRANSFORMERS
 
 from conversion.companions import called_code, code_files, read_object
 from conversion.small_files import read_small
@@ -42,10 +42,10 @@ class CodeFault:
     @property
     def shows_here(self) -> bool:
         """Whether the installed transformers brings it out."""
-        return release(transformers.__version__) >= release(self.transformers)
+        return release(INSTALLED_TRANSFORMERS) >= release(self.transformers)
 
     def __str__(self) -> str:
-        here = f", and {transformers.__version__} is installed" if self.shows_here else ""
+        here = f", and {INSTALLED_TRANSFORMERS} is installed" if self.shows_here else ""
         return f"wrong under transformers >= {self.transformers}{here}: {self.what}"
 
 

@@ -27,6 +27,7 @@ from modeling_diff.configuration_diff_llama import AUTO_MAP
 
 CONFIG = "config.json"
 NEEDED_FROM_HUB = (CONFIG, RECORD, "adapter_config.json")  # and code
+LARGEST_BYTES = 1 << 24  # of any of them
 STAGED = INTERRUPTED_UPDATE  # complete, and to be moved in place; under another name while it is being filled
 JOURNAL = "journal.json"
 
@@ -96,7 +97,7 @@ def update_checkpoint_code(
     if address is not None:
         if revision is not None and address.revision not in (None, revision):
             raise ConversionError(
-                f"{target}: names revision {address.revision}, and {typed('revision', revision)} another; leave out one"
+                f"{target}: names another revision than {typed('revision', revision)}; leave out one"
             )
         branch = HubAddress(address.hub_id, address.revision or revision or MAIN)
         return _update_on_hub(branch, dry_run, force, create_pr, HfApi(token=token))
@@ -257,8 +258,12 @@ def _update_on_hub(branch: HubAddress, dry_run: bool, force: bool, create_pr: bo
         folder = Path(scratch)
         with hub_errors(repo_id, UNTOUCHED):
             head = api.repo_info(repo_id, revision=branch.revision).sha
-            for name in remote_files(api, repo_id, head):
+            for name, entry in remote_files(api, repo_id, head).items():
                 if name in NEEDED_FROM_HUB or (name.endswith(".py") and "/" not in name):
+                    if entry.size > LARGEST_BYTES:
+                        raise ConversionError(
+                            f"{repo_id}/{name}: {entry.size:,} bytes, which no file of this name has"
+                        )
                     api.hf_hub_download(repo_id, name, revision=head, local_dir=folder)
         try:
             update = plan_update(folder, force)
@@ -268,9 +273,15 @@ def _update_on_hub(branch: HubAddress, dry_run: bool, force: bool, create_pr: bo
     if dry_run or update.empty:
         return report
     commit = commit_files(
-        api, repo_id, update.contents, update.removed, "Update the model's code with diff-llama", revision=branch.revision or MAIN,
-        create_pr=create_pr, parent_commit=head,
-    )  # fmt: skip
+        api,
+        repo_id,
+        update.contents,
+        update.removed,
+        "Update the model's code with diff-llama",
+        revision=branch.revision or MAIN,
+        create_pr=create_pr,
+        parent_commit=head,
+    )
     return replace(report, commit=commit.oid, url=commit.pr_url or commit.commit_url)
 
 

@@ -8,6 +8,7 @@ Uploads to and downloads from a Hub, in a process of its own, with our package o
 import copy
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -81,6 +82,16 @@ def convert(source: str, output: str, **options) -> dict:
     except ConversionError as error:
         return {"refusal": str(error)}
     return {"files": sorted(path.name for path in Path(output).iterdir())}
+
+
+def update(target: str, **options) -> dict:
+    """By our own `update-code`; its refusal if it refuses."""
+    from conversion import ConversionError, update_checkpoint_code
+
+    try:
+        return asdict(update_checkpoint_code(target, **options))
+    except ConversionError as error:
+        return {"refusal": str(error)}
 
 
 def load(checkpoint: str, auto_class: str = "AutoModelForCausalLM", **options) -> dict:

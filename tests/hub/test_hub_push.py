@@ -306,7 +306,7 @@ def test_verification_that_failed_or_is_of_another_model_is_refused(converted):
 def test_arguments_that_cannot_be_are_refused(converted):
     assert "OWNER/NAME" in refusal(converted["v2"], repo="name")
     assert "goes to main" in refusal(converted["v2"], create_pr=True, revision="two")
-    assert "'diffllama'" in refusal(converted["v2"], format="gguf")
+    assert "native, diffllama" in refusal(converted["v2"], format="gguf")
 
 
 # peft 0.21 asks for it.
