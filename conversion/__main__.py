@@ -155,6 +155,13 @@ def convert(
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     seed: Annotated[int, typer.Option(help="v1: seed from which the lambda vectors are drawn.")] = 0,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a LoRA of the LLaMA, to carry over to OUTPUT/adapter. With --calibration it is merged "
+            "into the LLaMA first. Where SOURCE is converted already, OUTPUT is the adapter."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where SOURCE is a Hub id.")] = None,
     source_layout: Annotated[
         Literal["auto", "unilm"],
@@ -184,8 +191,8 @@ def convert(
         report = convert_checkpoint(
             source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
             calibration=calibration, uncalibrated=uncalibrated, calibration_tokens=calibration_tokens, stages=stages,
-            lambda_floor=lambda_floor, dtype=dtype, max_shard_size=max_shard_size, seed=seed, revision=revision,
-            source_layout=source_layout, backbone_only=backbone_only, allow_pickle=allow_pickle,
+            lambda_floor=lambda_floor, dtype=dtype, max_shard_size=max_shard_size, seed=seed, adapter=adapter,
+            revision=revision, source_layout=source_layout, backbone_only=backbone_only, allow_pickle=allow_pickle,
             allow_nonfinite=allow_nonfinite, dry_run=dry_run, overwrite=overwrite, resume=resume, progress=progress,
             before_calibration=ask_before_calibration(yes or as_json), calibration_progress=on_layer,
         )  # fmt: skip

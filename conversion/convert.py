@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from conversion.adapter import read_adapter
+from conversion.adapter_base import adapt_converted, check_nothing_else, is_converted
+from conversion.adapter_output import AdapterOutput
 from conversion.calibrate import CalibrationResult
 from conversion.calibrate import Progress as CalibrationProgress
 from conversion.calibrated import (
@@ -67,6 +70,7 @@ def convert_checkpoint(
     lambda_floor: float = LAMBDA_FLOOR,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
+    adapter: str | Path | None = None,
     source_layout: Literal["auto", "unilm"] = "auto",
     backbone_only: bool = False,
     allow_nonfinite: bool = False,
@@ -86,10 +90,24 @@ def convert_checkpoint(
     it is fitted layer by layer in `stages` of `calibrate.Stage` (all by default), or `uncalibrated`, for the plain
     copy; a source that is differential already needs neither. No stage takes lambda below `lambda_floor`.
     `before_calibration` is given what the calibration will take, and may raise.
+    `adapter` is a folder with a LoRA of the LLaMA. It is carried over exactly, to the folder `adapter` in the output;
+    where the layers are calibrated it is merged first. Where `source` is converted already, `output` is the adapter.
     `resume`: None continues the work of the same run, if one was stopped, and refuses to lose layers of another; True
     refuses shards of another as well, False discards all of it.
     Raises ConversionError for bad input, FilesError for the target.
     """
+    if adapter is not None and is_converted(source):
+        check_nothing_else(source, (variant, calibration, layers, lambda_init, pairings, dtype, uncalibrated or None))
+        adapted = adapt_converted(
+            Path(source),
+            Path(output),
+            adapter,
+            allow_pickle=allow_pickle,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        return ConversionReport(Path(output), *adapted)
     variant = None if variant is None else chosen("variant", variant, ("v1", "v2"))  # type: ignore[assignment]
     check_uncalibrated(variant, calibration is not None, uncalibrated)
     if variant is None or (variant == "v1" and calibration is None and not uncalibrated):
@@ -113,15 +131,22 @@ def convert_checkpoint(
     if options.variant == "v1":
         check_pairs(model.sizes.num_heads, model.sizes.num_kv_heads)
     check_target(Path(output), source=found.folder, overwrite=overwrite)
-    reader = CheckpointReader(found.folder, allow_pickle=allow_pickle)
-    plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes)
+    next_to_weights = adapter is not None and Path(adapter).resolve() == found.folder.resolve()
+    reader = CheckpointReader(found.folder, allow_pickle=allow_pickle, with_adapter=next_to_weights)
+    carried = None
+    if adapter is not None:
+        lora = read_adapter(adapter, model, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
+        carried = AdapterOutput(lora, merged=text is not None, base=str(output))
+    plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, adapter=carried)
     ready = prepare_calibration(found, model, plan.reader, options, text) if text else None
     if ready and dry_run:
         notes.append(ready.note)
     if not ready and options.variant == "v1" and model.kind == "llama":
         notes.append(f"uncalibrated: {UNCALIBRATED}")
     work_bytes = ready.estimate.disk_bytes if ready else 0
-    check_room(Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + work_bytes)
+    check_room(
+        Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + work_bytes + sum(map(len, plan.blobs.values()))
+    )
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
     if ready:
@@ -129,7 +154,9 @@ def convert_checkpoint(
     with calibration_work(Path(output)) if ready else nullcontext(Path()) as work_folder:
         if ready:
             fitted = run_calibration(ready, model, plan.reader, options, work_folder, resume, calibration_progress)
-            plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, (ready.text, fitted))
+            plan, notes = plan_conversion(
+                found, model, reader, options, max_shard_bytes, (ready.text, fitted), carried
+            )
         record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
 
@@ -141,6 +168,7 @@ def plan_conversion(
     options: ConversionOptions,
     max_shard_bytes: int,
     calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
+    adapter: AdapterOutput | None = None,
 ) -> tuple[Plan, list[str]]:
     """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
     check_against_weights(model.sizes, reader.tensors)
@@ -180,6 +208,9 @@ def plan_conversion(
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
         },
     }
+    if adapter is not None:
+        record["adapter"] = adapter.record
+        notes.append(adapter.note)
     texts = {"config.json": config.to_json_string(), "README.md": model_card(found, config, record)}
     check_loadable(texts["config.json"], rules)
     plan = Plan(
@@ -187,6 +218,7 @@ def plan_conversion(
         files | code_files(),
     )  # fmt: skip
     warning = not_differential(starting_lambdas(config, record)) if model.kind == "llama" else None
+    plan = plan if adapter is None else adapter.place(plan)
     return plan, notes + field_notes + ([warning] if warning else [])
 
 

@@ -222,6 +222,9 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
     lines = [f"- Promise: {markdown(record['promise']['text'])}."]
     if revision:
         lines.append(f"- Source revision: {code_span(revision)}.")
+    if adapter := record.get("adapter"):
+        done = "merged into the source first" if adapter["merged"] else "carried over, and not part of these weights"
+        lines.append(f"- Adapter {code_span(adapter['name'])}: {done}.")
     if record.get("pairing"):
         norm = record["options"].get("norm", "as in the source")
         lines.append(f"- Heads paired: {markdown(record['pairing'])}; norm: {markdown(norm)}.")

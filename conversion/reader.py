@@ -36,7 +36,7 @@ INDEX_SUFFIX = ".index.json"
 # one of them is needed and nowhere, whoever needs it says so.
 LOOSELY_LISTED = re.compile(r"(.*\.)?(rotary_emb\.\w+|masked_bias|causal_mask|lm_head\.weight)")
 NO_WEIGHTS = {
-    "adapter_model.*": "an adapter; merge it into its base model first",
+    "adapter_model.*": "an adapter; convert its base model, with this folder as --adapter",
     "*.gguf": "GGUF; convert from the original Hugging Face checkpoint",
     "consolidated.*": "Meta's own format; use the Hugging Face checkpoint of the same model",
     "model-*-of-*.safetensors": "shards without model.safetensors.index.json; download the index",
@@ -93,7 +93,7 @@ class CheckpointReader:
     def _open(self, file: str) -> Iterable[TensorInfo]:
         path = self._paths[file]
         if self.is_pickle:
-            self._pickles[file] = _load_pickle(path)
+            self._pickles[file] = load_pickle(path)
             return [
                 TensorInfo(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, file)
                 for name, tensor in self._pickles[file].items()
@@ -161,6 +161,10 @@ class CheckpointReader:
                 digests[file] = hashlib.file_digest(stream, "sha256").hexdigest()
                 self._check_unchanged(file, os.fstat(stream.fileno()))
         return digests
+
+    def content(self) -> dict[str, str]:
+        """What the tensors are read from: the digests of `sha256`, and of whatever else `read` makes them of."""
+        return self.sha256()
 
     def check_unchanged(self) -> None:
         """ConversionError if a file has changed since it was opened; a pickle is mapped, and read after `read`."""
@@ -268,7 +272,7 @@ def checked_path(folder: Path, file: str) -> Path:
     return path
 
 
-def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     with file_errors(path), path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ConversionError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")

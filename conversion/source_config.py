@@ -103,7 +103,7 @@ def _without_config(folder: Path) -> str:
     if (folder / INTERRUPTED_UPDATE).exists():
         return "an update of its code was interrupted, complete it (`diff-llama update-code FOLDER`)"
     if (folder / "adapter_config.json").exists():
-        return "this is an adapter, merge it into its base model first (peft: merge_and_unload, save_pretrained)"
+        return "this is an adapter, so convert its base model, with this folder as --adapter"
     if any(folder.glob("*.gguf")):
         return "GGUF files cannot be converted, use the original Hugging Face checkpoint"
     if any(folder.glob("consolidated.*")) or (folder / "params.json").exists():

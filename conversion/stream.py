@@ -24,7 +24,8 @@ WIDER = {torch.float16: "bfloat16", torch.bfloat16: "float32"}  # what holds lar
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run will write, settled before the first byte of data is read. `texts` and `files` are by name."""
+    """All that a run will write, settled before the first byte of data is read. `texts`, `files` and `blobs` are by
+    name."""
 
     reader: CheckpointReader
     rules: Sequence[Rule]
@@ -34,6 +35,7 @@ class Plan:
     record: Mapping[str, Any]
     texts: Mapping[str, str]
     files: Mapping[str, Path]
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
     specs: dict[str, TensorSpec] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ def write_plan(
             writer.write_shard(shard, tensors)
         for name, path in plan.files.items():
             writer.copy_file(path, name)
+        for name, data in plan.blobs.items():
+            writer.write_bytes(name, data)
         for name, text in plan.texts.items():
             writer.write_text(name, text)
         source_record = {**plan.record["source"], "sha256": digests()}

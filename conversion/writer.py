@@ -189,7 +189,12 @@ class CheckpointWriter:
         if name == CONFIG:
             self._config = text
         else:
-            self._write(name, text)
+            self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file; `name` may have folders. FilesError if it was written before."""
+        with self._new_file(name) as stream:
+            stream.write(data)
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Writes `record` as JSON with the SHA-256 of all that computes: weights, config.json and code. Returns it."""
@@ -223,8 +228,8 @@ class CheckpointWriter:
             for shard in self.shards:
                 os.rename(self._part(shard), self._tree / shard.file_name)
             if len(self.shards) > 1:
-                self._write(INDEX, self._index())
-            self._write(CONFIG, self._config)
+                self.write_bytes(INDEX, self._index().encode())
+            self.write_bytes(CONFIG, self._config.encode())
             for folder, _, _ in os.walk(self._tree):
                 sync_folder(Path(folder))
             swap_in(self._tree, self._real, self._aside, self.overwrite)
@@ -294,10 +299,6 @@ class CheckpointWriter:
             with path.open("xb") as stream:
                 yield stream
                 _sync(stream)
-
-    def _write(self, name: str, text: str) -> None:
-        with self._new_file(name) as stream:
-            stream.write(text.encode())
 
 
 def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:

@@ -130,7 +130,7 @@ def test_folder_that_is_no_checkpoint_says_what_it_is(tmp_path):
         "model-00001-of-00002.safetensors": "without model.safetensors.index.json",
         "consolidated.00.pth": "Meta's own format",
         "llama.Q4.gguf": "GGUF",
-        "adapter_model.safetensors": "merge it",
+        "adapter_model.safetensors": "as --adapter",
     }.items():
         (tmp_path / name).write_text("")
         assert advice in read_refusal(tmp_path)

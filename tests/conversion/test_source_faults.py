@@ -42,7 +42,7 @@ def test_missing_folder_and_file(tmp_path):
     ("files", "message"),
     [
         ({}, "config.json: missing"),
-        ({"adapter_config.json": {}}, "merge it into its base model"),
+        ({"adapter_config.json": {}}, "convert its base model, with this folder as --adapter"),
         ({"model.gguf": "GGUF"}, "GGUF"),
         ({"consolidated.00.pth": "", "params.json": {}}, "Meta's own format"),
         ({"config.json": "{"}, "config.json"),
