@@ -1,5 +1,6 @@
 """Checkpoints in, checkpoints out: LLaMA and DiffLlama to the Differential Transformer and back."""
 
+import modeling_diff  # noqa: F401  # first: it says in one line when transformers or torch is too old
 from conversion.convert import ConversionReport, convert_checkpoint
 from conversion.errors import ConversionError, FilesError
 from conversion.export import export_checkpoint

@@ -11,7 +11,7 @@ if HAS_TENSOR_PARALLEL:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 else:
     ALL_PARALLEL_STYLES = None
-    TensorParallelLayer = object
+    TensorParallelLayer = object  # type: ignore[misc, assignment]
 
 
 SHARED_BY_HEADS = "shared_by_heads"  # the name used in the configuration's plan

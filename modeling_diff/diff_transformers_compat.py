@@ -34,14 +34,15 @@ def check_versions() -> None:
     Raises:
         ImportError: One of them is older than the oldest supported release; names both versions and the way out.
     """
-    for package, found, oldest in (
-        ("transformers", TRANSFORMERS_VERSION, OLDEST_TRANSFORMERS),
-        ("torch", torch.__version__, OLDEST_TORCH),
+    major, minor = release(NEWEST_TESTED_TRANSFORMERS)[:2]
+    for package, found, oldest, wanted in (
+        ("transformers", TRANSFORMERS_VERSION, OLDEST_TRANSFORMERS, f">={OLDEST_TRANSFORMERS},<{major}.{minor + 1}"),
+        ("torch", torch.__version__, OLDEST_TORCH, f">={OLDEST_TORCH}"),
     ):
         if release(found) < release(oldest):
             raise ImportError(
                 f"DiffLlama needs {package} >= {oldest}, found {package} {found}: "
-                f'`pip install --upgrade "{package}>={oldest}"`, then start Python again.'
+                f'`pip install "{package}{wanted}"`, then start Python again.'
             )
 
 
