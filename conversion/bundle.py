@@ -146,7 +146,7 @@ def _age(
         return "none"
     if found == ours:
         return "same"
-    tested = _tested_transformers(folder)
+    tested = _stated_releases(folder / COMPAT_FILE).get("NEWEST_TESTED_TRANSFORMERS")
     if tested is None or release(tested) < release(NEWEST_TESTED_TRANSFORMERS):
         return "older"
     if release(tested) > release(NEWEST_TESTED_TRANSFORMERS):
@@ -155,12 +155,28 @@ def _age(
     return "older" if past else "different"
 
 
-def _tested_transformers(folder: Path) -> str | None:
-    """The newest transformers that a bundle says it was tested with; None for one from before it said so."""
-    path = folder / COMPAT_FILE
+def code_requirements(folder: Path | None = None) -> str:
+    """Returns a sentence on the releases that code needs: what a checkpoint carries, or the package's own."""
+    carried = folder is not None and any((folder / name).is_file() for name in code_files())
+    path = folder / COMPAT_FILE if folder is not None and carried else code_files()[COMPAT_FILE]
+    stated = _stated_releases(path)
+    if not stated:
+        return (
+            "Its code needs `transformers >= 5.17` and below 5.24, under which it computes wrong tokens "
+            "(`diff-llama update-code` cures that), and `torch >= 2.11`."
+        )
+    return (
+        f"Its code needs `transformers >= {stated['OLDEST_TRANSFORMERS']}` (newest tested: "
+        f"{stated['NEWEST_TESTED_TRANSFORMERS']}) and `torch >= {stated['OLDEST_TORCH']}`."
+    )
+
+
+def _stated_releases(path: Path) -> dict[str, str]:
+    """The releases that a compat file names, by constant; nothing for code from before there was one."""
     text = read_small(path).decode(errors="replace") if path.is_file() else ""
-    match = re.search(r'^NEWEST_TESTED_TRANSFORMERS = "(\d+(?:\.\d+)*)', text, re.MULTILINE)
-    return match[1] if match else None
+    names = ("OLDEST_TRANSFORMERS", "NEWEST_TESTED_TRANSFORMERS", "OLDEST_TORCH")
+    found = {name: re.search(rf'^{name} = "(\d+(?:\.\d+)*)', text, re.MULTILINE) for name in names}
+    return {name: match[1] for name, match in found.items() if match} if all(found.values()) else {}
 
 
 def _model_modules(folder: Path) -> list[str]:

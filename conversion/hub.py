@@ -11,6 +11,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from conversion.bundle import code_requirements, read_code
 from conversion.choices import chosen
 from conversion.describe import describe_checkpoint
 from conversion.errors import ConversionError, typed
@@ -130,6 +131,8 @@ def plan_upload(
         if card is not None:
             refuse_secret(CARD, card)
             contents[CARD] = card.encode()
+    if found.kind == "checkpoint" and (code := read_code(folder)).age != "same":
+        notes.append(f"code: {code}")
     notes += _adapter_notes(found)
     if CARD not in contents:
         notes.append("no README.md: the repository will have no model card")
@@ -173,7 +176,7 @@ def _card(
     metadata = source_metadata(folder)
     facts = CardFacts(
         metadata, read_our_config(folder), record, describe_checkpoint(folder)["lambda"],
-        llama_terms(metadata, folder), verification, repo_id,
+        llama_terms(metadata, folder), verification, repo_id, code_requirements(folder),
     )  # fmt: skip
     return render_card(facts), None
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from conversion.bundle import code_requirements
 from conversion.card_metadata import metadata_block, read_metadata
 from conversion.escaping import code_span, escape, markdown
 from conversion.hub_address import HUB_ID
@@ -37,7 +38,12 @@ HEALING_METRICS = {"loss": "loss_nats", "kl": "kl_nats", "greedy_agreement": "gr
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from. `lambdas` by layer, without the layers that are LLaMA's own."""
+    """What a card is written from.
+
+    Attributes:
+        lambdas: By layer, without the layers that are LLaMA's own.
+        needs: Sentence on the releases that the code next to the weights needs; the package's by default.
+    """
 
     metadata: Mapping[str, Any]
     config: DiffLlamaConfig
@@ -46,6 +52,7 @@ class CardFacts:
     terms: LlamaTerms | None = None
     verification: Mapping[str, Any] | None = None
     repo_id: str | None = None
+    needs: str = field(default_factory=code_requirements)
 
     @property
     def name(self) -> str:
@@ -80,7 +87,8 @@ def render_card(facts: CardFacts) -> str:
         *_measurements(facts),
         f"## Sizes\n\n{_sizes(record, config)}",
         f"## λ, layer by layer\n\n{lambda_plot(facts.lambdas, config.num_hidden_layers)}",
-        "## How to load\n\n" + LOAD.format(repo=json.dumps(escape(facts.repo_id or facts.name), ensure_ascii=False)),
+        "## How to load\n\n"
+        + LOAD.format(repo=json.dumps(escape(facts.repo_id or facts.name), ensure_ascii=False), needs=facts.needs),
         "## How to fine-tune\n\n" + FINE_TUNE.format(new_modules=NEW_MODULES[config.variant]),
         "## Limits\n\n" + LIMITS,
         *_licence(facts),

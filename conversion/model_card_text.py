@@ -23,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained({repo}, revision=revision, trust_remot
 model = AutoModelForCausalLM.from_pretrained({repo}, revision=revision, trust_remote_code=True)
 ```
 
-The model's code comes with the weights and is run: read it first, and pin the revision that you have read, with
+{needs} The code comes with the weights and is run: read it first, and pin the revision that you have read, with
 `code_revision` as well where code and weights are apart. With `diff-llama` installed, `import modeling_diff` before
 loading does it without `trust_remote_code`."""
 FINE_TUNE = """\

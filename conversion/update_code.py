@@ -12,21 +12,22 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from conversion.bundle import PACKAGE_WINS, CheckpointCode, package_code, read_code
+from conversion.bundle import PACKAGE_WINS, CheckpointCode, code_requirements, package_code, read_code
 from conversion.companions import read_object
 from conversion.errors import ConversionError, FilesError, file_errors, typed
 from conversion.hub import MAIN, UNTOUCHED, commit_files, remote_files
 from conversion.hub_address import HubAddress, parse_address
 from conversion.hub_errors import hub_errors
-from conversion.small_files import parse_json
+from conversion.small_files import parse_json, read_small
 from conversion.source_config import INTERRUPTED_UPDATE, read_config
 from conversion.stream import RECORD
 from conversion.target import locked, sync_folder
+from conversion.upload_files import CARD
 from modeling_diff.configuration_diff_llama import AUTO_MAP
 
 
 CONFIG = "config.json"
-NEEDED_FROM_HUB = (CONFIG, RECORD, "adapter_config.json")  # and code
+NEEDED_FROM_HUB = (CONFIG, RECORD, CARD, "adapter_config.json")  # and code
 LARGEST_BYTES = 1 << 24  # of any of them
 STAGED = INTERRUPTED_UPDATE  # complete, and to be moved in place; under another name while it is being filled
 JOURNAL = "journal.json"
@@ -37,7 +38,7 @@ class CodeUpdate:
     """All that will change.
 
     Attributes:
-        contents: New files by name: code, and config.json and conversion.json where they change.
+        contents: New files by name: code, and config.json, conversion.json and card where they change.
         removed: Files of the old code that today's code has no more.
         before: The code that was there.
     """
@@ -128,6 +129,11 @@ def plan_update(folder: Path, force: bool = False) -> CodeUpdate:
     new_record = _updated_record(record, contents, code, removed, _sha256(old_config))
     if new_record != record:
         contents[RECORD] = (json.dumps(new_record, indent=2, sort_keys=True) + "\n").encode()
+    card = folder / CARD
+    if card.is_file() and (old_card := read_small(card).decode(errors="surrogateescape")):
+        new_card = old_card.replace(code_requirements(folder), code_requirements())
+        if new_card != old_card:
+            contents[CARD] = new_card.encode(errors="surrogateescape")
     return CodeUpdate(contents, removed, before)
 
 

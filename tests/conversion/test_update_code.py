@@ -24,7 +24,9 @@ from conversion import (
 from conversion.__main__ import app
 from conversion.companions import code_files
 from conversion.describe import describe_checkpoint
+from conversion.hub import plan_upload
 from conversion.target import locked
+from modeling_diff.diff_transformers_compat import NEWEST_TESTED_TRANSFORMERS, OLDEST_TORCH, OLDEST_TRANSFORMERS
 
 
 sys.path.append(str(Path(__file__).parents[1] / "hub"))
@@ -228,6 +230,24 @@ def test_two_updates_at_once_are_one(old):
     with locked(old / ".update-code"), pytest.raises(FilesError, match="another run is writing"):
         update_checkpoint_code(old)
     assert contents(old) == before
+
+
+def test_card_names_the_releases_that_the_code_beside_it_needs(old, converted):
+    """A push of old code says which, and an update puts today's in its place."""
+    today = f"`transformers >= {OLDEST_TRANSFORMERS}` (newest tested: {NEWEST_TESTED_TRANSFORMERS})"
+    assert today in (converted / "README.md").read_text() and f"`torch >= {OLDEST_TORCH}`" in card_of(converted)
+    plan = plan_upload(old, "me/old")
+    card = plan.contents["README.md"].decode()
+    assert "below 5.24" in card and today not in card
+    assert any(note.startswith("code: older than diff-llama's") for note in plan.notes)
+    (old / "README.md").write_text(card)
+    update_checkpoint_code(old)
+    assert today in card_of(old) and "below 5.24" not in card_of(old)
+    assert not any(note.startswith("code:") for note in plan_upload(old, "me/old").notes)
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("installed", "wrong"), [("5.23.0", False), ("5.24.0", True), ("5.31.1", True)])
