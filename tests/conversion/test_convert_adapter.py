@@ -8,8 +8,10 @@ import torch
 from random_llamas import random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint
+from conversion.__main__ import app
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -274,3 +276,25 @@ def refuse(llama, adapter, folder, message):
         convert_checkpoint(llama, folder / "output", "v2", adapter=adapter)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (folder / "output").exists()
+
+
+@pytest.mark.parametrize("variant, options", [("v1", {"uncalibrated": True}), ("v2", {})])
+@pytest.mark.parametrize("name", ["a regular expression", "modules trained whole", "a projection trained whole"])
+def test_adapter_reaches_no_module_that_llama_has_not(llama, adapters, name, variant, options, tmp_path):
+    """`.*_proj` would match lambda_proj, `norm` sub_norm."""
+    convert_checkpoint(llama, tmp_path / "model", variant, adapter=adapters(name), **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "model" / "adapter")
+    reached = [name for name, _ in adapted.named_parameters() if "lora_" in name or "modules_to_save" in name]
+    assert reached and not [name for name in reached if "lambda" in name or "sub_norm" in name]
+
+
+def test_command_line_says_where_the_adapter_is(llama, adapters, tmp_path):
+    arguments = ["convert", llama, tmp_path / "v2", "--variant", "v2", "--adapter", adapters("DoRA")]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert f"carried over to {tmp_path}/v2/adapter" in result.output.replace("\n", "")
+    result = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "v2"), str(tmp_path / "lora"), "--adapter", str(llama)]
+    )
+    assert result.exit_code == 1 and "adapter_config.json: missing" in result.output.replace("\n", " ")
