@@ -74,8 +74,8 @@ class CheckpointReader:
         if not with_adapter and (self.folder / ADAPTER_CONFIG).is_file():
             raise ConversionError(
                 f"{folder}: {ADAPTER_CONFIG} next to whole weights: from_pretrained applies this adapter where PEFT "
-                "is installed; move its files to a folder of its own and pass that one (convert --adapter FOLDER), or "
-                f"remove {ADAPTER_CONFIG} to take the weights alone"
+                f"is installed; carry it over with `convert --adapter {folder}`, or remove {ADAPTER_CONFIG} to take "
+                "the weights alone"
             )
         self.is_pickle = single == PICKLE
         if self.is_pickle and not allow_pickle:

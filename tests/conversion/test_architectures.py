@@ -78,9 +78,10 @@ def test_adapter_next_to_weights_is_refused_and_its_ways_out_convert_the_weights
     source, plain = adapted
     for action in (lambda: convert_checkpoint(source, tmp_path / "v2", "v2"), lambda: describe_checkpoint(source)):
         with pytest.raises(
-            ConversionError, match=r"applies this adapter.*--adapter FOLDER.*remove adapter_config.json"
+            ConversionError, match=r"applies this adapter.*convert --adapter .*remove adapter_config.json"
         ):
             action()
+    assert convert_checkpoint(source, tmp_path / "both", "v2", adapter=source, dry_run=True)
     (source / "adapter_config.json").unlink()
     convert_checkpoint(source, tmp_path / "v2", "v2")
     assert torch.equal(logits(DiffLlamaForCausalLM, tmp_path / "v2"), plain)
