@@ -1,6 +1,9 @@
 """Checkpoints carry their code: from a folder and from the Hub's cache, in processes without our package."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,3 +124,25 @@ def test_package_loads_what_a_fresh_process_saved(reports, resaved, expected, ro
     model = getattr(modeling_diff, HEADS[case[1]]).from_pretrained(resaved(road, *case))
     assert type(model).__module__ == "modeling_diff.modeling_diff_llama"
     torch.testing.assert_close(head_output(model), expected[case]["output"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModelForCausalLM"])
+def test_code_next_to_the_weights_names_a_transformers_that_is_too_old(saved, tmp_path, auto_class):
+    """Before it imports anything that older releases lack, and without our package."""
+    checkpoint = saved["v1", "AutoModelForCausalLM"]
+    code = (
+        "import transformers; transformers.__version__ = '4.57.6'\n"
+        f"transformers.{auto_class}.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 1
+    assert "ImportError: DiffLlama needs transformers >= " in process.stderr.splitlines()[-1]
+    assert "found transformers 4.57.6" in process.stderr.splitlines()[-1]
