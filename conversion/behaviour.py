@@ -3,6 +3,7 @@
 B batch, T tokens, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modeling_diff.diff_transformers_compat import cache_argument
 
 
 MAX_TOKENS = 128
+MIN_TOKENS = 16
 NEW_TOKENS = 16
 # Prose, code, lists and recall: whatever a LLaMA was trained on, some of it is near.
 TEXTS = (
@@ -52,7 +54,8 @@ def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Seque
 
     Raises ConversionError for a tokenizer that does not fit, and where no text is two tokens long.
     """
-    length = min(MAX_TOKENS, max_positions - NEW_TOKENS)
+    # No fewer than a few, whatever the config says: LLaMA does not mind positions beyond its longest.
+    length = max(MIN_TOKENS, min(MAX_TOKENS, max_positions - NEW_TOKENS))
     tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
@@ -83,6 +86,27 @@ def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behaviour:
         )
         continuations.append(generated[0, ids.shape[1] :].tolist())
     return Behaviour(logits, continuations)
+
+
+@torch.no_grad()
+def observe_logits(model: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits (T, V) of every input, in the model's own dtype."""
+    return [model(ids).logits[0] for ids in inputs]
+
+
+def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """The largest difference, infinite where only one is finite, and the largest logit; both over all inputs.
+
+    Places where both are NaN or infinite alike, as a model overflows in float16, count as equal.
+    """
+    differences, scales = [0.0], [0.0]
+    for one, other in zip(expected, found, strict=True):
+        finite = one.isfinite() & other.isfinite()
+        same = torch.isclose(one, other, rtol=0, atol=0, equal_nan=True)
+        differences.append((one.double() - other.double())[finite].abs().max().item() if finite.any() else 0.0)
+        differences.append(0.0 if (finite | same).all() else float("inf"))
+        scales.append(one.double()[finite].abs().max().item() if finite.any() else 0.0)
+    return max(differences), max(scales)
 
 
 def loss_nats(behaviour: Behaviour, inputs: Sequence[torch.Tensor]) -> float:
@@ -132,6 +156,21 @@ def cache_difference(model: Any, ids: torch.Tensor) -> float:
         output = model(step.view(1, 1), use_cache=True, **cache_argument(cache))
         steps.append(output.logits[0, -1].float())
     return (whole - torch.stack(steps)).abs().max().item()
+
+
+def cacheable_length(config: Any) -> int:
+    """How many tokens LLaMA computes alike at once and one by one; fewer than 2 if there is no such length.
+
+    Rotary frequencies that change with the length leave the keys before the change in the cache as they were. A
+    bidirectional model (is_causal false) sees later tokens only if they are there.
+    """
+    if not getattr(config, "is_causal", True):
+        return 0
+    lengths = {
+        "dynamic": config.max_position_embeddings - 1,  # at that length, frequencies grown before are kept
+        "longrope": config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings),
+    }
+    return lengths.get(config.rope_parameters["rope_type"], sys.maxsize)
 
 
 @contextmanager

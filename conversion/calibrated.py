@@ -69,6 +69,11 @@ def prepare_calibration(
             "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
             "and where pairings are given"
         )
+    if not getattr(model.config, "is_causal", True):
+        raise ConversionError(
+            "config.json: is_causal is false, and calibration fits causal attention alone; leave it out "
+            "(--uncalibrated), or convert to v2, which is exact (--variant v2)"
+        )
     for layer in options.differential_layers(model.sizes.num_layers):
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)

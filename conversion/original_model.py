@@ -14,7 +14,7 @@ from conversion.checkpoint import CheckpointReader
 from conversion.config_fields import ATTENTION_FIELDS, KEPT_FIELDS
 from conversion.errors import ConversionError
 from conversion.small_files import quote
-from modeling_diff import DiffLlamaConfig
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
 # What building a config raises for values of the wrong type or that do not go together, and what a model adds to it.
@@ -73,6 +73,17 @@ def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = Non
         trust_remote_code=False,
         **options,
     )
+
+
+def load_converted(folder: Path, **options: Any) -> DiffLlamaForCausalLM:
+    """Loads a checkpoint of ours with the code of this package and without its generation settings.
+
+    Args:
+        folder: The checkpoint.
+        options: For `from_pretrained`; without any the model is the one that any user gets.
+    """
+    settings = GenerationConfig()
+    return DiffLlamaForCausalLM.from_pretrained(folder, generation_config=settings, trust_remote_code=False, **options)
 
 
 def default_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import PreTrainedConfig
 
 from conversion.behaviour import (
     Behaviour,
     cache_difference,
+    cacheable_length,
+    compare_logits,
     dead_parameters,
     encode_texts,
     generation_agreement,
@@ -20,6 +22,7 @@ from conversion.behaviour import (
     largest_difference,
     loss_nats,
     observe,
+    observe_logits,
     shuffled_pairs,
 )
 from conversion.bundle import read_code
@@ -28,6 +31,7 @@ from conversion.companions import missing_code
 from conversion.errors import file_errors
 from conversion.export import read_our_config
 from conversion.lambdas import not_differential, read_lambdas
+from conversion.original_model import load_converted, load_original
 from conversion.record import read_record
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
@@ -164,11 +168,15 @@ def _behaviour(
         pickles = not any(name.endswith(".safetensors") for name in record["source"]["sha256"])
         source = locate_source(against, allow_pickle=pickles, recorded=record["source"])
         yield _same_source(source.folder, record)
-        if read_source_model(source.folder, record["options"]["source_layout"]).kind == "unilm":
+        theirs = read_source_model(source.folder, record["options"]["source_layout"])
+        if theirs.kind == "unilm":
             yield Check("function", "skipped", "transformers has no model for the authors' own files")
         else:
-            original = observe(_load(AutoModelForCausalLM, source.folder, record), inputs)
-    model = _load(DiffLlamaForCausalLM, folder, record)
+            rounded = record["options"]["dtype"] or "float32"
+            original = observe(load_original(source.folder, theirs.config, dtype=rounded).float().eval(), inputs)
+            if not record.get("healing"):  # which chooses a dtype of its own
+                yield _default_load(folder, source.folder, theirs.config, record, inputs)
+    model = _load(folder, record)
     converted = observe(model, inputs)
     if record["promise"]["kind"] == "parity":
         with shuffled_pairs(model):
@@ -178,9 +186,7 @@ def _behaviour(
         yield from _same_function(record["promise"]["kind"], original, converted)
     else:
         yield Check("function", "skipped", "give the source (--against) to compare with")
-    difference = cache_difference(model, inputs[0])
-    detail = f"cached and uncached logits differ by {difference:.2g}"
-    yield Check("cache", _outcome(difference <= TOLERANCE), detail, {"largest_difference": difference})
+    yield _cache(model, inputs[0])
     dead = dead_parameters(model, inputs[0])
     detail = f"{dead[0]} has no gradient ({len(dead)} in all)" if dead else "every new tensor has a gradient"
     yield Check("liveness", _outcome(not dead), detail)
@@ -192,18 +198,44 @@ def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:
     return Check("source", _outcome(same), "as recorded" if same else "these are not the weights that were converted")
 
 
-def _load(model_class: Any, folder: Path, record: Mapping[str, Any]) -> Any:
+def _load(folder: Path, record: Mapping[str, Any]) -> Any:
     """In float32, after the rounding that the conversion was asked for.
 
     Both models on one attention path: sdpa, where a V2 conversion runs the very kernel that LLaMA runs, head by head.
     """
     rounded = record["options"]["dtype"] or "float32"
     # Loaded in the narrow dtype and widened: .to(dtype) of a whole model would round the rotary frequencies as well.
-    model = model_class.from_pretrained(
-        folder, dtype=rounded, attn_implementation="sdpa", trust_remote_code=False,
-        generation_config=GenerationConfig(),  # not the checkpoint's own, which may sample or ask for several answers
-    )  # fmt: skip
-    return model.float().eval()
+    return load_converted(folder, dtype=rounded, attn_implementation="sdpa").float().eval()
+
+
+def _default_load(
+    folder: Path, source: Path, config: PreTrainedConfig, record: Mapping[str, Any], inputs: Sequence[torch.Tensor]
+) -> Check:
+    """Both as any user loads them: in the dtype of their files, which for both has to be the same one."""
+    asked = record["options"]["dtype"]
+    expected = observe_logits(load_original(source, config, **({"dtype": asked} if asked else {})).eval(), inputs)
+    found = observe_logits(load_converted(folder).eval(), inputs)
+    names = [str(logits[0].dtype).removeprefix("torch.") for logits in (expected, found)]
+    if names[0] != names[1]:
+        detail = f"the source computes in {names[0]}, this checkpoint in {names[1]}; convert again"
+        return Check("default load", "failed", detail)
+    if record["promise"]["kind"] == "parity":
+        return Check("default load", "passed", f"in {names[0]}, as the source")
+    difference, scale = compare_logits(expected, found)
+    # Two attention kernels, in half precision two orders of rounding; another function is off by the scale itself.
+    tolerance = max(TOLERANCE, 16 * torch.finfo(expected[0].dtype).eps) * max(scale, 1)
+    detail = f"in {names[0]}, as the source; largest difference of logits {difference:.3g}"
+    return Check("default load", _outcome(difference <= tolerance), detail, {"largest_difference": difference})
+
+
+def _cache(model: DiffLlamaForCausalLM, ids: torch.Tensor) -> Check:
+    """On as many tokens as LLaMA itself computes alike with and without a cache."""
+    length = cacheable_length(model.config)
+    if length < 2:
+        return Check("cache", "skipped", "LLaMA itself computes other logits with a cache than without one")
+    difference = cache_difference(model, ids[:, :length])
+    detail = f"cached and uncached logits differ by {difference:.2g}"
+    return Check("cache", _outcome(difference <= TOLERANCE), detail, {"largest_difference": difference})
 
 
 def _same_function(promise: str, original: Behaviour, converted: Behaviour) -> Iterator[Check]:

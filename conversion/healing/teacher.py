@@ -17,6 +17,7 @@ from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, HealStage
 from conversion.healing.streams import LayerStreams, decoder_layers
 from conversion.healing.whole import check_whole
+from conversion.original_model import load_original
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import read_source_model
 from modeling_diff import DiffLlamaConfig
@@ -96,7 +97,7 @@ def find_teacher(
             )
     _check_tokenizers(source, found.folder, folder)
     CheckpointReader(found.folder, allow_pickle=allow_pickle)
-    check_whole(found.folder, LlamaForCausalLM)
+    check_whole(found.folder, LlamaForCausalLM, config)
     return found
 
 
@@ -120,5 +121,5 @@ def load_teacher(folder: Path, options: HealingOptions) -> LiveTeacher:
     """In memory, on the CPU still."""
     default = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     dtype = DTYPES[options.teacher_dtype] if options.teacher_dtype else default
-    model: nn.Module = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model: nn.Module = load_original(folder, read_source_model(folder).config, dtype=dtype)
     return LiveTeacher(model, options.stage == HealStage.LOCAL or bool(options.hidden_weight))

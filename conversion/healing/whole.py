@@ -3,16 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from conversion.errors import ConversionError
 
 
-def check_whole(folder: Path, model_class: Any) -> None:
+def check_whole(folder: Path, model_class: Any, config: PreTrainedConfig | None = None) -> None:
     """ConversionError unless transformers finds the model's tensors in `folder`, all of them and no others.
 
-    On the meta device: headers are read, and no weights.
+    On the meta device: headers are read, and no weights. `config` takes the place of the folder's own.
     """
     _, report = model_class.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+        folder,
+        config=config,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
     )
     faults = {
         "is missing": report["missing_keys"],
