@@ -31,8 +31,8 @@ from conversion.healing.options import HealingOptions, HealOptimizer, HealStage,
 from conversion.hub import push_checkpoint
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
 from conversion.record import read_report
-from conversion.signals import ignore_signals, stop_on_signals
-from conversion.terminal import NoteHandler
+from conversion.signals import Stopped, ignore_signals, stop_on_signals
+from conversion.terminal import NoteHandler, err, say
 from conversion.update_code import update_checkpoint_code
 from conversion.usage import PlainCommand, PlainGroup, parsed
 from conversion.verify import verify_checkpoint
@@ -441,6 +441,9 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     try:
         app()
+    except Stopped as stopped:  # before the command's work was begun, or after its end
+        say(f"{stopped}; nothing half done was left", "red", err)
+        sys.exit(stopped.exit_code)
     finally:
         ignore_signals()
 

@@ -49,10 +49,9 @@ COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "y
 def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Stopped) as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        said = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
-        say(f"{said}; {left_behind(target)}", "red", err)
+        say(f"{stopped}; {left_behind(target)}", "red", err)
         raise typer.Exit(stopped.exit_code) from error
     except Exception as raised:
         error = memory_error(raised, "this command") or raised

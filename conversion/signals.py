@@ -8,11 +8,14 @@ from types import FrameType
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that stops the run, by its number."""
+class Stopped(BaseException):
+    """A signal that stops the run, by its number; as text, how the command line says it.
+
+    No KeyboardInterrupt: libraries, that of the command line among them, turn those into exit codes of their own.
+    """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        super().__init__("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
     @property

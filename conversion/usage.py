@@ -9,7 +9,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from conversion.errors import ConversionError, typed_as
-from conversion.signals import Stopped
 from conversion.terminal import err, say
 
 
@@ -69,13 +68,6 @@ class PlainGroup(TyperGroup):
         """Remembers what was typed, for messages that name the command that continues."""
         command_line.set((ctx.info_name or "", *args))
         return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command; a signal outside of its work has that signal's exit code, too."""
-        try:
-            return super().invoke(ctx)
-        except Stopped as stopped:
-            raise typer.Exit(stopped.exit_code) from stopped
 
     def main(
         self,
