@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from output_files import add_overwrite, room_or_exit
 from timing import environment, keep_freed_memory, time_interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -244,12 +245,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--flex", action="store_true", help="compiled FlexAttention as well, tens of seconds a shape")
     parser.add_argument("--output", type=Path, help="folder for attention_<machine>_<dtype>.csv, .json and .png")
+    add_overwrite(parser)
     parser.add_argument("--smoke", action="store_true", help="one short length, two rounds")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.lengths, arguments.map_dims, arguments.rounds = [128], [64], 2
     if arguments.flex:
         torch._dynamo.config.recompile_limit = 100  # past which it would run uncompiled, with every score at once
+    if arguments.output is not None:
+        stem = file_stem(environment(arguments.device), arguments.dtype)
+        room_or_exit([arguments.output / f"{stem}.{suffix}" for suffix in ("json", "csv", "png")], arguments.overwrite)
     keep_freed_memory()
     dtype = getattr(torch, arguments.dtype)
     differences = check(dtype, arguments.device, arguments.flex)
@@ -280,10 +285,14 @@ def show(rows: list[dict]) -> None:
               f"{row['ratio_to_llama']:8.3f} {row['ratio_to_same_kernel']:14.3f}")  # fmt: skip
 
 
+def file_stem(machine: dict, dtype: str) -> str:
+    return f"attention_{machine['machine'].split()[0].lower()}_{dtype}"
+
+
 def write(rows: list[dict], record: dict, output: Path) -> None:
     """The rows as JSON with the record, as CSV and as a plot."""
     output.mkdir(parents=True, exist_ok=True)
-    stem = f"attention_{record['environment']['machine'].split()[0].lower()}_{record['dtype']}"
+    stem = file_stem(record["environment"], record["dtype"])
     (output / f"{stem}.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     with open(output / f"{stem}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

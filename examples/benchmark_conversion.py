@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from output_files import add_overwrite, room_or_exit
 from safetensors.torch import save_file
 from timing import environment
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -136,8 +137,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/conversion"), help="needs twice --gigabytes of disk")
     parser.add_argument("--output", type=Path, help="folder for conversion.json")
+    add_overwrite(parser)
     parser.add_argument("--smoke", action="store_true", help="0.05 GB, one round")
     arguments = parser.parse_args()
+    if arguments.output is not None:
+        room_or_exit([arguments.output / "conversion.json"], arguments.overwrite)
     if arguments.smoke:
         arguments.gigabytes, arguments.rounds = 0.05, 1
     source = arguments.folder / "source"

@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from output_files import add_overwrite, room_or_exit
 from timing import environment, keep_freed_memory, time_interleaved
 from transformers import DiffLlamaConfig as StockDiffLlamaConfig
 from transformers import DiffLlamaForCausalLM as StockDiffLlama
@@ -218,6 +219,7 @@ def main() -> None:
     instead.add_argument("--compile", action="store_true", help="compiled decode instead, half a minute a model")
     instead.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
     parser.add_argument("--output", type=Path, help="folder for model_<kind>_<dtype>_<length>.csv and .json")
+    add_overwrite(parser)
     parser.add_argument("--smoke", action="store_true", help="a small model, in seconds")
     parser.add_argument("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -228,10 +230,13 @@ def main() -> None:
         print(peak_training_bytes(arguments.peak_of, shape, arguments.dtype, arguments.length, arguments.device))
         return
 
+    kind = "memory" if arguments.memory else "compiled" if arguments.compile else "time"
+    if arguments.output is not None:
+        stem = file_stem(kind, arguments.dtype, arguments.length)
+        room_or_exit([arguments.output / f"{stem}.{suffix}" for suffix in ("json", "csv")], arguments.overwrite)
     worst = check(SMOKE_SHAPE, arguments.device)
     if not worst <= 1e-4:  # float32; sums in another order differ by 1e-6 to 1e-5 of the largest value
         sys.exit(f"A path differs from its definition by {worst:.1e}: no speed is reported.")
-    kind = "memory" if arguments.memory else "compiled" if arguments.compile else "time"
     record = {"environment": environment(arguments.device), "kind": kind}
     record |= {"dtype": arguments.dtype, "length": arguments.length}
     record["largest_relative_difference"] = worst
@@ -247,6 +252,10 @@ def main() -> None:
     report(rows, record, arguments.output)
 
 
+def file_stem(kind: str, dtype: str, length: int) -> str:
+    return f"model_{kind}_{dtype}_{length}"
+
+
 def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None) -> None:
     """Prints the table with ratios to LLaMA and, given a folder, writes it as CSV and the record as JSON."""
     print(json.dumps({key: value for key, value in record.items() if key != "seconds"}))
@@ -259,7 +268,7 @@ def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None)
         print("  ".join(f"{cell:>16}" if i == 0 else f"{cell:>15}" for i, cell in enumerate(line)))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        stem = f"model_{record['kind']}_{record['dtype']}_{record['length']}"
+        stem = file_stem(record["kind"], record["dtype"], record["length"])
         (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         with open(output / f"{stem}.csv", "w", newline="") as file:
             csv.writer(file).writerows([header, *lines])

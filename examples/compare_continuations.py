@@ -4,7 +4,7 @@ The text is what the small LLaMA was trained on, Python sources with recall, und
 learning rate, once at a third of it for its doubled queries. At the root, about a quarter of an hour on one thread:
 
     python examples/compare_continuations.py --output out/continuations
-    python examples/compare_continuations.py --smoke --output out/continuations-smoke
+    python examples/compare_continuations.py --smoke
 
 Writes continuations.json and continuations.png. Size legend: B rows, T tokens a row (the context).
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import continue_pretraining
 import torch
+from output_files import add_output, settle_output
 from pretraining_measures import measure, recall_sets
 from timing import environment
 from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
@@ -151,7 +152,7 @@ def compare(arguments):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    add_output(parser, "compare_continuations", "folder for continuations.json and .png")
     parser.add_argument("--steps", type=int, default=256, help="of 4,096 tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--recall-share", type=float, default=0.375, help="share of recall rows in a batch")
@@ -163,6 +164,10 @@ def main(argv=None):
         arguments.steps, arguments.recall_rows = 2, 1
     words = itertools.chain(["python examples/compare_continuations.py"], sys.argv[1:] if argv is None else argv)
     arguments.command = " ".join(words)
+    try:
+        settle_output(arguments, ("continuations.json", "continuations.png", "v2", "checkpoints"))
+    except ValueError as error:
+        sys.exit(f"compare_continuations: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_warning()
     compare(arguments)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from output_files import add_overwrite, room_or_exit
 from tiny_llama_text import Recall
 from train_tiny_llama import recall_accuracy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -175,9 +176,11 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the table as JSON, too")
+    add_overwrite(parser)
     parser.add_argument("--smoke", action="store_true", help="a toy of a model, few tokens, few steps")
     args = parser.parse_args(argv)
     if args.output:
+        room_or_exit([args.output], args.overwrite)
         args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as toy:
         folder = args.model

@@ -7,7 +7,7 @@ held at its floor, annealed to the paper's schedule, at a rate at which it can g
 is the loss of the healed model with lambda set to 0, its norm still at work.
 
     python examples/compare_healing.py --output examples/results/healing      # an hour on one thread
-    python examples/compare_healing.py --smoke --output out/healing-smoke
+    python examples/compare_healing.py --smoke
 
 `agreement_share` is greedy agreement with LLaMA over LLaMA's agreement with itself when the first half of the prompt
 is another text. Finished runs are read from --work. R rows, T tokens a row, V vocabulary.
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from blended_attention import Blend
 from compare_conversions import EMBEDDED, RECALL_ROWS, held_out_rows, measure, recall_rows
+from output_files import add_output, settle_output
 from timing import environment
 from tiny_llama_text import Recall, prepare_text, training_rows
 from train_tiny_llama import SIZES, recall_accuracy
@@ -197,7 +198,7 @@ def plot(rows, llama_loss, path):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for healing.json and healing.png")
+    add_output(parser, "compare_healing", "folder for healing.json and healing.png")
     parser.add_argument("--work", type=Path, help="converted and healed checkpoints (OUTPUT/work)")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="LLaMA with calibration.txt and heldout.txt")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
@@ -215,7 +216,6 @@ def parse_args(argv):
     args.learning_rates = RATES | {
         start: float(rate) for start, rate in (given.rsplit("=", 1) for given in args.rates)
     }
-    args.work = args.work or args.output / "work"
     args.recall_rows, args.text = RECALL_ROWS, SIZES["tiny"].text
     if args.smoke:
         args.starts, args.seeds, args.tokens, args.lambda_tokens = ["copy", "blend"], [], 8192, 4096
@@ -225,6 +225,11 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        settle_output(args, ("healing.json", "healing.png"))
+    except ValueError as error:
+        sys.exit(f"compare_healing: {error}")
+    args.work = args.work or args.output / "work"
     torch.manual_seed(0)
     comparison = Comparison(args)
     llama = comparison.look(comparison.llama)

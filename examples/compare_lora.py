@@ -2,7 +2,7 @@
 What LoRA learns on DIFF V2, on calibrated V1 and on the LLaMA that both came from: equal data, steps and parameters.
 
     python examples/compare_lora.py --v1 out/v1 --output examples/results/lora    # under ten minutes on one thread
-    python examples/compare_lora.py --smoke --output out/compare_lora             # seconds; shows that it runs
+    python examples/compare_lora.py --smoke                                       # seconds; shows that it runs
 
 Two tasks: (i) instructions made here, to reverse, sort or upper-case three keys, scored by exact match on lists never
 seen; (ii) Python modules, LoRA on the first half of heldout.txt, loss on the second. `--v1` is a converted V1 (as by
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from finetuning_data import tokenize
+from output_files import add_output, settle_output
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -203,7 +204,7 @@ def show(rows: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--v1", help="a converted V1 of examples/assets/tiny-llama")
-    parser.add_argument("--output", type=Path, default=Path("out/compare_lora"))
+    add_output(parser, "compare_lora", "folder for lora.json and lora.png")
     parser.add_argument("--rank", type=int, default=16, help="LLaMA's; the others' are matched to it")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=300, help="on instructions")
@@ -219,6 +220,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.smoke:
         arguments.steps = arguments.module_steps = arguments.test_windows = 2
         arguments.examples, arguments.test_examples, arguments.batch_size, arguments.length = 16, 8, 4, 32
+    try:
+        settle_output(arguments, ("lora.json", "lora.png"), [arguments.v1])
+    except ValueError as error:
+        sys.exit(f"compare_lora: {error}")
     with tempfile.TemporaryDirectory() as folder:
         folders = {"LLaMA": str(ASSETS), "DIFF V2": f"{folder}/v2", "DIFF V1": arguments.v1 or f"{folder}/v1"}
         convert_checkpoint(ASSETS, Path(folder) / "v2", "v2")

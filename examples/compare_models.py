@@ -5,7 +5,7 @@ measured alike on every model; the tokenizer and the text are the first model's.
 
     python examples/compare_models.py examples/assets/tiny-llama out/v1 out/v2 --report out/report.html
     python examples/compare_models.py LLAMA DIFF --report report.html --text book.txt --samples 50 --device cuda
-    python examples/compare_models.py --smoke --report out/smoke.html      # this repository's model, converted
+    python examples/compare_models.py --smoke      # this repository's model, converted
 
 A model of this repository's size takes about a minute on one thread. Beside the report lie its numbers as JSON; with
 `--work`, finished cells of the needle grid are kept, and the same command goes on from them.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from loading import load_tokenizer
+from output_files import add_overwrite, room_or_exit
 from timing import environment
 from transformers import AutoModelForCausalLM
 
@@ -88,7 +89,13 @@ def compare(folders, args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*", help="folders: a LLaMA, then differential models")
-    parser.add_argument("--report", type=Path, required=True, help="HTML file to write; its numbers go beside it")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=Path("out/compare_models.html"),
+        help="HTML file to write, with its numbers next to it as JSON (default: %(default)s)",
+    )
+    add_overwrite(parser)
     parser.add_argument("--labels", nargs="+", help="what to call the models (default: their folders' names)")
     parser.add_argument("--text", type=Path, help="what needles lie in (default: heldout.txt of the first model)")
     parser.add_argument(
@@ -117,6 +124,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    room_or_exit([args.report, args.report.with_suffix(".json")], args.overwrite or not args.models)
     with tempfile.TemporaryDirectory() as converted:
         folders = args.models
         if not folders:

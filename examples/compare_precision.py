@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from loading import load_tokenizer
+from output_files import add_overwrite, make_room
 from rich.console import Console
 from rich.table import Table
 from timing import environment
@@ -104,9 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="UTF-8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
+    add_overwrite(parser)
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
     try:
+        if arguments.output:
+            make_room([arguments.output], arguments.overwrite)
         rows = compare(arguments)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"compare_precision: {error}")

@@ -6,7 +6,7 @@ Trains a checkpoint on: a converted one, or a LLaMA, on the same tokens in the s
     python examples/continue_pretraining.py --model out/v2 --dataset HuggingFaceFW/fineweb-edu --output out/v2-fineweb
     accelerate launch --config_file examples/configs/fsdp2.yaml --num_processes 8 \\
         examples/continue_pretraining.py --model out/v2 --train 'corpus/*.jsonl' --output out/v2-continued --bf16
-    python examples/continue_pretraining.py --smoke --output out/smoke    # converts the small LLaMA first; seconds
+    python examples/continue_pretraining.py --smoke    # converts the small LLaMA first; seconds
 
 Text files, each a document, JSON lines and `datasets` are streamed and packed into full rows; positions restart at
 every document, and documents do not see each other. Nothing is padded. Warm-up and cosine; weights stay float32, with
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from loading import load_tokenizer
+from output_files import add_output, settle_output
 from pretraining_data import PackedRows, dataset_documents, text_files
 from transformers import (
     AutoModelForCausalLM,
@@ -143,6 +144,16 @@ def save(trainer: DiffTrainer, arguments: argparse.Namespace) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def make_output(arguments: argparse.Namespace) -> None:
+    """Makes room for the results; on many devices by the first process alone, before the others go on."""
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            results = () if arguments.resume else ("config.json", "*.safetensors*", "checkpoint-*", "continued.json")
+            settle_output(arguments, results, [arguments.model])
+        else:
+            settle_output(arguments, (), [arguments.model])
+
+
 def last_checkpoint(arguments: argparse.Namespace) -> str | None:
     """The one to go on from; raises `ValueError` where --resume and --output do not fit."""
     last = get_last_checkpoint(arguments.output) if arguments.output.is_dir() else None
@@ -202,7 +213,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval", nargs="+", help="patterns, for an evaluation loss")
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--eval-steps", type=int, default=100)
-    parser.add_argument("--output", type=Path, required=True)
+    add_output(parser, "continue_pretraining", "folder for the model, checkpoints and continued.json")
     parser.add_argument("--context", type=int, help="tokens a row (default: what the model can, 4096 at most)")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps in all, also with --resume")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a device and forward pass")
@@ -240,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.smoke:
             smoke(arguments, Path(folder))
         try:
+            make_output(arguments)
             result = continue_pretraining(arguments)
         except (OSError, ValueError) as error:
             sys.exit(f"continue_pretraining: {error}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from loading import load_tokenizer
+from output_files import add_overwrite, make_room
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--output", type=Path, help="write the results as JSON, too")
+    add_overwrite(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="the small LLaMA on a few documents")
     arguments = parser.parse_args(argv)
@@ -145,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if arguments.output:
+                make_room([arguments.output], arguments.overwrite)
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
             tasks = arguments.tasks or local_tasks(Path(folder), arguments)
             tokenizers = {name: load_tokenizer(name) for name in arguments.model}

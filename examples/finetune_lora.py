@@ -3,7 +3,7 @@ LoRA on a converted checkpoint, from data to a merged model, with every step of 
 
     python examples/finetune_lora.py --model out/v2 --data chat.jsonl --output out/tuned --bf16
     python examples/finetune_lora.py --model out/v2 --data src/*.txt --output out/tuned --packing --load-in-4bit
-    python examples/finetune_lora.py --smoke --output out/smoke      # converts the small LLaMA first; seconds on a CPU
+    python examples/finetune_lora.py --smoke      # converts the small LLaMA first; seconds on a CPU
 
 Data are JSON lines with `messages` (the tokenizer's chat template; loss on all of it), `prompt` and `completion` (loss
 on the completion) or `text`, or plain text files, which are cut into windows of `--max-length`. A DIFF checkpoint
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from finetuning_data import Example, read_records, tokenize
 from loading import load_tokenizer
+from output_files import add_output, settle_output
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import (
@@ -246,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id of a converted checkpoint, or of a LLaMA")
     parser.add_argument("--data", type=Path, nargs="+", help="JSON lines or text files")
     parser.add_argument("--eval-data", type=Path, nargs="+", help="the same, for an evaluation loss")
-    parser.add_argument("--output", type=Path, required=True)
+    add_output(parser, "finetune_lora", "folder for checkpoints, adapter, merged model and result.json")
     parser.add_argument("--trainer", choices=["auto", "trl", "transformers"], default="auto")
     parser.add_argument("--max-length", type=int, help="tokens of an example; the model's max_position_embeddings")
     parser.add_argument("--packing", action="store_true", help="several examples in a row, without padding")
@@ -315,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.smoke:
             smoke(arguments, Path(folder))
         try:
+            results = () if arguments.resume else ("checkpoints", "adapter", "merged", "result.json")
+            settle_output(arguments, results, [arguments.model, *arguments.data])
             arguments.output.mkdir(parents=True, exist_ok=True)
             result = finetune(arguments, console)
         except (OSError, ValueError) as error:

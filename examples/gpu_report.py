@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from compare_lora import adapter
+from output_files import add_output, settle_output
 from peft import get_peft_model
 from timing import environment, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -179,7 +180,7 @@ def against_limits(output: Path, since: float = 0.0) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("out/gpu_report"))
+    add_output(parser, "gpu_report", "folder for every part's results and report.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
@@ -188,6 +189,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cpu" and not arguments.smoke:
         sys.exit("There is no CUDA GPU here; --smoke tries the script on a CPU.")
+    if not arguments.fine_tune_only:
+        try:
+            settle_output(arguments, ("*.json", "*.csv", "*.png", "*.log"))
+        except ValueError as error:
+            sys.exit(f"gpu_report: {error}")
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     arguments.models = [("llama", None), ("v1", None), ("v2", None)]
@@ -214,7 +220,9 @@ def main() -> None:
 
 def part_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     """What python runs for each part."""
-    out = ["--output", str(arguments.output), "--device", arguments.device] + ["--smoke"] * arguments.smoke
+    out = ["--output", str(arguments.output), "--overwrite", "--device", arguments.device] + [
+        "--smoke"
+    ] * arguments.smoke
     dtype = ["--dtype", "float32" if arguments.smoke else "bfloat16"]
     model = [str(EXAMPLES / "benchmark_model.py"), *dtype, *out, "--length", "4096"]
     attention = [str(EXAMPLES / "benchmark_attention.py"), *dtype, *out, "--rounds", "5"]

@@ -7,7 +7,7 @@ kept and read, so a stopped command goes on. At the root; nine runs on one threa
 
     OMP_NUM_THREADS=1 python examples/pretrain_from_scratch.py --output out/scratch --compile on
     python examples/pretrain_from_scratch.py --output out/scratch-large --size large --compile on
-    python examples/pretrain_from_scratch.py --output out/scratch-smoke --smoke
+    python examples/pretrain_from_scratch.py --smoke
 
 A limit: one learning rate for all three, tuned for none.
 
@@ -220,7 +220,10 @@ def plot(records, path):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, or to go on in")
+    default = Path("out/pretrain_from_scratch")
+    parser.add_argument(
+        "--output", type=Path, default=default, help="folder to write or go on in (default: %(default)s)"
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", choices=["tiny", "small", "large"], default="tiny")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from output_files import add_output, settle_output
 from tiny_llama_text import is_held_out, read_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,11 +80,12 @@ def write_chats(output: Path, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint and the conversations")
+    add_output(parser, "smollm2", "folder for the checkpoint and the conversations")
     parser.add_argument("--gguf", type=Path, help=f"file of a LLaMA; that of {PACKAGE} by default")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations' order")
     arguments = parser.parse_args(argv)
     try:
+        settle_output(arguments, ("*",), [arguments.gguf])
         gguf = arguments.gguf or bundled(".gguf")
         write_checkpoint(gguf, arguments.output)
         if arguments.gguf is None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from loading import load_tokenizer
+from output_files import add_output, settle_output
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -133,13 +134,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ablate", type=int, default=0, help="how many heads to take out")
     parser.add_argument("--rows", type=int, default=12, help="rows of the printed table")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("out/heads"), help="folder")
+    add_output(parser, "heads", "folder for scores and plots")
     parser.add_argument("--smoke", action="store_true", help="two short prompts")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         arguments.prompts, arguments.length, arguments.ablate = 2, 96, min(arguments.ablate, 1)
     logging.disable_progress_bar()
     try:
+        results = ("scores.json", "scores.png", "ablation.json")
+        settle_output(arguments, results, [arguments.checkpoint, arguments.converted])
         show_heads(arguments, Console(width=120))
     except (OSError, ValueError) as error:
         sys.exit(f"score_heads: {error}")

@@ -12,7 +12,7 @@ A sister with as many KV heads as query heads, a larger model on a GPU, and a ch
 
     python examples/train_tiny_llama.py --output tiny-llama-mha --kv-heads 8
     python examples/train_tiny_llama.py --output large-llama --size large --compile on
-    python examples/train_tiny_llama.py --output out/smoke --smoke
+    python examples/train_tiny_llama.py --smoke
 
 Size legend: B rows a batch, T tokens a row (the context), N tokens of a stream.
 """
@@ -259,7 +259,8 @@ def write_output(folder, model, tokenizer, texts, record):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    default = Path("out/train_tiny_llama")
+    parser.add_argument("--output", type=Path, default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--size", choices=["tiny", "large"], default="tiny")
     parser.add_argument("--smoke", action="store_true", help="a toy of a model in seconds, instead of --size")
     parser.add_argument("--kv-heads", type=int, help="as many as query heads is MHA (default: the size's, GQA)")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from loading import load_tokenizer
+from output_files import add_output, settle_output
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--heads", type=int, nargs="+", help="the same ones of every layer, all by default")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="how many a page shows, the last ones")
-    parser.add_argument("--output", type=Path, default=Path("out/attention"), help="folder")
+    add_output(parser, "attention", "folder for the page and the figures")
     parser.add_argument("--smoke", action="store_true", help="a short text and two layers")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [Path(checkpoint).name for checkpoint in arguments.checkpoints]
     names = names if len(set(names)) == len(names) else [f"{i + 1} {name}" for i, name in enumerate(names)]
     try:
+        settle_output(arguments, ("attention.html", "*.png", "*.svg", "*.pdf"), arguments.checkpoints)
         show(arguments, names, choices)
     except (OSError, ValueError) as error:
         sys.exit(f"view_attention: {error}")
