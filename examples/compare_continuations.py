@@ -121,7 +121,7 @@ def plot(rows, path):
     for row in rows:
         points = [(point["step"], point["eval_loss"]) for point in row["curve"] if "eval_loss" in point]
         axis.plot(*zip(*points, strict=True), label=row["model"])
-    axis.set(xlabel="step", title=f"held-out loss (nats a token, {EVAL_ROWS} windows)")
+    axis.set(xlabel="step", ylabel="held-out loss (nats/token)", title=f"{EVAL_ROWS} windows of held-out text")
     axis.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -46,6 +46,7 @@ STARTS = {
 }
 # The nearer the start, the smaller the steps: the calibrated start loses by 2e-4; it is hardly back 200K tokens later.
 RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4}
+NEAR_NATS = 0.25  # of the LLaMA: starts that are drawn enlarged
 LAMBDA_MODES = ("free", "floor", "paper")
 LAMBDA_STUDY = {"learning_rate": 1e-3, "lambda_learning_rate": 1e-3, "batch_rows": 4, "evaluations": 2}
 
@@ -177,23 +178,32 @@ def print_row(row):
 
 
 def plot(rows, llama_loss, path):
-    """Held-out loss against tokens of healing, a line a start."""
+    """Held-out loss against tokens of healing, a line per start: all of them, and those near the LLaMA enlarged."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for row in rows:
-        points = [(point["tokens"] / 1e6, point["loss"]) for point in row["curve"]]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['start']} ({row['stage']})")
-    axes.axhline(llama_loss, color="grey", linestyle=":", label="LLaMA as it was")
-    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    curves = {f"{row['start']} ({row['stage']})": [point["loss"] for point in row["curve"]] for row in rows}
+    near = [loss for losses in curves.values() for loss in losses if max(losses) - llama_loss < NEAR_NATS]
+    enlarged = 0 < len(near) < sum(map(len, curves.values()))
+    figure, panels = pyplot.subplots(1, 1 + enlarged, figsize=(9, 4.2), layout="constrained", squeeze=False)
+    for axes in panels[0]:
+        for row, (label, losses) in zip(rows, curves.items(), strict=True):
+            tokens = [point["tokens"] / 1e6 for point in row["curve"]]
+            axes.plot(tokens, losses, marker="o", markersize=3, label=label)
+        axes.axhline(llama_loss, color="grey", linestyle=":", label="the LLaMA itself")
+        axes.set(xlabel="million tokens of healing", ylabel="held-out loss (nats/token)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    if enlarged:
+        lowest, highest = min(*near, llama_loss), max(*near, llama_loss)
+        margin = 0.08 * (highest - lowest) or 0.01
+        panels[0, 1].set_ylim(lowest - margin, highest + margin)
+        panels[0, 0].set_title("all starts", loc="left")
+        panels[0, 1].set_title("near the LLaMA, enlarged", loc="left")
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def parse_args(argv):

@@ -206,13 +206,14 @@ def plot(records, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    titles = {"heldout": "held-out loss (nats a token)", "needle_accuracy": "one needle recalled (16 rows)"}
+    titles = {"heldout": "held-out loss (nats/token)", "needle_accuracy": "one needle recalled (16 rows)"}
     for axis, (what, title) in zip(axes, titles.items(), strict=True):
         for record in records:
             steps, values = zip(*((point["step"], point[what]) for point in record["curve"]), strict=True)
             label = MODELS[record["model"]] if record["seed"] == min(run["seed"] for run in records) else None
             axis.plot(steps, values, color=f"C{list(MODELS).index(record['model'])}", label=label, lw=1)
-        axis.set(xlabel="step", title=title)
+        axis.set(xlabel="step", ylabel=title)
+    axes[1].set_ylim(-0.03, 1.03)
     axes[0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

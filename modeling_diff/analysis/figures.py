@@ -60,6 +60,8 @@ def draw_map(
     )
     axes.set_facecolor(MASKED)
     axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("key (attended to)", fontsize=9)
+    axes.set_ylabel("query", fontsize=9)
     axes.tick_params(length=0, labelsize=7)
     if labels is not None and num_keys <= LABELLED_TOKENS:
         words = [plain_label(label) for label in labels]
@@ -98,7 +100,7 @@ def map_figure(
     figure = Figure(figsize=(5.6 * len(weights), 5.6), layout="constrained")
     for axes, (name, one) in zip(_row(figure, len(weights)), weights.items(), strict=True):
         image = draw_map(axes, one, labels, kind, name, top)
-        figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, extend="both" if kind == "difference" else "max")
+    _add_scale(figure, image, kind)
     return figure
 
 
@@ -107,52 +109,86 @@ def heads_figure(maps: LayerMaps, kind: MapKind = "difference", columns: int = 4
     weights = weights_of(maps, kind)[text]
     shown = kind if maps.second is not None else "positive"
     rows = -(-len(weights) // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.75 * rows), layout="constrained")
+    top = max(map(full_colour, weights))  # one scale, so that heads compare
+    figure = Figure(figsize=(2.4 * columns + 0.8, 2.6 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, head, one in zip(grid, maps.heads.tolist(), weights, strict=False):
-        draw_map(axes, one, kind=shown, title=f"layer {maps.layer} head {head}")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        image = draw_map(axes, one, kind=shown, title=f"layer {maps.layer} head {head}", top=top)
+        axes.set(xlabel="", ylabel="", xticks=[], yticks=[])
     for axes in grid[len(weights) :]:
         axes.set_visible(False)
+    figure.supxlabel("key (attended to)", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    _add_scale(figure, image, shown)
     return figure
 
 
 def pair_figure(maps: LayerMaps, head: int, labels: Sequence[str] | None = None, text: int = 0) -> Figure:
-    """A1, A2 and A1 - lambda A2 of one head, side by side. ValueError for a layer that subtracts nothing."""
+    """Draws A1, A2 and A1 - lambda A2 of one head on one scale. ValueError for a layer that subtracts nothing."""
     chosen = maps.heads.tolist()
     if head not in chosen:
         raise ValueError(f"head={head}: the maps hold heads {chosen}.")
+    shown = {kind: weights_of(maps, kind)[text, chosen.index(head)] for kind in MAP_KINDS}
+    top = max(map(full_colour, shown.values()))
     figure = Figure(figsize=(15, 5.2), layout="constrained")
-    for axes, kind in zip(_row(figure, 3), MAP_KINDS, strict=True):
-        weights = weights_of(maps, kind)[text, chosen.index(head)]
-        image = draw_map(axes, weights, labels, kind, f"layer {maps.layer} head {head}: {KIND_LABELS[kind]}")
-        figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, extend="both" if kind == "difference" else "max")
+    for axes, (kind, weights) in zip(_row(figure, 3), shown.items(), strict=True):
+        title = f"layer {maps.layer} head {head}: {KIND_LABELS[kind]}"
+        image = draw_map(axes, weights, labels, "difference", title, top)
+    _add_scale(figure, image, "difference")
     return figure
 
 
+def _add_scale(figure: Figure, image: Any, kind: MapKind) -> None:
+    """One color bar for all maps of the figure, which share its scale."""
+    extend = "both" if kind == "difference" else "max"
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.7, pad=0.01, extend=extend)
+    bar.set_label("attention weight", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
 def score_figure(scores: Mapping[str, torch.Tensor], title: str = "") -> Figure:
-    """Heat maps of scores over layers (down) and heads (across), (L, H) each; NaN where a layer has no such head."""
+    """Draws scores over layers (down) and heads (across), (L, H) each; NaN where a layer has no such head.
+
+    Shares, from 0 to 1, have one scale and one color bar; one in another unit, as `entropy_nats`, has its own.
+    """
     if not scores:
         raise ValueError("scores is empty: give at least one score.")
+    scores = dict(sorted(scores.items(), key=lambda item: _is_share(item[1])))  # shares together, next to their bar
+    shares = [values for values in scores.values() if _is_share(values)]
     num_layers, num_heads = next(iter(scores.values())).shape
-    size = (max(2.6, 0.36 * num_heads + 1.2) * len(scores), max(2.2, 0.36 * num_layers + 1.1))
+    size = (max(1.7, 0.2 * num_heads + 0.6) * len(scores) + 1.2, max(2.6, 0.16 * num_layers + 1.2))
     figure = Figure(figsize=size, layout="constrained")
+    shared = []
     for axes, (name, values) in zip(_row(figure, len(scores)), scores.items(), strict=True):
-        largest = values[values.isfinite()].max().item() if values.isfinite().any() else 1.0
+        largest = max(_largest(one) for one in shares) if _is_share(values) else _largest(values)
         image = axes.imshow(
             values.float().cpu().numpy(), cmap=POSITIVE, vmin=0, vmax=max(largest, 1e-9), aspect="auto"
         )
         axes.set_facecolor(MASKED)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("head", fontsize=8)
+        axes.set_ylabel("layer", fontsize=8)
         axes.set_xticks(range(0, num_heads, max(1, num_heads // 8)))
         axes.set_yticks(range(0, num_layers, max(1, num_layers // 8)))
         axes.tick_params(labelsize=7, length=0)
-        figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=7)
-    figure.axes[0].set_ylabel("layer", fontsize=8)
+        if _is_share(values):
+            shared.append((axes, image))
+        else:
+            figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=7)
+    if shared:
+        bar = figure.colorbar(shared[-1][1], ax=[axes for axes, _ in shared], pad=0.02)
+        bar.set_label("share", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
+
+
+def _largest(values: torch.Tensor) -> float:
+    return values[values.isfinite()].max().item() if values.isfinite().any() else 1.0
+
+
+def _is_share(values: torch.Tensor) -> bool:
+    return _largest(values) <= 1
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

@@ -118,6 +118,7 @@ def attention_by_depth(models: Models, palette: Palette) -> Figure:
             ax.bar(places, shares, width * 0.92, color=colour, label=model["label"])
         ax.set_xticks(range(len(rows)), [f"{row['depth']:.0%}" for row in rows])
         ax.set_xlabel("depth of the answer")
+        ax.set_ylabel("share of attention")
         set_title(ax, f"attention to {'the answer' if what == 'answer' else 'noise'}", palette)
     add_legend(figure, axes[0, 0], palette)
     return figure
@@ -139,6 +140,7 @@ def attention_profiles(models: Models, palette: Palette) -> Figure:
                     color=palette.answer)  # fmt: skip
         highest = max(highest, *(share for share, name in zip(shares, names, strict=True) if name != "rest"))
         set_title(ax, model["label"], palette, "left")
+        ax.set_ylabel("share of attention")
     axes[0, 0].set_ylim(0, highest * 1.35)
     axes[-1, 0].set_xlabel("token of the prompt")
     return figure
@@ -155,8 +157,8 @@ def quantised_lines(models: Models, palette: Palette) -> Figure:
         style = {"color": palette.series[i % 6], "marker": "o", "markersize": 2.5 + width, "linewidth": width}
         axes[0, 0].plot(names, [row["loss"] - rows[0]["loss"] for row in rows], label=model["label"], **style)
         axes[0, 1].plot(names, [row["accuracy"] for row in rows], **style)
-    set_title(axes[0, 0], "loss above full precision (nats a token)", palette)
-    set_title(axes[0, 1], "accuracy, one needle", palette)
+    axes[0, 0].set_ylabel("loss above full precision (nats/token)")
+    axes[0, 1].set_ylabel("accuracy, one needle")
     axes[0, 1].set_ylim(-0.03, 1.03)
     for ax in axes[0]:
         ax.set_xlabel("bits of an attention logit")
@@ -199,6 +201,8 @@ def head_dots(models: Models, palette: Palette) -> Figure:
             ax.scatter(places, values, s=9, color=palette.series[i % 6], label=model["label"], linewidths=0)
         set_title(ax, titles[name], palette)
         ax.set_xticks([])
+        ax.set_xlabel("heads by layer")
         ax.margins(x=0.12)
+    axes[0, 0].set_ylabel("score of a head")
     add_legend(figure, axes[0, 0], palette)
     return figure

@@ -161,7 +161,7 @@ def test_pointing_at_a_token_shows_both_directions(browser, pages):
 def test_pointing_at_a_cell_reads_it_out(browser, pages):
     open_page(browser, pages / "one.html")
     canvas = browser.find_element(By.CSS_SELECTOR, ".map canvas")
-    margin, cell = browser.execute_script("const p = panels[0]; return [p.margin, (560 - p.margin) / p.model.size]")
+    margin, cell = browser.execute_script("const p = panels[0]; return [p.margin, (p.canvas.clientWidth - p.margin) / p.model.size]")
     middle = canvas.size["width"] / 2
     ActionChains(browser).move_to_element_with_offset(
         canvas, int(margin + 4.5 * cell - middle), int(margin + 15.5 * cell - middle)

@@ -206,14 +206,17 @@ class Panel {
     this.stripTitle.textContent = token === null ? "Tokens, by what they get in the mean of all rows"
       : `${name} — before it: what it attends to; after it: what attends to it`;
     this.givenTitle.textContent = token === null ? "Attended to most" : `${name} attends to`;
-    this.receivedTitle.textContent = token === null ? "" : `Attend to ${name}`;
-    this.fill(this.given, token === null ? this.means : row);
-    this.fill(this.received, token === null ? [] : column);
+    this.receivedTitle.textContent = token === null ? "and then to" : `Attend to ${name}`;
+    const length = panels.length > 1 ? 7 : 8;
+    this.fill(this.given, token === null ? this.means : row, 0, length);
+    // Without a token the second list goes on where the first one ends.
+    this.fill(this.received, token === null ? this.means : column, token === null ? length : 0, length);
   }
 
-  fill(list, weights) {
-    const places = topPlaces(weights, panels.length > 1 ? 7 : 8);
-    const longest = Math.max(...places.map((place) => Math.abs(weights[place])), 1e-9);
+  fill(list, weights, skipped, length) {
+    const ranked = topPlaces(weights, skipped + length);
+    const places = ranked.slice(skipped);
+    const longest = Math.max(...ranked.map((place) => Math.abs(weights[place])), 1e-9);
     list.replaceChildren(...places.map((place) => {
       const bar = element("div");
       bar.style.width = `${(100 * Math.abs(weights[place])) / longest}%`;
