@@ -133,6 +133,10 @@ def plan_upload(
             contents[CARD] = card.encode()
     if found.kind == "checkpoint" and (code := read_code(folder)).age != "same":
         notes.append(f"code: {code}")
+    elif CARD in contents and _is_generated(found.files[CARD]):
+        of_what = "whole weights" if found.kind == "adapter" else f"the weights that {RECORD} spoke of"
+        notes.append(f"README.md is left out: it is the card of {of_what}, and makes promises about them")
+        del contents[CARD]
     notes += _adapter_notes(found)
     if CARD not in contents:
         notes.append("no README.md: the repository will have no model card")
@@ -167,7 +171,7 @@ def _card(
 ) -> tuple[str | None, str | None]:
     """A card written anew for this repository, if the folder's is ours, and a note if it is not."""
     own = found.files.get(CARD)
-    if own is not None and GENERATED not in read_small(own).decode(errors="replace"):
+    if own is not None and not _is_generated(own):
         return None, "README.md is your own and goes up as it is" + (
             ", without the numbers of the verification" if verification else ""
         )
@@ -179,6 +183,10 @@ def _card(
         llama_terms(metadata, folder), verification, repo_id, code_requirements(folder),
     )  # fmt: skip
     return render_card(facts), None
+
+
+def _is_generated(card: Path) -> bool:
+    return GENERATED in read_small(card).decode(errors="replace")
 
 
 def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:

@@ -179,8 +179,11 @@ def print_row(row):
 
 def plot(rows, llama_loss, path):
     """Held-out loss against tokens of healing, a line per start: all of them, and those near the LLaMA enlarged."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is missing; pip install matplotlib", flush=True)
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

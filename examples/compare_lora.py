@@ -22,13 +22,18 @@ from pathlib import Path
 import torch
 from finetuning_data import tokenize
 from output_files import add_output, settle_output
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from conversion import convert_checkpoint
 from modeling_diff.training import LORA_TARGETS, lora_config, parameter_groups
+
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+except ImportError:
+    sys.exit("compare_lora: the package peft is missing; pip install peft")
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"

@@ -28,8 +28,13 @@ from transformers import AutoModelForCausalLM
 import modeling_diff  # noqa: F401 (registers the models)
 from conversion.convert import convert_checkpoint
 from modeling_diff.analysis.needles import library_text
-from modeling_diff.analysis.report import render, save_figures
 from modeling_diff.analysis.report_measurements import default_effort, kind_of, measure_model
+
+
+try:
+    from modeling_diff.analysis.report import render, save_figures
+except ImportError as error:
+    sys.exit(f"compare_models: {error}")
 
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny-llama"

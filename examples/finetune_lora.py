@@ -27,7 +27,6 @@ import torch
 from finetuning_data import Example, read_records, tokenize
 from loading import load_tokenizer
 from output_files import add_output, settle_output
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -51,6 +50,12 @@ from modeling_diff.training import (
     four_bit_config,
     lora_config,
 )
+
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+except ImportError:
+    sys.exit("finetune_lora: the package peft is missing; pip install peft")
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"

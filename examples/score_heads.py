@@ -28,7 +28,6 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.ablation import ablation_effects
-from modeling_diff.analysis.figures import save_figure, score_figure
 from modeling_diff.analysis.head_pairs import pair_table, paired_scores, read_conversion
 from modeling_diff.analysis.head_scores import (
     SCORES,
@@ -43,6 +42,12 @@ from modeling_diff.analysis.head_scores import (
 )
 from modeling_diff.analysis.needle_runs import check_context
 from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
+
+
+try:
+    from modeling_diff.analysis.figures import save_figure, score_figure
+except ImportError as error:
+    sys.exit(f"score_heads: {error}")
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"

@@ -22,10 +22,15 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.aggregate import mean_maps
-from modeling_diff.analysis.figures import heads_figure, map_figure, pair_figure, save_figure
 from modeling_diff.analysis.maps import attention_layers, collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels, token_span
 from modeling_diff.analysis.view_html import MAX_TOKENS, view_attention, write_html
+
+
+try:
+    from modeling_diff.analysis.figures import heads_figure, map_figure, pair_figure, save_figure
+except ImportError as error:
+    sys.exit(f"view_attention: {error}")
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"

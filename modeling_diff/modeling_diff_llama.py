@@ -6,6 +6,7 @@ B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim, C
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,6 +47,7 @@ from .diff_attention_chunked import chunked_attention_forward
 from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
 from .diff_parallel import check_tensor_parallel_size
+from .diff_saved_card import retire_card
 from .diff_sub_norm import SubRMSNorm
 from .diff_transformers_check import check_behavior_when_used, check_structure
 from .diff_transformers_compat import append_to_cache
@@ -291,6 +293,12 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_adapters_in_state(self, state_dict, prefix)  # on this road PEFT brings an adapter's weights
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """Saves as transformers does; a conversion's card in that folder loses its word, which is of other weights."""
+        if is_main_process:
+            retire_card(Path(save_directory))  # before: it must not outlive its weights if this is stopped half-way
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conversion.checkpoint import CheckpointReader
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
 from conversion.healing.options import HealingOptions, HealStage, LambdaMode, Trained
 from conversion.healing.output import stored_specs
 from conversion.healing.whole import check_whole
@@ -76,7 +76,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
     try:
         from peft import get_peft_model
     except ImportError as error:
-        raise ConversionError("lora needs the peft package; install it, or leave lora out") from error
+        raise ConversionError(f"{typed('lora')} needs the package peft: pip install peft, or leave it out") from error
     from modeling_diff.training.adapters import lora_config
 
     return get_peft_model(model, lora_config(model, r=rank, lora_alpha=2 * rank))

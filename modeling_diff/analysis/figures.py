@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import FuncNorm, LinearSegmentedColormap, PowerNorm
-from matplotlib.figure import Figure
 
 from .aggregate import MAP_KINDS, MapKind, weights_of
 from .maps import LayerMaps
+
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.colors import FuncNorm, LinearSegmentedColormap, PowerNorm
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("Figures need matplotlib: pip install matplotlib") from error
 
 
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#ffffff", "#bed7f0", "#4285c8", "#08306b"])

@@ -35,8 +35,10 @@ def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides
     Raises `ValueError` for a model that is not of this project, or whose modules to train whole are quantised,
     `ImportError` without peft.
     """
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("lora_config needs the package peft: pip install peft") from error
     config: Any = getattr(model_or_config, "config", model_or_config)
     if config.model_type != "diff_llama":
         raise ValueError(f"model_type={config.model_type!r}: lora_config is for diff_llama; use peft's LoraConfig.")

@@ -191,6 +191,12 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
         "pair": pair_figure(maps, 2, labels),
         "scores": score_figure({"induction": torch.rand(3, 4), "retrieval": torch.full((3, 4), torch.nan)}, "model"),
     }
+    for figure in figures.values():
+        assert all(axes.get_xlabel() or axes.get_ylabel() or figure.get_supxlabel() for axes in figure.axes[:1])
+    for name in ("map", "heads", "pair"):  # one scale, one color bar
+        scales = {(image.norm.vmin, image.norm.vmax) for axes in figures[name].axes for image in axes.images}
+        bars = [axes for axes in figures[name].axes if axes.get_label() == "<colorbar>"]
+        assert len(scales) == 1 and len(bars) == 1 and bars[0].get_ylabel() == "attention weight"
     for name, figure in figures.items():
         png = save_figure(figure, tmp_path / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG") and len(png) > 5000

@@ -108,6 +108,25 @@ def focused(browser):
     return [span.text for span in browser.find_elements(By.CSS_SELECTOR, ".tokens .focus")]
 
 
+@pytest.mark.parametrize("height", [900, 1400])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_page_fills_a_large_window(browser, pages, name, height):
+    """What is worked with, without the notes below it, takes two thirds of its height, and no list is empty."""
+    size = {"width": 1400, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    try:
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        open_page(browser, pages / f"{name}.html")
+        script = "return [...document.querySelectorAll('.panel')].map((panel) => panel.getBoundingClientRect().bottom)"
+        map_side = browser.execute_script("return panels[0].canvas.getBoundingClientRect().width")
+        bottoms = browser.execute_script(script)
+        lists = browser.execute_script(
+            "return [...document.querySelectorAll('.lists ol')].map((list) => list.childElementCount)"
+        )
+        assert max(bottoms) > 0.65 * height and map_side > 0.29 * height and all(lists)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"width": 1280, "height": 800})
+
+
 @pytest.mark.parametrize("name", ["one", "two", "long"])
 def test_pages_open_without_a_word_a_request_or_overflow(browser, pages, name):
     open_page(browser, pages / f"{name}.html")
@@ -161,7 +180,10 @@ def test_pointing_at_a_token_shows_both_directions(browser, pages):
 def test_pointing_at_a_cell_reads_it_out(browser, pages):
     open_page(browser, pages / "one.html")
     canvas = browser.find_element(By.CSS_SELECTOR, ".map canvas")
-    margin, cell = browser.execute_script("const p = panels[0]; return [p.margin, (p.canvas.clientWidth - p.margin) / p.model.size]")
+    margin, width, size = browser.execute_script(
+        "const p = panels[0]; return [p.margin, p.canvas.clientWidth, p.model.size]"
+    )
+    cell = (width - margin) / size
     middle = canvas.size["width"] / 2
     ActionChains(browser).move_to_element_with_offset(
         canvas, int(margin + 4.5 * cell - middle), int(margin + 15.5 * cell - middle)
