@@ -131,12 +131,12 @@ def plan_upload(
         if card is not None:
             refuse_secret(CARD, card)
             contents[CARD] = card.encode()
-    if found.kind == "checkpoint" and (code := read_code(folder)).age != "same":
-        notes.append(f"code: {code}")
     elif CARD in contents and _is_generated(found.files[CARD]):
         of_what = "whole weights" if found.kind == "adapter" else f"the weights that {RECORD} spoke of"
         notes.append(f"README.md is left out: it is the card of {of_what}, and makes promises about them")
         del contents[CARD]
+    if found.kind == "checkpoint" and (code := read_code(folder)).age != "same":
+        notes.append(f"code: {code}")
     notes += _adapter_notes(found)
     if CARD not in contents:
         notes.append("no README.md: the repository will have no model card")

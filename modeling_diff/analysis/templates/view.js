@@ -19,7 +19,7 @@ function element(tag, attributes = {}, ...children) {
 
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 const wordOf = (token) => visible(token).replace(/^ (?=[^ ])/, "").replace(/ {2,}/g, (run) => `␣${run.length}`).replace(/^ $/, "␣");
-const number = (weight) => (weight < 0 ? "−" : "") + Math.abs(weight).toFixed(Math.abs(weight) < 0.0995 ? 4 : 3);
+const number = (weight) => (weight <= -0.00005 ? "−" : "") + Math.abs(weight).toFixed(Math.abs(weight) < 0.0995 ? 4 : 3);
 const css = (colour) => `rgb(${colour.map(Math.round).join()})`;
 const shared = panelsAlike(data.models);
 
