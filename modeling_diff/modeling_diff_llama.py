@@ -97,7 +97,8 @@ class DiffLambda(nn.Module):
         self.lambda_q2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
         self.lambda_k2 = nn.Parameter(torch.empty(config.map_dim, dtype=torch.float32))
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        # Independent of its input; PEFT 0.18's wrapper of modules to save has to be called with one.
         vectors = [self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2]
         if self.lambda_q1.dtype in (torch.float16, torch.bfloat16):  # set so past `_apply`, as accelerate does
             vectors = [vector.float() for vector in vectors]
@@ -206,7 +207,7 @@ class DiffLlamaAttention(LlamaAttention):
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """() in V1, (B, T, H) in V2; float32 or wider."""
         if self.config.variant == "v1":
-            return self.diff_lambda()
+            return self.diff_lambda(hidden_states)
         lambda_logits = self.lambda_proj(hidden_states)
         return lambda_logits.to(torch.promote_types(lambda_logits.dtype, torch.float32)).sigmoid()
 

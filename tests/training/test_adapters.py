@@ -84,6 +84,19 @@ def test_every_parameter_of_a_recipe_receives_a_gradient(variant, recipe):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_modules_that_train_whole_are_called_with_an_input(variant):
+    """PEFT 0.18, which LLaMA-Factory pins, wraps them in modules that require one."""
+    model = tiny_model(variant)
+    counts = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in lora_config(model).modules_to_save:
+            module.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs)))
+    logits(model)
+    assert counts
+    assert all(counts)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_full_fine_tuning_reaches_every_parameter(variant):
     model = tiny_model(variant)
     assert all(p.requires_grad for p in model.parameters())
