@@ -22,7 +22,7 @@ class SharedByHeadsParallel(TensorParallelLayer):
     Whole on every rank, used by that rank's heads only: each backward pass sums its gradient over the ranks.
 
     transformers' "replicated_with_grad_allreduce" sums the *accumulated* gradient, so that with gradient accumulation
-    earlier passes count once more each time, and in 5.17 leaves modules without inputs, as `DiffLambda`, unsummed.
+    earlier passes count once more each time, and in 5.17 leaves modules without inputs unsummed.
     """
 
     def install_forward(self, module: nn.Module, mesh):
