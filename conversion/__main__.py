@@ -437,6 +437,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed before the start
             stream.reconfigure(errors="backslashreplace")  # a terminal without our letters
     logging.getLogger("conversion").addHandler(NoteHandler())
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here asks for
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:

@@ -51,7 +51,7 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
         yield
     except (KeyboardInterrupt, Stopped) as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        say(f"{stopped}; {left_behind(target)}", "red", err)
+        say(f"{stopped}; {left_behind(target, getattr(error, '__notes__', ()))}", "red", err)
         raise typer.Exit(stopped.exit_code) from error
     except Exception as raised:
         error = memory_error(raised, "this command") or raised
@@ -67,9 +67,10 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
         raise typer.Exit(error.exit_code if isinstance(error, ConversionError) else 1) from raised
 
 
-def left_behind(target: Path | None) -> str:
-    """What a command that was stopped has kept for `target`, how much, and the command that continues it."""
-    kept = ", ".join(map(described, kept_work(target))) if target else ""
+def left_behind(target: Path | None, notes: Iterable[str]) -> str:
+    """What a command that was stopped has kept, for `target` or by its notes, and the command that continues it."""
+    folders = [described(folder) for folder in kept_work(target)] if target else []
+    kept = ", ".join(dict.fromkeys([*folders, *(note.removeprefix("kept: ") for note in notes)]))
     if not kept:
         return "nothing half done was left"
     program, command, *arguments = command_line.get()

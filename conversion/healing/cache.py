@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from conversion.errors import file_errors
 from conversion.file_identity import content_identity
 from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets, chunks_of, next_tokens
 from conversion.healing.teacher import LiveTeacher, weight_files
+from conversion.kept_work import folder_bytes
 from conversion.target import check_space, locked
 
 
@@ -60,7 +62,7 @@ def fill_cache(
     num_kept: int,
     batch_rows: int,
 ) -> None:
-    """Writes the cache of rows (R, T); it appears under its name when it is whole.
+    """Writes the cache of rows (R, T); it appears under its name when it is whole, and a stopped run keeps its part.
 
     Raises FilesError for the disk, and while another run writes the same cache.
     """
@@ -72,23 +74,36 @@ def fill_cache(
                 return
             try:
                 _write_cache(partial, teacher, rows, num_kept, batch_rows)
-                os.rename(partial, path)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            except BaseException as error:
+                if folder_bytes(partial):
+                    error.add_note(f"kept: {partial} (a teacher's logits, {folder_bytes(partial) / 1e6:,.1f} MB)")
+                else:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            os.rename(partial, path)
 
 
 def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, num_kept: int, batch_rows: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    shape = (*rows.shape, num_kept)
-    check_space(folder, sum(torch.Size(size).numel() * dtype.itemsize for _, dtype, size in _files(shape)))
+    """Writes what an earlier run that was stopped has not: a folder's name says what it is of."""
+    folder.mkdir(exist_ok=True)
+    files = _files((*rows.shape, num_kept))
+    row_bytes = {name: torch.Size(size[1:]).numel() * dtype.itemsize for name, dtype, size in files}
+    paths = {name: folder / name for name in row_bytes}
+    for path in paths.values():
+        path.touch()
+    done = min(paths[name].stat().st_size // num_bytes for name, num_bytes in row_bytes.items())
+    done -= done % batch_rows  # the same batches, and so the same bits, as without the stop
+    check_space(folder, (len(rows) - done) * sum(row_bytes.values()))
     device = next(teacher.model.parameters()).device
-    with (folder / "ids").open("wb") as ids, (folder / "log_probs").open("wb") as log_probs, \
-            (folder / "next_losses").open("wb") as next_losses:  # fmt: skip
-        for start in range(0, len(rows), batch_rows):
+    with ExitStack() as opened:
+        streams = [opened.enter_context(path.open("r+b")) for path in paths.values()]
+        for stream, num_bytes in zip(streams, row_bytes.values(), strict=True):
+            stream.truncate(done * num_bytes)
+            stream.seek(0, os.SEEK_END)
+        for start in range(done, len(rows), batch_rows):
             batch = rows[start : start + batch_rows].long().to(device)
             kept = most_likely(teacher.targets(batch, batch), batch, num_kept)
-            for stream, part in zip((ids, log_probs, next_losses), kept, strict=True):
+            for stream, part in zip(streams, kept, strict=True):
                 stream.write(part.cpu().contiguous().numpy().tobytes())
 
 

@@ -163,7 +163,9 @@ class StopOnNonFinite(TrainerCallback):
         norm = nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
         if bool(torch.isfinite(whole(norm))):
             return
-        kept = f". What was saved before stays in {self.checkpoints}" if last_checkpoint(self.checkpoints) else ""
+        kept = ""
+        if last_checkpoint(self.checkpoints):
+            kept = f". What was saved before stays in {self.checkpoints}; another rate begins anew (--no-resume)"
         raise ConversionError(
             f"step {state.global_step + 1}: the loss or its gradient is NaN or infinite; lower the learning rate "
             f"(--learning-rate) or look for NaN in the checkpoint{kept}"

@@ -175,6 +175,7 @@ def run_whole(inputs: Path, folder: Path, name: str) -> tuple[dict[str, bytes], 
     began = time.monotonic()
     code = run(inputs, folder / "whole", COMMANDS[name])
     assert code == 0, (folder / "whole.err").read_text()
+    assert (folder / "whole.err").read_text() == "", "a warning where nothing is wrong"
     return weights(folder / "whole"), time.monotonic() - began
 
 

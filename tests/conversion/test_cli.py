@@ -204,6 +204,21 @@ def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
     assert json.loads(run("inspect", theirs, "--json").stdout)["variant"] is None
 
 
+def test_nothing_is_said_where_nothing_is_wrong():
+    """By what training imports: PEFT, and with it bitsandbytes."""
+    pytest.importorskip("peft")
+    script = (
+        "from conversion import __main__ as cli\n"
+        "def imports():\n"
+        "    import conversion.heal, peft\n"
+        "cli.app = imports; cli.main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert process.stdout + process.stderr == ""
+
+
 def test_commands_do_not_wait_for_what_only_training_needs():
     script = (
         "import sys, conversion.__main__\n"

@@ -171,13 +171,34 @@ def test_two_runs_do_not_write_one_cache(toys, tmp_path):
     assert names(tmp_path) == ["alone", "one"]
 
 
-def test_a_cache_that_is_interrupted_leaves_nothing(toys, tmp_path):
+def test_a_cache_that_is_interrupted_is_continued_to_the_same_bytes(toys, tmp_path):
+    rows, asked = token_ids(length=8, batch=7).int(), []
+
+    def interrupt_third():
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt_third), rows, 4, 2)
+    assert names(tmp_path) == ["one.partial"]
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"kept: {tmp_path}/one.partial (a teacher's logits, 0.0 MB)")
+    with (tmp_path / "one.partial" / "ids").open("ab") as torn:
+        torn.write(b"half a row")
+    fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: asked.append(len(asked))), rows, 4, 2)
+    assert len(asked) == 3 + 2, "four of seven rows were there: two batches are left"
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, 4, 2)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
+
+
+def test_a_cache_that_is_interrupted_at_once_leaves_nothing(toys, tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill_cache(tmp_path / "cache" / "one", Asked(toys / "llama", interrupt), token_ids().int(), 4, 2)
-    assert names(tmp_path / "cache") == []
+        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt), token_ids(length=8, batch=6).int(), 4, 2)
+    assert names(tmp_path) == []
 
 
 # peft asks transformers by the old name

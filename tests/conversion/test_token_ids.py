@@ -1,5 +1,6 @@
 """A tokenizer with more tokens than the embedding has rows: every command says so where a text has such a token."""
 
+import logging
 import random
 
 import pytest
@@ -21,7 +22,8 @@ def save_tokenizer(folder, **special_tokens):
     """Words w0 to w109 with their numbers; words that it does not know are w0."""
     made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", **special_tokens).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", model_max_length=16, **special_tokens)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -65,9 +67,12 @@ def test_text_with_an_unknown_token_is_refused_in_one_line(tmp_path, llama, comm
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_text_without_one_will_do(tmp_path, llama, command):
+def test_text_without_one_will_do_and_nothing_is_said_of_its_length(tmp_path, llama, command, caplog):
     """As after `add_special_tokens` for padding alone, which many checkpoints have seen."""
+    logging.getLogger("transformers").addHandler(caplog.handler)  # transformers' own logger does not propagate
     COMMANDS[command](llama, words(tmp_path / "text.txt", VOCABULARY), tmp_path / "out")
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "longer than the specified maximum" not in caplog.text
 
 
 @pytest.mark.parametrize("command", ["convert", "heal"])
