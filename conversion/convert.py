@@ -28,6 +28,7 @@ from conversion.checkpoint import CheckpointReader, check_target
 from conversion.choices import chosen, parse_size
 from conversion.companions import code_files, companion_files
 from conversion.errors import ConversionError, typed
+from conversion.generation_settings import GENERATION, generation_settings
 from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
 from conversion.model_card import model_card, starting_lambdas
@@ -213,6 +214,9 @@ def plan_conversion(
         notes.append(adapter.note)
     texts = {"config.json": config.to_json_string(), "README.md": model_card(found, config, record)}
     check_loadable(texts["config.json"], rules)
+    if settings := generation_settings(found.folder, model.raw, config.to_diff_dict()):
+        texts[GENERATION] = settings
+        notes.append(f"config.json: its settings of generate are written to {GENERATION}")
     plan = Plan(
         matched.reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
         files | code_files(),

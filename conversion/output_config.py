@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transformers import GenerationConfig
+
 from conversion.checkpoint import CheckpointReader
 from conversion.config_fields import KEPT_FIELDS, not_kept
 from conversion.errors import ConversionError
@@ -75,7 +77,9 @@ def check_loadable(text: str, rules: Iterable[Rule]) -> None:
 def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
     """LLaMA's fields as they are, and notes on fields of the source that have no place here."""
     shared = {name: value for name, value in model.config.to_dict().items() if name in KEPT_FIELDS}
-    unread = [_printable(name) for name in not_kept(model.raw, DiffLlamaConfig().to_dict())]
+    unread = [
+        _printable(name) for name in not_kept(model.raw, DiffLlamaConfig().to_dict() | GenerationConfig().to_dict())
+    ]
     notes = [f"config.json: {name} is not kept" for name in unread[:MAX_NOTES]]
     if rest := len(unread[MAX_NOTES:]):
         notes.append(f"config.json: {rest} more fields that LLaMA does not read are not kept")

@@ -95,6 +95,33 @@ def test_field_means_what_llama_makes_of_it(copied, tmp_path, fields):
     assert_same_answers(copied, tmp_path / "v2")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 3.0}, {"num_beams": 3, "length_penalty": 2.0}, {"do_sample": False, "min_length": 40}],
+    ids=lambda settings: ",".join(settings),
+)
+def test_settings_of_generate_in_config_json_decode_as_in_llama(copied, tmp_path, settings):
+    """transformers reads them there where there is no generation_config.json, and so does not with ours."""
+    edit(copied, **settings)
+    notes = convert_checkpoint(copied, tmp_path / "v2", "v2").notes
+    assert "config.json: its settings of generate are written to generation_config.json" in notes
+    assert not any("not kept" in note for note in notes)
+    assert_same_answers(copied, tmp_path / "v2")
+
+
+def test_no_settings_of_generate_make_no_file(copied, tmp_path):
+    convert_checkpoint(copied, tmp_path / "v2", "v2")
+    assert not (tmp_path / "v2" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("text", ['{"max_new_tokens": -1}', "{", "[1]"])
+def test_settings_of_generate_that_cannot_be_loaded_are_refused(copied, tmp_path, text):
+    (copied / "generation_config.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"generation_config\.json") as caught:
+        convert_checkpoint(copied, tmp_path / "v2", "v2")
+    assert "\n" not in str(caught.value) and not (tmp_path / "v2").exists()
+
+
 WINDOW = "windows"
 REFUSED = [
     ({"is_causal": None}, "is_causal is None.*true and false"),
