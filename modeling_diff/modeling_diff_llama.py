@@ -7,6 +7,7 @@ B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim, C
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -51,6 +52,12 @@ from .diff_saved_card import retire_card
 from .diff_sub_norm import SubRMSNorm
 from .diff_transformers_check import check_behavior_when_used, check_structure
 from .diff_transformers_compat import append_to_cache
+
+
+if TYPE_CHECKING:
+    # From a local folder, transformers 5.6 copies the files that this one names, not those that they name in turn.
+    from .diff_attention_check import kernels_agree  # noqa: F401
+    from .diff_attention_kernels import fwd_kernel  # noqa: F401
 
 
 check_structure()

@@ -106,6 +106,13 @@ def reached_from(entry: str) -> set[str]:
     return reached
 
 
+@pytest.mark.parametrize("entry", ENTRY_FILES)
+def test_entry_names_every_file_that_it_reaches(entry):
+    """From a local folder, transformers 5.6 copies these and looks no further."""
+    tree = ast.parse((FOLDER / entry).read_text(encoding="utf-8"))
+    assert {f"{node.module}.py" for node in relative_imports(tree)} == reached_from(entry) - {entry}
+
+
 def test_configuration_imports_no_code_of_the_model():
     """But what says first that transformers is too old, and what PEFT asks for by way of the config."""
     expected = {"configuration_diff_llama.py", "diff_adapters.py", "diff_transformers_compat.py"}
