@@ -71,6 +71,8 @@ DIFFERENTIAL_ATTENTION_FUNCTIONS: dict[str, Callable] = {
     "diff_triton": fused_attention_forward,
 }
 DEFAULT_ATTENTION = "diff_auto"
+# Adapters train these whole, which quantized weights cannot be.
+NEVER_QUANTIZED = {".*lambda_proj", "score", "qa_outputs"}
 # Without a mask function of its own, a name gets no mask at all, even for a padded batch.
 for name, function, mask_function in (
     ("diff_auto", auto_attention_forward, auto_attention_mask),
@@ -280,8 +282,6 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: DiffLlamaConfig
     _no_split_modules = ["DiffLlamaDecoderLayer"]
     _keep_in_fp32_modules_strict = {"diff_lambda"}
-    # Read by every quantizer as what it leaves alone: adapters train these whole, which quantized weights cannot be.
-    _keep_in_fp32_modules = {".*lambda_proj", "score", "qa_outputs"}
     _can_record_outputs = {"hidden_states": DiffLlamaDecoderLayer, "attentions": LlamaAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -289,9 +289,16 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
             raise ImportError(f'attn_implementation="diff_triton" cannot run here: {reason}.')
         return super().get_correct_attn_implementation(requested_attention or DEFAULT_ATTENTION, is_init_check)
 
+    def post_init(self):
+        if self.config.variant == "v2":
+            self._keep_in_fp32_modules_strict = set()  # no lambda vectors
+        if getattr(self.config, "quantization_config", None) is not None:
+            self._keep_in_fp32_modules = NEVER_QUANTIZED  # every quantizer leaves alone what it finds here
+        super().post_init()
+
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
         plan = super()._get_dtype_plan(dtype)
-        return {name: kept for name, kept in plan.items() if name not in self._keep_in_fp32_modules}
+        return {name: kept for name, kept in plan.items() if name not in NEVER_QUANTIZED}
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs):
         """As transformers', but refuses an adapter that was made for another model, such as the LLaMA."""
