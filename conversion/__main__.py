@@ -65,6 +65,12 @@ def _size(text: str) -> str:
     return text
 
 
+HeldOutText = Annotated[
+    Path | None,
+    typer.Option("--held-out", help="Text or JSON lines to measure on. By default a standard text of this package."),
+]
+
+
 def _dtype(argument: str, help: str) -> Any:
     """An option for a dtype, by any of its usual names."""
     return typer.Option(
@@ -149,6 +155,10 @@ def convert(
         float,
         typer.Option(help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."),
     ] = LAMBDA_FLOOR,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure the finished conversion next to its source.")
+    ] = True,
+    held_out: HeldOutText = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Start calibrations of more than an hour without a question.")
     ] = False,
@@ -194,7 +204,8 @@ def convert(
             lambda_floor=lambda_floor, dtype=dtype, max_shard_size=max_shard_size, seed=seed, adapter=adapter,
             revision=revision, source_layout=source_layout, backbone_only=backbone_only, allow_pickle=allow_pickle,
             allow_nonfinite=allow_nonfinite, dry_run=dry_run, overwrite=overwrite, resume=resume, progress=progress,
-            before_calibration=ask_before_calibration(yes or as_json), calibration_progress=on_layer,
+            measure=measure, held_out=held_out, before_calibration=ask_before_calibration(yes or as_json),
+            calibration_progress=on_layer,
         )  # fmt: skip
     show_conversion(report, as_json, "would write" if dry_run else "wrote")
 
@@ -205,12 +216,13 @@ def verify(
     against: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
     ] = None,
+    held_out: HeldOutText = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Check the files of a converted checkpoint and what was promised of it. Exit code 1 if a check fails."""
     with one_line_errors(verbose):
-        report = verify_checkpoint(output, against)
+        report = verify_checkpoint(output, against, held_out=held_out)
     show_verification(report, as_json)
     raise typer.Exit(0 if report.passed else 1)
 

@@ -109,30 +109,6 @@ def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tenso
     return max(differences), max(scales)
 
 
-def loss_nats(behaviour: Behaviour, inputs: Sequence[torch.Tensor]) -> float:
-    """Mean cross entropy of the next token over all texts."""
-    losses = [
-        torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
-        for logits, ids in zip(behaviour.logits, inputs, strict=True)
-    ]
-    return torch.cat(losses).mean().item()
-
-
-def kl_nats(original: Behaviour, other: Behaviour) -> float:
-    """Mean KL(original || other) a token."""
-    divergences = []
-    for p, q in zip(original.logits, other.logits, strict=True):
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(divergences).mean().item()
-
-
-def greedy_agreement(original: Behaviour, other: Behaviour) -> float:
-    """Share of places where both would choose the same next token, on the same text."""
-    pairs = zip(original.logits, other.logits, strict=True)
-    return torch.cat([(p.argmax(-1) == q.argmax(-1)).float() for p, q in pairs]).mean().item()
-
-
 def generation_agreement(original: Behaviour, other: Behaviour) -> float:
     """Share of a greedy continuation that is the same up to the first difference: errors add up when generating."""
     shares = []

@@ -39,15 +39,13 @@ def read_calibration(
     Raises ConversionError for a file that is missing, empty, neither text nor JSON lines, or too short.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConversionError(f"{path}: does not exist, expected calibration text; check the path")
-    documents = read_dataset(path) if path.is_dir() else read_file(path)
+    documents = read_documents(path)
     bos = tokenizer.bos_token_id if tokenizer is not None else None
     body = row_tokens - (bos is not None)
     num_rows = num_tokens // row_tokens
     if num_rows < 1:
         raise ConversionError(f"calibration tokens {num_tokens}: fewer than one row of {row_tokens}; ask for more")
-    ids = list(islice(_token_ids(path, documents, tokenizer, vocab_size), num_rows * body))
+    ids = list(islice(token_ids(path, documents, tokenizer, vocab_size), num_rows * body))
     if not ids:
         raise ConversionError(f"{path}: empty, expected calibration text of {num_tokens} tokens")
     if len(ids) < num_rows * body:
@@ -59,9 +57,17 @@ def read_calibration(
     return rows if bos is None else torch.cat((torch.full((num_rows, 1), bos), rows), dim=1)
 
 
-def _token_ids(
+def read_documents(path: Path) -> Iterator[str | Sequence[int]]:
+    """Returns the documents of a file or a folder that `datasets` saved. ConversionError where there is nothing."""
+    if not path.exists():
+        raise ConversionError(f"{path}: does not exist, expected text; check the path")
+    return read_dataset(path) if path.is_dir() else read_file(path)
+
+
+def token_ids(
     path: Path, documents: Iterable[str | Sequence[int]], tokenizer: Tokenizer | None, vocab_size: int
 ) -> Iterator[int]:
+    """Yields the tokens of documents. ConversionError, naming `path`, for text without a tokenizer and unknown ids."""
     for number, document in enumerate(documents, 1):
         if isinstance(document, str):
             if tokenizer is None:

@@ -31,14 +31,15 @@ from conversion.errors import ConversionError, typed
 from conversion.generation_settings import GENERATION, generation_settings
 from conversion.lambdas import not_differential
 from conversion.layout import HeadPairing
+from conversion.measurement import Measurement, measure_output, plan_measurement, planned_config
 from conversion.model_card import model_card, starting_lambdas
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions
 from conversion.output_config import check_loadable, output_config
 from conversion.source import SourceFolder, locate_source
 from conversion.source_config import SourceModel, check_against_weights, check_pairs, read_source_model
 from conversion.source_tensors import match_tensors
-from conversion.stream import Plan, Progress, write_plan
-from conversion.target import check_room
+from conversion.stream import RECORD, Plan, Progress, write_plan
+from conversion.target import check_room, record_text, replace_text
 from conversion.variants import UNCALIBRATED, check_uncalibrated, promise, rules_and_fields, variant_of_import
 from conversion.writer import SMALL_FILES_BYTES
 from modeling_diff import DiffLlamaConfig
@@ -81,6 +82,8 @@ def convert_checkpoint(
     overwrite: bool = False,
     resume: bool | None = None,
     dry_run: bool = False,
+    measure: bool = True,
+    held_out: str | Path | None = None,
     progress: Progress | None = None,
     before_calibration: Callable[[Calibration], None] = log_estimate,
     calibration_progress: CalibrationProgress = lambda layer, num_layers, stage, done: None,
@@ -95,6 +98,7 @@ def convert_checkpoint(
     where the layers are calibrated it is merged first. Where `source` is converted already, `output` is the adapter.
     `resume`: None continues the work of the same run, if one was stopped, and refuses to lose layers of another; True
     refuses shards of another as well, False discards all of it.
+    The record says what was measured at the end (`measure`), on a standard text or on `held_out`.
     Raises ConversionError for bad input, FilesError for the target.
     """
     if adapter is not None and is_converted(source):
@@ -148,6 +152,8 @@ def convert_checkpoint(
     check_room(
         Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + work_bytes + sum(map(len, plan.blobs.values()))
     )
+    text_path = None if held_out is None else Path(held_out)
+    measurement = plan_measurement(found, model, plan, Path(output), text_path) if measure else None
     if dry_run:
         return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
     if ready:
@@ -159,6 +165,8 @@ def convert_checkpoint(
                 found, model, reader, options, max_shard_bytes, (ready.text, fitted), carried
             )
         record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
+    if measurement:
+        record = _write_measured(measurement, found, model, plan, Path(output), record)
     return ConversionReport(Path(output), record, notes, plan.num_bytes)
 
 
@@ -201,7 +209,8 @@ def plan_conversion(
         "layout": "paired",
         "pairing": _pairing(config, options, calibrated is not None),
         "calibration": calibration_record(*calibrated) if calibrated else None,
-        "promise": promise(model, options, {info.dtype for info in read}),
+        "promise": promise(model, options, {info.dtype for info in read}, calibrated is not None),
+        "measured": None,
         "versions": versions(),
         "left_out": list(matched.left_out),
         "parameters": {
@@ -224,6 +233,21 @@ def plan_conversion(
     warning = not_differential(starting_lambdas(config, record)) if model.kind == "llama" else None
     plan = plan if adapter is None else adapter.place(plan)
     return plan, notes + field_notes + ([warning] if warning else [])
+
+
+def _write_measured(
+    measurement: Measurement,
+    found: SourceFolder,
+    model: SourceModel,
+    plan: Plan,
+    output: Path,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a finished conversion with what was measured; so do conversion.json and the card have it."""
+    record = {**record, "measured": measure_output(measurement, found, model, output, record)}
+    replace_text(output / RECORD, record_text(record))
+    replace_text(output / "README.md", model_card(found, planned_config(plan), record))
+    return record
 
 
 def versions() -> dict[str, str]:

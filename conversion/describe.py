@@ -15,6 +15,16 @@ from conversion.source_config import read_config, read_source_model
 from conversion.stream import RECORD
 
 
+CALIBRATION_FIELDS = ("text", "tokens", "stages", "lambda_floor")  # what of its record fits on a line
+
+
+def calibration_summary(calibration: Any) -> dict[str, Any] | None:
+    """Returns on what and how a conversion was calibrated, without what was found for every layer."""
+    if not isinstance(calibration, dict):
+        return None
+    return {name: calibration[name] for name in CALIBRATION_FIELDS if name in calibration}
+
+
 def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
     """Model type, heads and widths, parameters, bytes, lambda a layer, and which conversion made it, as JSON.
 
@@ -48,5 +58,8 @@ def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[
     if ours:
         description["code"] = read_code(path).described()
     if record := read_object(path / RECORD):
-        description["conversion"] = {key: record.get(key) for key in ("source", "options", "promise", "versions")}
+        description["conversion"] = {
+            **{key: record.get(key) for key in ("source", "options", "promise", "versions", "measured")},
+            "calibration": calibration_summary(record.get("calibration")),
+        }
     return description

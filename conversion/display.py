@@ -32,6 +32,7 @@ from conversion.errors import ConversionError, memory_error
 from conversion.escaping import escape
 from conversion.hub import PushReport
 from conversion.kept_work import described, kept_work
+from conversion.measurement import measured_text
 from conversion.options import STAGES
 from conversion.signals import Stopped
 from conversion.terminal import STDOUT, err, out, results_shown, say
@@ -172,6 +173,8 @@ def show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:
         return
     say(f"{verb} {report.output} ({report.num_bytes / 1e6:,.1f} MB)")
     say(f"promise: {report.record['promise']['text']}")
+    if found := measured_text(report.record.get("measured")):
+        say(found if found.startswith("not measured") else f"measured: {found}")
     _show_notes(report.notes)
 
 

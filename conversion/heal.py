@@ -100,7 +100,7 @@ def heal_checkpoint(
             options, teacher=source, data=paths, steps=run.steps, tokens=run.steps * options.batch_rows * context,
             seconds=time.monotonic() - began, table=healed.table, held_out=measured, held_out_rows=len(held_out_rows),
         )  # fmt: skip
-        record = {**record, "promise": PROMISE, "healing": [*(record.get("healing") or []), entry]}
+        record = {**record, "measured": None, "promise": PROMISE, "healing": [*(record.get("healing") or []), entry]}
         if processes().is_main_process:
             written = healed_config(config, healed.config, options.dtype)
             tensors = stored_tensors(reader, healed.state, options.dtype)

@@ -14,6 +14,7 @@ from conversion.escaping import code_span, escape, markdown
 from conversion.hub_address import HUB_ID
 from conversion.lambdas import differential_layers, not_differential
 from conversion.licences import LlamaTerms, llama_terms
+from conversion.measurement import measured_text
 from conversion.model_card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
 from conversion.source import SourceFolder
 from modeling_diff import DiffLlamaConfig
@@ -203,9 +204,19 @@ def _measured(verification: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
+def _at_end(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What was measured at the conversion's end: numbers of these weights, unless they were healed since."""
+    return None if record.get("healing") else record.get("measured")
+
+
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     """Of the verification, and of the last healing's end; each under the text that it was measured on."""
-    measured = {"texts of diff-llama verify": _measured(facts.verification)}
+    checks = (facts.verification or {}).get("checks", ())
+    text = next((check["text"] for check in checks if check.get("text")), "texts of diff-llama verify")
+    measured = {text: _measured(facts.verification)}
+    if (at_end := _at_end(facts.record)) and not facts.verification:
+        values = at_end.get("values") or {}
+        measured = {str(at_end.get("text")): {key: value for key, value in values.items() if key in METRICS}}
     if healing := facts.record.get("healing"):
         measured[f"held-out rows of {', '.join(healing[-1].get('data') or ['the healing'])}"] = {
             HEALING_METRICS[key]: value for key, value in healing[-1]["end"].items() if key in HEALING_METRICS
@@ -239,7 +250,8 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
     if calibration := record.get("calibration"):
         stages = markdown(", ".join(map(str, calibration["stages"])))
         text = code_span(calibration["text"])
-        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}: {stages}.")
+        floor = f", λ at least {markdown(calibration['lambda_floor'])}" if calibration.get("lambda_floor") else ""
+        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}: {stages}{floor}.")
     for stage in record.get("healing") or []:
         lines.append(f"- Healed, {markdown(stage.get('stage', 'one stage'))}: {markdown(_healing(stage))}.")
     count = config.num_hidden_layers
@@ -260,8 +272,11 @@ def _healing(stage: Mapping[str, Any]) -> str:
 
 def _measurements(facts: CardFacts) -> list[str]:
     """The section of measured numbers; nothing where nothing was measured."""
+    sections = []
+    if found := measured_text(_at_end(facts.record)):
+        sections.append(f"At the end of the conversion: {markdown(found)}.")
     if not facts.verification:
-        return []
+        return ["\n\n".join(["## Measured", *sections])] if sections else []
     rows = [f"| {METRICS[key][0]} | {value:.4g} |" for key, value in _measured(facts.verification).items()]
     checks = facts.verification.get("checks", ())
     rows += [
@@ -269,10 +284,8 @@ def _measurements(facts: CardFacts) -> list[str]:
         for check in checks
         if check["outcome"] != "measured"
     ]
-    return [
-        "## Measured\n\nBy `diff-llama verify`, on a few short texts.\n\n| what | result |\n|---|---|\n"
-        + "\n".join(rows)
-    ]
+    sections.append("By `diff-llama verify`:\n\n| what | result |\n|---|---|\n" + "\n".join(rows))
+    return ["\n\n".join(["## Measured", *sections])]
 
 
 def _sizes(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:

@@ -44,6 +44,15 @@ RECORD_FORM: Mapping[str, Any] = {
     "promise": {"kind": set(PROMISES), "text": str},
     "pairing": Maybe(str),
     "calibration": Maybe({"text": str, "tokens": int, "stages": [str]}),
+    "measured": Maybe(
+        {
+            "not_measured": Maybe(str),
+            "text": Maybe(str),
+            "tokens": Maybe(int),
+            "values": Maybe(Named(NUMBER)),
+            "lambda": Maybe(Named(NUMBER)),
+        }
+    ),
     "healing": Maybe(
         [
             {
@@ -62,7 +71,7 @@ RECORD_FORM: Mapping[str, Any] = {
 REPORT_FORM: Mapping[str, Any] = {
     "promise": str,
     "passed": bool,
-    "checks": [{"name": str, "outcome": str, "detail": str, "values": Named(NUMBER)}],
+    "checks": [{"name": str, "outcome": str, "detail": str, "values": Named(NUMBER), "text": Maybe(str)}],
 }
 
 

@@ -3,11 +3,13 @@
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from conversion.errors import FilesError, file_errors
 from conversion.kept_work import calibration_folder, folder_bytes, partial_folder
@@ -173,3 +175,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a small file of a finished checkpoint in one step. FilesError for the disk; the old file then stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    with file_errors(path):
+        try:
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """Returns a record as conversion.json has it."""
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"

@@ -17,29 +17,25 @@ from conversion.behaviour import (
     dead_parameters,
     encode_texts,
     generation_agreement,
-    greedy_agreement,
-    kl_nats,
     largest_difference,
-    loss_nats,
     observe,
     observe_logits,
     shuffled_pairs,
 )
 from conversion.bundle import read_code
 from conversion.checkpoint import CheckpointReader
-from conversion.companions import missing_code
+from conversion.companions import missing_code, read_tokenizer
 from conversion.errors import file_errors
 from conversion.export import read_our_config
+from conversion.held_out import HeldOut, read_held_out
 from conversion.lambdas import not_differential, read_lambdas
+from conversion.measurement import TOLERANCE
+from conversion.metrics import text_metrics, window_logits
 from conversion.original_model import load_converted, load_original
 from conversion.record import read_record
 from conversion.source import locate_source
 from conversion.source_config import read_source_model
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
-
-
-# float32, two ways of computing one thing; a wrong cache or a wrong conversion is off by 0.1 and more
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Check:
     outcome: Literal["passed", "failed", "measured", "skipped"]
     detail: str
     values: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""  # what text the values are of, where they are of one
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,16 @@ class VerificationReport:
 
 
 def verify_checkpoint(
-    output: str | Path, against: str | Path | None = None, *, texts: Sequence[str] | None = None
+    output: str | Path,
+    against: str | Path | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    held_out: str | Path | None = None,
 ) -> VerificationReport:
     """Checks a converted checkpoint; with its source in `against`, also what was promised of the function.
 
-    `texts` replaces the built-in ones. Models are loaded one after the other, in float32. A broken promise is a failed
+    `texts` replaces the built-in ones, and `held_out` the standard text on which loss, KL and agreement are measured.
+    Models are loaded one after the other, in float32. A broken promise is a failed
     check; ConversionError is raised for a folder that is no converted checkpoint at all.
     """
     folder = Path(output)
@@ -84,7 +86,7 @@ def verify_checkpoint(
     checks = list(_structure(folder, config, record))
     # A broken checkpoint would only fail in less clear ways; its code is not what is run here.
     if all(check.outcome != "failed" or check.name == "code" for check in checks):
-        checks += _behaviour(folder, config, record, against, texts)
+        checks += _behaviour(folder, config, record, against, texts, None if held_out is None else Path(held_out))
     return VerificationReport(folder.name, promise, checks)
 
 
@@ -157,12 +159,14 @@ def _behaviour(
     record: Mapping[str, Any],
     against: str | Path | None,
     texts: Sequence[str] | None,
+    text: Path | None,
 ) -> Iterator[Check]:
     if _model_class(config) is DiffLlamaModel:
         yield Check("function", "skipped", "a backbone without a language model head")
         return
     inputs = encode_texts(folder, config.vocab_size, config.max_position_embeddings, texts)
-    original = None
+    held_out = _held_out(folder, config, inputs, texts, text)
+    original, source_logits, parity = None, None, record["promise"]["kind"] == "parity"
     if against is not None:
         # Converted from pickles, it was allowed to read them.
         pickles = not any(name.endswith(".safetensors") for name in record["source"]["sha256"])
@@ -173,17 +177,19 @@ def _behaviour(
             yield Check("function", "skipped", "transformers has no model for the authors' own files")
         else:
             rounded = record["options"]["dtype"] or "float32"
-            original = observe(load_original(source.folder, theirs.config, dtype=rounded).float().eval(), inputs)
+            llama = load_original(source.folder, theirs.config, dtype=rounded).float().eval()
+            original = observe(llama, inputs)
+            source_logits = list(window_logits(llama, held_out.windows)) if parity else None
+            del llama
             if not record.get("healing"):  # which chooses a dtype of its own
                 yield _default_load(folder, source.folder, theirs.config, record, inputs)
     model = _load(folder, record)
-    converted = observe(model, inputs)
-    if record["promise"]["kind"] == "parity":
+    if parity:
+        yield _parity("converted", model, inputs, held_out, original, source_logits)
         with shuffled_pairs(model):
-            wrong = observe(model, inputs)
-        yield from _parity(inputs, original, converted, wrong)
+            yield _parity("pairs shuffled (wrong on purpose)", model, inputs, held_out, original, source_logits)
     elif original is not None:
-        yield from _same_function(record["promise"]["kind"], original, converted)
+        yield from _same_function(record["promise"]["kind"], original, observe(model, inputs))
     else:
         yield Check("function", "skipped", "give the source (--against) to compare with")
     yield _cache(model, inputs[0])
@@ -252,15 +258,28 @@ def _same_function(promise: str, original: Behaviour, converted: Behaviour) -> I
     yield Check("tokens", outcome, detail, {"generation_agreement": same})
 
 
+def _held_out(
+    folder: Path, config: DiffLlamaConfig, inputs: list[torch.Tensor], texts: Sequence[str] | None, text: Path | None
+) -> HeldOut:
+    """What a parity conversion is measured on."""
+    tokenizer = read_tokenizer(folder)
+    if text is None and (texts is not None or tokenizer is None):
+        return HeldOut("the given texts" if tokenizer else "random ids (no tokenizer)", inputs)
+    return read_held_out(tokenizer, config.vocab_size, config.max_position_embeddings, text)
+
+
 def _parity(
-    inputs: Sequence[torch.Tensor], original: Behaviour | None, converted: Behaviour, wrong: Behaviour
-) -> Iterator[Check]:
-    """Nothing is promised of a parity conversion's function: its numbers, beside those of a wrong conversion."""
-    for name, behaviour in (("converted", converted), ("pairs shuffled (wrong on purpose)", wrong)):
-        values = {"loss_nats": loss_nats(behaviour, inputs)}
-        if original is not None:
-            values["source_loss_nats"] = loss_nats(original, inputs)
-            values["kl_nats"] = kl_nats(original, behaviour)
-            values["greedy_agreement"] = greedy_agreement(original, behaviour)
-            values["generation_agreement"] = generation_agreement(original, behaviour)
-        yield Check(name, "measured", ", ".join(f"{key} {value:.3f}" for key, value in values.items()), values)
+    name: str,
+    model: DiffLlamaForCausalLM,
+    inputs: Sequence[torch.Tensor],
+    held_out: HeldOut,
+    original: Behaviour | None,
+    source_logits: list[torch.Tensor] | None,
+) -> Check:
+    """Nothing is promised of a parity conversion's function: its numbers, next to those of a wrong conversion."""
+    values = text_metrics(window_logits(model, held_out.windows), held_out.windows, source_logits).to_dict()
+    if original is not None:
+        values["generation_agreement"] = generation_agreement(original, observe(model, inputs))
+    detail = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+    detail += f"; on {held_out.name}, {held_out.num_tokens:,} tokens"
+    return Check(name, "measured", detail, values, held_out.name)

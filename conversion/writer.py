@@ -20,7 +20,16 @@ from conversion.file_identity import file_sha256
 from conversion.kept_work import keep_note, partial_folder, state_to_go_on_from, write_state
 from conversion.reader import checked_path
 from conversion.safetensors_header import DTYPE_NAMES, TensorSpec, encode_header, file_order, quote
-from conversion.target import check_space, check_target, locked, parents_made, restore, swap_in, sync_folder
+from conversion.target import (
+    check_space,
+    check_target,
+    locked,
+    parents_made,
+    record_text,
+    restore,
+    swap_in,
+    sync_folder,
+)
 
 
 __all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "plan_shards"]
@@ -202,7 +211,7 @@ class CheckpointWriter:
         config = hashlib.sha256(self._config.encode()).hexdigest()
         code = {path.name: file_sha256(path) for path in self._tree.glob("*.py")}
         written = {**record, "sha256": {**self.checksums, CONFIG: config, **code}}
-        self.write_text(name, json.dumps(written, indent=2, sort_keys=True) + "\n")
+        self.write_text(name, record_text(written))
         return written
 
     def copy_file(self, path: Path, name: str | None = None) -> None:

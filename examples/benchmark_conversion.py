@@ -76,11 +76,11 @@ def copy(source: Path, target: Path) -> None:
 
 
 def convert_v1(source: Path, target: Path) -> None:
-    convert_checkpoint(source, target, "v1", uncalibrated=True)
+    convert_checkpoint(source, target, "v1", uncalibrated=True, measure=False)
 
 
 def convert_v2(source: Path, target: Path) -> None:
-    convert_checkpoint(source, target, "v2")
+    convert_checkpoint(source, target, "v2", measure=False)
 
 
 JOBS: dict[str, Callable[[Path, Path], None]] = {"copy": copy, "convert v1": convert_v1, "convert v2": convert_v2}

@@ -131,7 +131,7 @@ def compare(arguments):
     text, sets = prepare(arguments)
     folders = {"llama": ASSETS, "v2": arguments.output / "v2"}
     if not folders["v2"].exists():
-        convert_checkpoint(ASSETS, folders["v2"], "v2")
+        convert_checkpoint(ASSETS, folders["v2"], "v2", measure=False)
     print("| model | parameters | loss before, after | recall before, after: " + ", ".join(sets) + " | lambda | s |")
     rows = []
     for name, (kind, _) in RUNS.items():

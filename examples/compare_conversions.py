@@ -29,6 +29,7 @@ from conversion.calibrated_model import calibrated_model
 from conversion.calibration_data import read_calibration
 from conversion.convert import convert_checkpoint
 from conversion.local_fit import LocalFit
+from conversion.metrics import text_metrics
 from modeling_diff import DiffLlamaForCausalLM
 
 
@@ -57,11 +58,9 @@ def measure(model, llama, rows):
     """Loss, KL from LLaMA (nats a token) and share of equal greedy tokens over rows (R, T)."""
     totals = torch.zeros(3, dtype=torch.float64)
     for part in rows.to(model.device).split(8):
-        ours, theirs = (m(input_ids=part).logits.float().log_softmax(-1) for m in (model, llama))  # (R, T, V)
-        loss = torch.nn.functional.nll_loss(ours[:, :-1].flatten(0, 1), part[:, 1:].flatten())
-        kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
-        agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-        totals += len(part) * torch.stack((loss, kl, agreement)).double().cpu()
+        found = text_metrics(model(input_ids=part).logits, part.split(1), llama(input_ids=part).logits)
+        numbers = (found.loss_nats, found.kl_nats, found.greedy_agreement)
+        totals += len(part) * torch.tensor(numbers, dtype=torch.float64)
     return dict(zip(("loss", "kl_nats", "agreement"), (totals / len(rows)).tolist(), strict=True))
 
 
@@ -83,7 +82,9 @@ def lambdas(model):
 
 def plain_copy(folder, lambda_init):
     with tempfile.TemporaryDirectory() as target:
-        convert_checkpoint(folder, Path(target) / "v1", "v1", uncalibrated=True, lambda_init=lambda_init)
+        convert_checkpoint(
+            folder, Path(target) / "v1", "v1", uncalibrated=True, lambda_init=lambda_init, measure=False
+        )
         return DiffLlamaForCausalLM.from_pretrained(Path(target) / "v1", dtype=torch.float32)
 
 

@@ -69,7 +69,7 @@ def convert(start, args, folder):
             options["uncalibrated"] = True
         if "stages" in options:
             options |= {"calibration": args.model / "calibration.txt", "calibration_tokens": args.calibration_tokens}
-        convert_checkpoint(args.model, folder, **options)
+        convert_checkpoint(args.model, folder, **options, measure=False)
     return folder
 
 

@@ -231,11 +231,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"compare_lora: {error}")
     with tempfile.TemporaryDirectory() as folder:
         folders = {"LLaMA": str(ASSETS), "DIFF V2": f"{folder}/v2", "DIFF V1": arguments.v1 or f"{folder}/v1"}
-        convert_checkpoint(ASSETS, Path(folder) / "v2", "v2")
+        convert_checkpoint(ASSETS, Path(folder) / "v2", "v2", measure=False)
         if not arguments.v1:
             fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
             fitting = {} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
-            convert_checkpoint(ASSETS, Path(folder) / "v1", "v1", **fitting)
+            convert_checkpoint(ASSETS, Path(folder) / "v1", "v1", **fitting, measure=False)
         rows = compare(folders, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python examples/compare_lora.py", *(sys.argv[1:] if argv is None else argv)])

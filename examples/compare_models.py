@@ -134,8 +134,8 @@ def main(argv=None):
         folders = args.models
         if not folders:
             folders = [EMBEDDED, Path(converted) / "v1-copy", Path(converted) / "v2-exact"]
-            convert_checkpoint(EMBEDDED, folders[1], "v1", uncalibrated=True)
-            convert_checkpoint(EMBEDDED, folders[2], "v2")
+            convert_checkpoint(EMBEDDED, folders[1], "v1", uncalibrated=True, measure=False)
+            convert_checkpoint(EMBEDDED, folders[2], "v2", measure=False)
         try:
             args.report.parent.mkdir(parents=True, exist_ok=True)
             data = compare(folders, args)

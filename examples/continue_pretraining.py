@@ -195,7 +195,7 @@ def smoke(arguments: argparse.Namespace, folder: Path) -> None:
 
     if arguments.model is None:
         arguments.model = str(folder / "v2")
-        convert_checkpoint(ASSETS, folder / "v2", "v2")
+        convert_checkpoint(ASSETS, folder / "v2", "v2", measure=False)
     arguments.train = arguments.train or [str(ASSETS / "calibration.txt")]
     arguments.eval = arguments.eval or [str(ASSETS / "heldout.txt")]
     arguments.steps, arguments.batch_size, arguments.context = min(arguments.steps, 4), 2, 64

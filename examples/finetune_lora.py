@@ -231,7 +231,7 @@ def smoke(arguments: argparse.Namespace, folder: Path) -> None:
 
     if arguments.model is None:
         arguments.model = str(folder / "v2")
-        convert_checkpoint(ASSETS, folder / "v2", "v2")
+        convert_checkpoint(ASSETS, folder / "v2", "v2", measure=False)
     words = ("alpha", "beta", "gamma", "delta", "theta", "kappa", "sigma", "omega")
     lines = [{"prompt": f"upper({word!r}) ->", "completion": f" {word.upper()!r}"} for word in words]
     turns = [{"role": "user", "content": "ready?"}, {"role": "assistant", "content": "ready"}]

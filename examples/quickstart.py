@@ -2,17 +2,21 @@
 The main job from end to end: a LLaMA becomes a DIFF V1 and a DIFF V2 checkpoint; all are verified and compared.
 
     python examples/quickstart.py
-    python examples/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b --text my_text.txt
+    python examples/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b --calibration my_text.txt
 
-Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its texts, needs no network, about a
-minute on two cores, and writes the checkpoints to out/quickstart. It can be repeated at will. V1 comes twice: as a
-copy, and with its heads paired and o_proj refit on 16K tokens of calibration text (`--calibration` for another
-source).
+Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its calibration text, needs no
+network, about a minute on two cores, and writes the checkpoints to out/quickstart. It can be repeated at will.
+V1 comes twice: as a plain copy, and calibrated on 16K tokens of text (`--calibration` for another source) by its two
+quickest stages; `diff-llama convert --calibration` runs all of them. Loss, KL and greedy agreement are those of the
+standard held-out text, or of `--text`. The exit code is 1 if a check fails.
 """
 
 import argparse
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,26 +26,42 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from conversion import convert_checkpoint, verify_checkpoint
-from conversion.behaviour import Behaviour, greedy_agreement, kl_nats, loss_nats
+from conversion.held_out import read_held_out
+from conversion.metrics import text_metrics, window_logits
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+STAGES = ("pairing", "refit")
 PROMPT = "def read_lines(path):\n"
-COLUMNS = ("model", "parameters", "MiB", "loss (nats)", "KL (nats)", "greedy agreement", "verified", "seconds")
+COLUMNS = ("model", "parameters", "MiB", "loss (nats)", "KL (nats)", "greedy agreement", "λ", "verified", "seconds")
 
 
-def held_out_windows(tokenizer: PreTrainedTokenizerBase, text: Path, windows: int, length: int) -> list[torch.Tensor]:
-    """`windows` evenly spaced stretches of the text, each (1, length) token ids."""
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
-    if ids.shape[1] < windows * length:
-        raise SystemExit(f"{text}: {ids.shape[1]} tokens, and {windows * length} are needed; give a longer text")
-    step = ids.shape[1] // windows
-    return [ids[:, start : start + length] for start in range(0, windows * step, step)]
+def convert(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[str, str | Path, str, float]]:
+    """Yields each model's name, its folder, the verdict of `verify` and the seconds taken; the LLaMA first."""
+    yield "LLaMA", arguments.source, "-", 0.0
+    calibration = {"calibration": arguments.calibration, "calibration_tokens": arguments.calibration_tokens}
+    calibration |= {"stages": STAGES}
+    conversions: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("DIFF V2, exact", "v2", "v2", {}),
+        ("DIFF V1, plain copy", "v1-copy", "v1", {"uncalibrated": True}),
+    ]
+    if arguments.calibration:
+        conversions.append(("DIFF V1, calibrated", "v1", "v1", calibration))
+    for name, folder_name, variant, options in conversions:
+        start = time.perf_counter()
+        folder = arguments.output / folder_name
+        convert_checkpoint(arguments.source, folder, variant, overwrite=True, measure=False, **options)
+        report = verify_checkpoint(folder, against=arguments.source)
+        for check in report.checks:
+            console.print(f"{folder_name} {check.name}: {check.outcome}, {check.detail}", style="dim", highlight=False)
+        yield name, folder, "yes" if report.passed else "FAILED", time.perf_counter() - start
 
 
-@torch.no_grad()
-def read_text(model: PreTrainedModel, windows: list[torch.Tensor]) -> Behaviour:
-    return Behaviour([model(ids).logits[0].float() for ids in windows], [])
+def smallest_and_largest_lambda(model: PreTrainedModel) -> str:
+    """Returns what λ of a V1's layers is, "-" for other models; V2's depends on the token."""
+    attentions = [layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn, "diff_lambda")]
+    lambdas = [attention.diff_lambda().item() for attention in attentions]
+    return f"{min(lambdas):.3f} to {max(lambdas):.3f}" if lambdas else "-"
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -56,58 +76,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=str(ASSETS), help="folder or Hub id of a LLaMA")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="where v1 and v2 are written")
-    parser.add_argument("--text", type=Path, default=ASSETS / "heldout.txt", help="text for loss, KL and agreement")
+    parser.add_argument("--text", type=Path, help="text for loss, KL and agreement, in place of the standard one")
     parser.add_argument("--calibration", type=Path, help="text on which V1 is fitted; the small LLaMA has its own")
-    parser.add_argument("--windows", type=int, default=16, help="stretches of the text that are read")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--calibration-tokens", type=int, default=16384, help="how much of it is read")
     arguments = parser.parse_args()
+    if arguments.calibration is None and arguments.source == str(ASSETS):
+        arguments.calibration = ASSETS / "calibration.txt"
 
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    windows = held_out_windows(tokenizer, arguments.text, arguments.windows, arguments.length)
-    table = Table(title="One LLaMA and what becomes of it", title_justify="left")
+    table = Table(title_justify="left", title_style="bold")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    generated, original = {}, None
-    if arguments.calibration is None and arguments.source == str(ASSETS):
-        arguments.calibration = ASSETS / "calibration.txt"
-    fit = {"calibration": arguments.calibration, "calibration_tokens": 16384, "stages": ("pairing", "refit")}
-    conversions: list[tuple[str, str, dict]] = [("LLaMA", "", {}), ("DIFF V2, exact", "v2", {})]
-    conversions += [("DIFF V1, copy", "v1", {"uncalibrated": True})]
-    conversions += [("DIFF V1, paired and refit", "v1-fitted", fit)] if arguments.calibration else []
-    for name, folder_name, options in conversions:
-        start = time.perf_counter()
-        folder, verdict = arguments.source, "-"
-        if folder_name:
-            folder = arguments.output / folder_name
-            convert_checkpoint(arguments.source, folder, folder_name[:2], overwrite=True, **options)
-            report = verify_checkpoint(folder, against=arguments.source)
-            verdict = "yes" if report.passed else "FAILED"
-            for check in report.checks:
-                console.print(
-                    f"{folder_name} {check.name}: {check.outcome}, {check.detail}", style="dim", highlight=False
-                )
-        seconds = time.perf_counter() - start
+    generated, failed, held_out, original = {}, [], None, None
+    for name, folder, verdict, seconds in convert(arguments, console):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        behaviour = read_text(model, windows)
-        original = original or behaviour
-        num_bytes = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+        if held_out is None:
+            config = model.config
+            held_out = read_held_out(tokenizer, config.vocab_size, config.max_position_embeddings, arguments.text)
+            table.title = f"One LLaMA and what becomes of it, on {held_out.name}, {held_out.num_tokens:,} tokens"
+        logits = list(window_logits(model, held_out.windows))
+        original = original or logits
+        metrics = text_metrics(logits, held_out.windows, original)
         table.add_row(
             name,
             f"{model.num_parameters():,}",
-            f"{num_bytes:.1f}",
-            f"{loss_nats(behaviour, windows):.3f}",
-            f"{kl_nats(original, behaviour):.4f}",
-            f"{greedy_agreement(original, behaviour):.1%}",
+            f"{sum(parameter.nbytes for parameter in model.parameters()) / 2**20:.1f}",
+            f"{metrics.loss_nats:.3f}",
+            f"{metrics.kl_nats:.4f}",
+            f"{metrics.greedy_agreement:.1%}",
+            smallest_and_largest_lambda(model),
             verdict,
             f"{seconds:.1f}",
         )
         generated[name] = generate(model, tokenizer, PROMPT)
-    Console(width=max(console.width, 124)).print(table)
+        failed += [name] if verdict == "FAILED" else []
+    Console(width=max(console.width, 140)).print(table)
     for name, text in generated.items():
         console.rule(name, align="left")
         console.print(text, markup=False, highlight=False)
+    if failed:
+        sys.exit(f"FAILED: {', '.join(failed)}; the check that failed stands above the table")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 What each head of a model does: retrieval, induction, previous token, first token, entropy; and what it is worth.
 
     python examples/score_heads.py
-    python examples/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1-fitted --ablate 4
-    python examples/score_heads.py out/quickstart/v1-fitted --output out/heads-v1
+    python examples/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1 --ablate 4
+    python examples/score_heads.py out/quickstart/v1 --output out/heads-v1
 
 Prints the heads that retrieve most and writes every score to scores.json and scores.png. `--converted` shows which of
 a LLaMA's heads a V1 conversion paired; `--ablate N` takes out the N heads that score highest in retrieval, and N

@@ -2,7 +2,7 @@
 Look at attention: one model, or two side by side, as a page that needs no server, and as PNG and SVG.
 
     python examples/view_attention.py
-    python examples/view_attention.py examples/assets/tiny-llama out/quickstart/v1-fitted --output out/attention
+    python examples/view_attention.py examples/assets/tiny-llama out/quickstart/v1 --output out/attention
     python examples/view_attention.py meta-llama/Llama-3.2-1B --text-file prompt.txt --mark "4821" --layers 0 7 15
 
 Without a checkpoint it takes the small trained LLaMA in examples/assets/tiny-llama. Writes attention.html (open it

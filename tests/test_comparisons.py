@@ -41,7 +41,13 @@ def test_continuations_start_from_equal_losses(tmp_path):
 
 def test_blend_is_the_llama_at_first_and_plain_v1_at_the_end(tmp_path):
     convert_checkpoint(
-        compare_healing.EMBEDDED, tmp_path / "v1", "v1", uncalibrated=True, norm="neutral", lambda_init=0.05
+        compare_healing.EMBEDDED,
+        tmp_path / "v1",
+        "v1",
+        uncalibrated=True,
+        norm="neutral",
+        lambda_init=0.05,
+        measure=False,
     )
     llama = LlamaForCausalLM.from_pretrained(compare_healing.EMBEDDED, dtype=torch.float32)
     model = DiffLlamaForCausalLM.from_pretrained(tmp_path / "v1", dtype=torch.float32).eval()

@@ -1,6 +1,7 @@
 """Every example runs as its docstring says, in its smallest form, from another folder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,42 @@ def run_example(tmp_path, name, *arguments):
 
 @pytest.mark.slow
 def test_quickstart_converts_verifies_and_compares(tmp_path):
-    printed = run_example(tmp_path, "quickstart.py", "--windows", "2", "--length", "64")
+    printed = run_example(tmp_path, "quickstart.py", "--calibration-tokens", "4096")
     rows = {line.split("│")[1].strip(): line.split("│") for line in printed.splitlines() if line.count("│") > 7}
     assert rows["DIFF V2, exact"][5].strip() == "0.0000"  # KL to the LLaMA
-    assert {rows[name][7].strip() for name in ("DIFF V2, exact", "DIFF V1, copy", "DIFF V1, paired and refit")} == {
-        "yes"
-    }
-    assert float(rows["DIFF V1, paired and refit"][4]) < float(rows["DIFF V1, copy"][4])  # loss
+    names = ("DIFF V2, exact", "DIFF V1, plain copy", "DIFF V1, calibrated")
+    assert {rows[name][8].strip() for name in names} == {"yes"}
+    assert float(rows["DIFF V1, calibrated"][4]) < float(rows["DIFF V1, plain copy"][4])  # loss
+    assert float(rows["DIFF V1, calibrated"][7].split(" to ")[0]) >= 0.02, "differential in every layer"
+    assert "on the standard held-out text" in printed
     assert (tmp_path / "out/quickstart/v1/conversion.json").is_file()
     assert (tmp_path / "out/quickstart/v2/modeling_diff_llama.py").is_file()
+
+
+def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
+    """A byte of V2's weights is changed after its conversion."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from compare_conversions import make_toy
+
+    make_toy(tmp_path / "llama")
+    script = tmp_path / "damaged.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport quickstart\n"
+        "convert = quickstart.convert_checkpoint\n"
+        "def damage(source, folder, variant, **options):\n"
+        "    convert(source, folder, variant, **options)\n"
+        "    path = folder / 'model.safetensors'\n"
+        "    if variant == 'v2': path.write_bytes(path.read_bytes()[:-1] + b'x')\n"
+        "quickstart.convert_checkpoint = damage\n"
+        "sys.argv = ['quickstart.py', '--source', 'llama', '--text', 'llama/heldout.txt']\nquickstart.main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("FAILED: DIFF V2, exact;"), result.stderr
+    assert "v2 checksums: failed, model.safetensors has changed" in result.stdout
 
 
 @pytest.mark.slow
@@ -84,7 +112,7 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
 
 def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     llama = EXAMPLES / "assets" / "tiny-llama"
-    convert_checkpoint(llama, tmp_path / "v2", "v2")
+    convert_checkpoint(llama, tmp_path / "v2", "v2", measure=False)
     arguments = ("v2", "--against", str(llama), "--tokens", "64", "--output", "out/precision.json")
     run_example(tmp_path, "compare_precision.py", *arguments)
     rows = {

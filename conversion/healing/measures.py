@@ -59,4 +59,5 @@ def measure(model: Any, teacher: Teacher | None, rows: Rows, first_number: int, 
     model.train(was_training)
     num_tokens, num_labels = rows.rows.numel(), rows.rows.numel() - len(rows)
     loss, kl, same, teacher_loss = (sums / torch.tensor([num_labels, num_tokens, num_tokens, num_labels])).tolist()
+    kl = max(0.0, kl)  # rounding alone may leave it below
     return Measures(loss, kl, same, teacher_loss) if teacher else Measures(loss)

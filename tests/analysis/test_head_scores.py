@@ -61,7 +61,7 @@ def llama_folder(llama, tmp_path_factory):
 def mirror(llama_folder, tmp_path_factory):
     """Exact V2: A1 and A2 are LLaMA's map and lambda is a half, as lambda_proj reads nothing."""
     folder = tmp_path_factory.mktemp("mirror") / "v2"
-    convert_checkpoint(llama_folder, folder, "v2")
+    convert_checkpoint(llama_folder, folder, "v2", measure=False)
     return DiffLlamaForCausalLM.from_pretrained(folder).eval()
 
 
@@ -231,7 +231,12 @@ def test_ablation_equals_zeroed_or_replaced_columns(variant):
 def test_pairs_show_which_roles_a_conversion_paired(llama_folder, scores, tmp_path):
     order = (1, 2, 3, 0)
     convert_checkpoint(
-        llama_folder, tmp_path / "chosen", "v1", uncalibrated=True, pairings={0: HeadPairing(order, order)}
+        llama_folder,
+        tmp_path / "chosen",
+        "v1",
+        uncalibrated=True,
+        pairings={0: HeadPairing(order, order)},
+        measure=False,
     )
     pairs = {(pair.layer, pair.head): pair for pair in paired_scores(scores, tmp_path / "chosen")}
     assert pairs[0, 0].positive.first_token > 0.99 and pairs[0, 0].subtracted.previous_token > 0.99

@@ -25,7 +25,17 @@ def run(tmp_path, name, *arguments):
 def test_view_attention_writes_a_page_and_figures(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     converted = tmp_path / "v2"
-    convert = [sys.executable, "-m", "conversion", "convert", str(TINY_LLAMA), str(converted), "--variant", "v2"]
+    convert = [
+        sys.executable,
+        "-m",
+        "conversion",
+        "convert",
+        str(TINY_LLAMA),
+        str(converted),
+        "--variant",
+        "v2",
+        "--no-measure",
+    ]
     subprocess.run(convert, cwd=EXAMPLES.parent, check=True, capture_output=True, timeout=300)
     result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(converted), "--smoke", "--mark", "4821")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -29,7 +29,9 @@ def test_text_comes_in_rows_behind_a_bos(tmp_path):
     path.write_text("abcdefgh\nijklmnopqrstuvwxyz, and more that is not asked for\n")
     rows = read(path)
     assert rows.shape == (3, 8) and rows[:, 0].tolist() == [1, 1, 1]
-    assert rows[:, 1:].flatten().tolist() == Letters().encode("abcdefgh\nijklmnopqrst", add_special_tokens=False)
+    assert rows[:, 1:].flatten().tolist() == Letters().encode(
+        "abcdefgh\nijklmnopqrst", add_special_tokens=False, verbose=False
+    )
 
 
 def test_json_lines_of_text_equal_text(tmp_path):

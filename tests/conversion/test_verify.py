@@ -282,11 +282,15 @@ def test_reports_that_verify_did_not_print_are_refused_in_one_line(tmp_path, cha
 
 def test_kl_and_agreement_are_what_they_are_called():
     """Two tokens, worked by hand: KL((3/4, 1/4) || (1/2, 1/2)) = ln 2 - H(1/4)."""
-    from conversion.behaviour import Behaviour, generation_agreement, greedy_agreement, kl_nats, loss_nats
+    from conversion.behaviour import Behaviour, generation_agreement
+    from conversion.metrics import text_metrics
 
     original = Behaviour([torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()], [[1, 2, 3, 4]])
     other = Behaviour([torch.tensor([[0.5, 0.5 + 1e-6], [0.5 + 1e-6, 0.5]]).log()], [[1, 2, 9, 4]])
-    assert kl_nats(original, other) == pytest.approx(0.130812, abs=1e-5)
-    assert greedy_agreement(original, other) == 0.5
+    windows = [torch.tensor([[0, 1]])]
+    found = text_metrics(other.logits, windows, original.logits)
+    assert found.kl_nats == pytest.approx(0.130812, abs=1e-5)
+    assert found.greedy_agreement == 0.5
+    assert found.source_loss_nats == pytest.approx(1.386294, abs=1e-6)
     assert generation_agreement(original, other) == 0.5
-    assert loss_nats(original, [torch.tensor([[0, 1]])]) == pytest.approx(1.386294, abs=1e-6)
+    assert text_metrics(original.logits, windows).to_dict() == {"loss_nats": pytest.approx(1.386294, abs=1e-6)}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import modeling_diff
 from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
+from conversion.record import read_record
 from conversion.upload_files import read_upload_folder
 
 
@@ -214,7 +215,9 @@ def test_measured_numbers_reach_card_and_model_index(reports, folders):
     results = {result.metric_type: result.metric_value for result in card(reports["verified"]).data.eval_results}
     assert results == {key: pytest.approx(value, abs=1e-6) for key, value in values.items()}
     assert f"| {values['kl_nats']:.4g} |" in card(reports["verified"]).text
-    assert card(reports["first"]).data.eval_results is None
+    measured = read_record(folders["v1"])["measured"]["values"]
+    results = {result.metric_type: result.metric_value for result in card(reports["first"]).data.eval_results}
+    assert results == {key: pytest.approx(value, abs=1e-6) for key, value in measured.items()}
 
 
 def test_export_goes_up_without_code_and_is_the_same_function(reports, converted, tmp_path):

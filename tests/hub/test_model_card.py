@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 import modeling_diff
 from conversion import convert_checkpoint, push_checkpoint
 from conversion.export import read_our_config
+from conversion.held_out import STANDARD_NAME
 from conversion.hub import plan_upload
 from conversion.licences import llama_terms
 from conversion.model_card import GENERATED, CardFacts, lambda_plot, render_card, source_metadata
@@ -51,13 +52,28 @@ def python_blocks(card: ModelCard) -> list[str]:
 
 
 def test_metadata_is_read_back_by_the_hubs_own_parser(card):
-    assert card.data.to_dict() == {
+    found = card.data.to_dict()
+    found.pop("model-index", None)  # of measured numbers, below
+    assert found == {
         "language": "en",
         "library_name": "transformers",
         "license": "llama3.2",
         "pipeline_tag": "text-generation",
         "tags": ["differential-transformer", "diff_llama"],
     }
+
+
+def test_numbers_of_the_conversions_end_are_on_the_card_under_their_text(converted):
+    measured = read_record(converted["v1"])["measured"]
+    results = ModelCard((converted["v1"] / "README.md").read_text()).data.eval_results
+    assert {result.metric_type: result.metric_value for result in results} == {
+        name: pytest.approx(value, abs=1e-6) for name, value in measured["values"].items()
+    }
+    assert {result.dataset_name for result in results} == {measured["text"]} == {STANDARD_NAME}
+    assert "At the end of the conversion: loss" in (converted["v1"] / "README.md").read_text()
+    assert (
+        "loss" not in rendered(converted["v1"], healing=[HEALED | {"start": {}, "end": {}}]).text.split("## How to")[0]
+    )
 
 
 def test_licence_of_another_name_is_inherited_with_its_link(llama, tmp_path):
