@@ -31,7 +31,7 @@ from conversion.healing.options import HealingOptions, HealOptimizer, HealStage,
 from conversion.hub import push_checkpoint
 from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, STAGES, parse_lambda_init, parse_layers, parse_stages
 from conversion.record import read_report
-from conversion.signals import Stopped, ignore_signals, stop_on_signals
+from conversion.signals import EXIT_CODES, Stopped, end_stopped, stop_on_signals
 from conversion.terminal import NoteHandler, err, say
 from conversion.update_code import update_checkpoint_code
 from conversion.usage import PlainCommand, PlainGroup, parsed
@@ -456,9 +456,11 @@ def main() -> None:
         app()
     except Stopped as stopped:  # before the command's work was begun, or after its end
         say(f"{stopped}; nothing half done was left", "red", err)
-        sys.exit(stopped.exit_code)
-    finally:
-        ignore_signals()
+        end_stopped(stopped.exit_code)
+    except SystemExit as error:
+        if error.code in EXIT_CODES:
+            end_stopped(int(error.code))
+        raise
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
 """Signals that stop a run: each unwinds it once, so that what is finished is kept and the rest removed."""
 
+import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REPEATED_SECONDS = 1.0
+_last_seconds = float("-inf")  # when the last signal came
 
 
 class Stopped(BaseException):
@@ -24,6 +30,9 @@ class Stopped(BaseException):
         return 128 + self.signum
 
 
+EXIT_CODES = frozenset(Stopped(signum).exit_code for signum in STOPPING)
+
+
 def stop_on_signals() -> None:
     """Raises `Stopped` in the main thread for each of STOPPING; those ignored from the start (nohup) stay ignored."""
     for signum in STOPPING:
@@ -31,10 +40,17 @@ def stop_on_signals() -> None:
             signal.signal(signum, _stop)
 
 
-def ignore_signals() -> None:
-    """For the end of a process, which has nothing left to unwind."""
+def end_stopped(exit_code: int) -> NoReturn:
+    """Ends the process of a run that was stopped and unwound, at once.
+
+    The interpreter would wait for every thread first, and for one whose start the signal has interrupted, forever.
+    """
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
 
 
 def stopped_by(error: BaseException | None) -> Stopped | None:
@@ -45,7 +61,12 @@ def stopped_by(error: BaseException | None) -> Stopped | None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    # A second Ctrl-C while the first one is being handled would stop the clean-up. One that a library has swallowed
-    # is no longer being handled, and the next is raised.
-    if stopped_by(sys.exception()) is None:
+    """Raises, unless an earlier signal is at work: a second Ctrl-C would stop the clean-up.
+
+    One that a library has swallowed is not, and after REPEATED_SECONDS the next is raised.
+    """
+    global _last_seconds
+    repeated = time.monotonic() - _last_seconds < REPEATED_SECONDS
+    _last_seconds = time.monotonic()
+    if not repeated and stopped_by(sys.exception()) is None:
         raise Stopped(signum)

@@ -184,8 +184,13 @@ def run_whole(inputs: Path, folder: Path, name: str) -> tuple[dict[str, bytes], 
     return weights(folder / "whole"), seconds
 
 
-def stop_many(inputs: Path, folder: Path, name: str, counts: dict[int, int], seed: int = 0) -> Counter[str]:
-    """`counts` stops by signal, the first run with and without `--resume` in turn; how often what was met."""
+def stop_many(
+    inputs: Path, folder: Path, name: str, counts: dict[int, int], *, seed: int = 0, earliest: float = 0.0
+) -> Counter[str]:
+    """`counts` stops by signal, the first run with and without `--resume` in turn; how often what was met.
+
+    Moments are random ones after a share `earliest` of a whole run's time.
+    """
     source, found = random.Random(f"{seed} {name}"), Counter()
     folder.mkdir(parents=True, exist_ok=True)
     run(inputs, folder / "warm", ["--help"])  # the first run of a fork server starts it
@@ -193,7 +198,7 @@ def stop_many(inputs: Path, folder: Path, name: str, counts: dict[int, int], see
     stops = [signum for signum, count in counts.items() for _ in range(count)]
     for number, signum in enumerate(stops):
         first, again = ["--resume"] * (number % 2), ["--resume"] * (number // 2 % 2)
-        moment = source.uniform(0, seconds)
+        moment = source.uniform(earliest, 1) * seconds
         output = folder / f"{signal.Signals(signum).name}-{number}"
         met = stop_and_run_again(inputs, output, name, signum, moment, first, again, whole)
         found[f"{signal.Signals(signum).name}: {met}"] += 1
@@ -216,7 +221,7 @@ def main() -> None:
     counts = {signal.SIGKILL: arguments.kills, signal.SIGINT: arguments.interrupts, signal.SIGHUP: arguments.hangups}
     for name in arguments.commands:
         began = time.monotonic()
-        found = stop_many(inputs, arguments.folder.absolute() / name, name, counts, arguments.seed)
+        found = stop_many(inputs, arguments.folder.absolute() / name, name, counts, seed=arguments.seed)
         seconds = time.monotonic() - began
         print(json.dumps({"command": name, **dict(sorted(found.items())), "seconds": round(seconds)}), flush=True)
 

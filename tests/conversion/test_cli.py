@@ -204,6 +204,22 @@ def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
     assert json.loads(run("inspect", theirs, "--json").stdout)["variant"] is None
 
 
+@pytest.mark.parametrize("stop", ["os.kill(os.getpid(), signal.SIGINT)", "sys.exit(130)"])
+def test_a_stopped_run_ends_though_a_thread_would_not(stop):
+    """As one whose start the signal has interrupted, before it was told whom to wait for."""
+    script = (
+        "import os, signal, sys, threading; from conversion import __main__ as cli\n"
+        "def app():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        f"    print('shown'); {stop}\n"
+        "cli.app = app; cli.main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (process.returncode, process.stdout) == (130, "shown\n")
+
+
 def test_nothing_is_said_where_nothing_is_wrong():
     """By what training imports: PEFT, and with it bitsandbytes."""
     pytest.importorskip("peft")
