@@ -1,6 +1,7 @@
 """What a finished conversion computes, measured at its end: V2 against its source's bits, V1 by how near it came."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from conversion.stream import Plan
 from modeling_diff import DiffLlamaConfig
 
 
+logger = logging.getLogger(__name__)
 # In float32, as one CPU computes it: 1 B parameters are 4 GB, and two passes over 4,096 tokens 16 TFLOP, some three
 # minutes of two cores. 8 B would be 32 GB and half an hour, more than a conversion that streams should ever cost.
 CPU_PARAMETERS = 10**9
@@ -66,8 +68,8 @@ def plan_measurement(
         return Measurement(None, reason="transformers has no model for the authors' own files")
     if not _fits(parameters, device):
         where = "a CPU" if device == "cpu" else "this GPU's free memory"
-        command = f"diff-llama verify {output} --against {found.hub_id or found.folder}"
-        reason = f"{parameters / 1e9:.1f} B parameters are many for {where}; `{command}` measures all the same"
+        way_out = "`diff-llama verify OUTPUT --against SOURCE` measures all the same"
+        reason = f"{parameters / 1e9:.1f} B parameters are many for {where}; {way_out}"
         return Measurement(None, reason=reason)
     try:
         tokenizer = read_tokenizer(found.folder)
@@ -79,9 +81,8 @@ def plan_measurement(
     except ConversionError as error:
         if text is not None:
             raise
-        return Measurement(
-            None, reason=str(error)
-        )  # such as a tokenizer that is damaged; its files travel all the same
+        logger.warning("not measured: %s", error)  # such as a damaged tokenizer, whose files travel all the same
+        return Measurement(None, reason="the source's tokenizer cannot be used")
 
 
 def planned_config(plan: Plan) -> DiffLlamaConfig:
@@ -93,6 +94,8 @@ def measure_output(
     measurement: Measurement, found: SourceFolder, model: SourceModel, output: Path, record: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what conversion.json says of it: the text, its tokens and the numbers, or why there are none.
+
+    Reasons are published with it: they name no paths. What an error says besides is logged.
 
     Raises:
         ConversionError: Logits that are not those that were promised.
@@ -115,7 +118,8 @@ def measure_output(
             )
     except (ConversionError, ValueError, RuntimeError, MemoryError, OSError, ImportError) as error:
         # The checkpoint is whole: what keeps a model from being run here, memory above all, must not undo it.
-        return {"not_measured": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        logger.warning("not measured: %s", error)
+        return {"not_measured": f"{type(error).__name__} when source and conversion were run"}
     scale = max(logits.abs().max().item() for logits in source_logits)
     difference = numbers["values"].get("largest_difference", 0)
     # What is only equal up to rounding may be rounded in 16 bits, by more than a float32 tolerance.

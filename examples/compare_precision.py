@@ -51,7 +51,8 @@ def differences(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]
     distributions = (found.log_softmax(-1), expected.log_softmax(-1))
     return {
         "largest": (found - expected).abs().max().item(),
-        "kl_nats": nn.functional.kl_div(*distributions, log_target=True, reduction="batchmean").item(),
+        # Rounding alone may leave a mean of nothing below 0.
+        "kl_nats": max(0.0, nn.functional.kl_div(*distributions, log_target=True, reduction="batchmean").item()),
         "greedy_agreement": (found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
     }
 

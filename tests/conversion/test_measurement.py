@@ -145,7 +145,7 @@ def test_large_models_on_a_cpu_only_say_how(llama, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(measurement, "load_in_float32", None)
     report = convert_checkpoint(llama, tmp_path / "v1", **COPY, held_out=rows)
     said = measurement.measured_text(report.record["measured"])
-    assert f"`diff-llama verify {tmp_path / 'v1'} --against {llama}`" in said and "are many for a CPU" in said
+    assert "`diff-llama verify OUTPUT --against SOURCE`" in said and "are many for a CPU" in said
 
 
 def test_no_measure_measures_nothing(llama, rows, tmp_path, monkeypatch):
@@ -157,13 +157,15 @@ def test_no_measure_measures_nothing(llama, rows, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't allocate memory"), OSError("gone")])
-def test_failing_to_measure_does_not_undo_a_finished_conversion(llama, tmp_path, monkeypatch, error):
+def test_failing_to_measure_does_not_undo_a_finished_conversion(llama, tmp_path, monkeypatch, caplog, error):
     def fail(*arguments):
         raise error
 
     monkeypatch.setattr(measurement, "load_in_float32", fail)
     report = convert_checkpoint(llama, tmp_path / "v2", "v2")
-    assert measurement.measured_text(report.record["measured"]) == f"not measured: {type(error).__name__}: {error}"
+    said = f"not measured: {type(error).__name__} when source and conversion were run"
+    assert measurement.measured_text(report.record["measured"]) == said
+    assert str(error) in caplog.text, "the details are for the user's eyes, and are not published"
     assert (tmp_path / "v2" / "model.safetensors").is_file()
 
 
@@ -179,3 +181,21 @@ def test_source_whose_logits_are_not_finite_is_not_compared(llama, tmp_path):
     shutil.rmtree(llama)
     report = convert_checkpoint(saved(model, llama), tmp_path / "v2", "v2", allow_nonfinite=True)
     assert "the source's own logits are not finite" in report.record["measured"]["not_measured"]
+
+
+@pytest.mark.parametrize("fault", ["tokenizer", "tensor", "size"])
+def test_reasons_that_are_published_name_no_paths(llama, rows, tmp_path, monkeypatch, fault):
+    options = {}
+    if fault == "tokenizer":
+        (llama / "tokenizer_config.json").write_text("{}")
+    elif fault == "tensor":
+        load = measurement.load_original
+        missing = {"missing_keys": {"model.norm.weight"}}
+        monkeypatch.setattr(measurement, "load_original", lambda *a, **k: (load(*a, **k)[0], missing))
+    else:
+        monkeypatch.setattr(measurement, "CPU_PARAMETERS", 20_000)
+        options = {"held_out": rows}
+    report = convert_checkpoint(llama, tmp_path / "v2", "v2", **options)
+    assert report.record["measured"]["not_measured"]
+    for name in ("conversion.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "v2" / name).read_text()
