@@ -106,7 +106,7 @@ def reached_from(entry: str) -> set[str]:
     return reached
 
 
-@pytest.mark.parametrize("entry", ENTRY_FILES)
+@pytest.mark.parametrize("entry", sorted(ENTRY_FILES))
 def test_entry_names_every_file_that_it_reaches(entry):
     """From a local folder, transformers 5.6 copies these and looks no further."""
     tree = ast.parse((FOLDER / entry).read_text(encoding="utf-8"))
