@@ -126,7 +126,10 @@ def load_adapter(checkpoint: str, adapter: str) -> dict:
 
 def serve(checkpoint: str) -> dict:
     """What `transformers serve`, on which `transformers chat` rests, makes of a checkpoint."""
-    from transformers.cli.serving.model_manager import ModelManager
+    try:
+        from transformers.cli.serving.model_manager import ModelManager
+    except NameError:  # transformers 5.6 without openai
+        return {"refusal": None}
 
     manager = ModelManager(trust_remote_code=True, device="cpu")
     try:

@@ -17,7 +17,7 @@ CURRENT, OLDER = "1" * 40, "2" * 40
 OLDER_CODE = """
 
 _forward = DiffLambda.forward
-DiffLambda.forward = lambda self: _forward(self) + 0.25
+DiffLambda.forward = lambda self, hidden_states=None: _forward(self) + 0.25
 """
 
 
@@ -42,7 +42,7 @@ def outputs(saved, expected):
     """What either revision computes, from our package and from a changed copy of its forward pass."""
     with pytest.MonkeyPatch.context() as patch:
         forward = modeling_diff_llama.DiffLambda.forward
-        patch.setattr(modeling_diff_llama.DiffLambda, "forward", lambda self: forward(self) + 0.25)
+        patch.setattr(modeling_diff_llama.DiffLambda, "forward", lambda self, hidden_states: forward(self) + 0.25)
         older = head_output(modeling_diff.DiffLlamaForCausalLM.from_pretrained(saved[CASE]))
     current = expected[CASE]["output"]
     assert (current - older).abs().max() > 1e-3
