@@ -9,9 +9,7 @@ B batch, T queries, H heads, D = 2d head_dim.
 
 import torch
 from transformers import TrainerCallback
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_diff.diff_attention import standard_attention_forward
 from modeling_diff.modeling_diff_llama import DiffLlamaAttention
 
 
@@ -20,13 +18,10 @@ class BlendedAttention(DiffLlamaAttention):
 
     blend = 0.0
 
-    def attend(self, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs):
-        diff_lambda, t = self.compute_lambda(hidden_states), self.blend
-        attn_outputs, _ = standard_attention_forward(
-            ALL_ATTENTION_FUNCTIONS["sdpa"], self, query_states, key_states, value_states, attention_mask,
-            scaling=self.scaling, **kwargs,
-        )  # fmt: skip
-        first, second = attn_outputs.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
+    def combine(self, attn_output, attn_weights, hidden_states):
+        diff_lambda = self.compute_lambda(hidden_states)
+        t = self.blend
+        first, second = attn_output.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
         (left1, right1), (left2, right2) = (output.chunk(2, dim=-1) for output in (first, second))
         left = left1 - t * diff_lambda * left2
         right = t * right1 + (1 - t - t * diff_lambda) * right2

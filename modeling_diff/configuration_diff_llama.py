@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from .diff_adapters import MODEL_TYPE, register_with_peft  # noqa: E402
+from .diff_engines import register_with_vllm  # noqa: E402
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -103,6 +104,7 @@ class DiffLlamaConfig(LlamaConfig):
             self._fill_v1()
         self.check()
         self.base_model_tp_plan = self._tensor_parallel_plan()
+        register_with_vllm()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -7,7 +7,6 @@ maps of a head read the same key and D = d.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,20 +164,3 @@ def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch
     wide = attn_output.to(torch.promote_types(attn_output.dtype, torch.float32))
     first, second = wide.unflatten(2, (-1, 2)).unbind(3)
     return torch.addcmul(first, diff_lambda[..., None], second, value=-1)
-
-
-def standard_attention_forward(
-    attention_interface: Callable,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Both maps' outputs (B, T, 2H, D) by *one* call of any attention that transformers knows, with 2H query heads.
-
-    One call a layer, because paged caches are written by the call itself: a second would overwrite the first.
-    """
-    return attention_interface(module, place_queries(query, value.shape[-1]), key, value, attention_mask, **kwargs)

@@ -7,7 +7,7 @@ B batch, T queries, S keys, H heads, K key-value heads, d map_dim, D head_dim, C
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,11 +42,12 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from .configuration_diff_llama import DiffLlamaConfig
 from .diff_adapters import check_adapter_to_load, check_adapters_in_state
-from .diff_attention import eager_attention_forward, is_exporting, standard_attention_forward, subtract_maps
+from .diff_attention import eager_attention_forward, is_exporting, place_queries, subtract_maps
 from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fastest_path
 from .diff_attention_chunked import chunked_attention_forward
 from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
+from .diff_engines import check_engine, check_engine_heads
 from .diff_parallel import check_tensor_parallel_size
 from .diff_saved_card import retire_card
 from .diff_sub_norm import SubRMSNorm
@@ -130,6 +131,8 @@ class DiffLlamaAttention(LlamaAttention):
     V2: O_i = A_2i v - sigmoid(w_i . x) A_2i+1 v, without a norm.
     """
 
+    differential_functions = DIFFERENTIAL_ATTENTION_FUNCTIONS
+
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.map_dim = config.map_dim
@@ -170,23 +173,45 @@ class DiffLlamaAttention(LlamaAttention):
             key_states, value_states, self.layer_idx, cache, past_key_values, kwargs
         )
 
-        attn_output, attn_weights = self.attend(
-            query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
+        implementation, attention_mask = self.choose_implementation(
+            query_states, key_states, value_states, attention_mask, kwargs
         )
-        attn_output = attn_output.to(hidden_states.dtype).reshape(*input_shape, -1)
-        return self.o_proj(attn_output), attn_weights
+        if implementation in self.differential_functions:
+            attn_output, attn_weights = self.attend(
+                implementation, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs
+            )
+        else:
+            # Inference engines read this call in the source: one per layer, its interface under a local name, and the
+            # scaling as written here. What they put in its place may return two dimensions, (tokens, 2HD).
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, llama_eager_attention_forward
+            )
+            check_engine_heads(kwargs.get("attention_instances"), self.layer_idx, query_states.shape[1])
+            attn_output, attn_weights = attention_interface(
+                self,
+                place_queries(query_states, self.head_dim),  # (B, 2H, T, D)
+                key_states,
+                value_states,
+                attention_mask,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            attn_output = attn_output.reshape(*input_shape, -1, self.head_dim)  # (B, T, 2H, D)
+            attn_output, attn_weights = self.combine(attn_output, attn_weights, hidden_states)
 
-    def attend(
+        attn_output = attn_output.to(hidden_states.dtype).reshape(*input_shape, -1)
+        attn_output = self.o_proj(attn_output)
+        return attn_output, attn_weights
+
+    def choose_implementation(
         self,
         query_states: torch.Tensor,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Heads' outputs (B, T, H, D) and, from `eager`, the weights A1 - lambda A2 (B, H, T, S)."""
-        diff_lambda = self.compute_lambda(hidden_states)
+        kwargs: dict[str, Any],
+    ) -> tuple[str, torch.Tensor | None]:
+        """Returns the attention implementation of this call, and the mask as that one reads it."""
         implementation = self.config._attn_implementation
         if implementation != "eager" and kwargs.get("attention_maps_by_layer") is not None:
             raise ValueError(
@@ -199,19 +224,38 @@ class DiffLlamaAttention(LlamaAttention):
             )
         if implementation == "diff_chunked" and is_exporting():
             implementation = "sdpa"  # equal, and without a loop over blocks that would fix the exported length
-        states = (self, query_states, key_states, value_states, attention_mask)
+        return implementation, attention_mask
+
+    def attend(
+        self,
+        implementation: str,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Computes heads' outputs (B, T, H, D) by a function of this project.
+
+        From `eager` the weights A1 - lambda A2 (B, H, T, S) come with them.
+        """
         norm = self.fusable_norm() if implementation == "diff_triton" else {}
-        if implementation in DIFFERENTIAL_ATTENTION_FUNCTIONS:
-            attn_output, attn_weights = DIFFERENTIAL_ATTENTION_FUNCTIONS[implementation](
-                *states, scaling=self.scaling, diff_lambda=diff_lambda, **norm, **kwargs
-            )
-        else:
-            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                implementation, eager_attention_forward
-            )
-            attn_outputs, _ = standard_attention_forward(attention_interface, *states, scaling=self.scaling, **kwargs)
-            attn_output, attn_weights = subtract_maps(attn_outputs, diff_lambda), None
+        attn_output, attn_weights = self.differential_functions[implementation](
+            *(self, query_states, key_states, value_states, attention_mask),
+            scaling=self.scaling,
+            diff_lambda=self.compute_lambda(hidden_states),
+            **norm,
+            **kwargs,
+        )
         return attn_output if norm else self.normalize(attn_output), attn_weights
+
+    def combine(
+        self, attn_output: torch.Tensor, attn_weights: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes heads' outputs (B, T, H, D) from both maps' of the one standard call, (B, T, 2H, D)."""
+        return self.normalize(subtract_maps(attn_output, self.compute_lambda(hidden_states))), None
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """() in V1, (B, T, H) in V2; float32 or wider."""
@@ -241,20 +285,20 @@ class PairedLlamaAttention(DiffLlamaAttention):
     2i and 2i + 1 side by side, and each of its maps weighs its own half of the value.
     """
 
+    differential_functions = {}
+
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.diff_lambda, self.sub_norm
 
-    def attend(self, query_states, key_states, value_states, attention_mask, hidden_states, **kwargs):
+    def choose_implementation(self, query_states, key_states, value_states, attention_mask, kwargs):
+        """Returns the name as it is registered: without lambda, the project's own are plain attention."""
         kwargs.pop("attention_maps_by_layer", None)  # for differential layers; these maps are never subtracted
-        attn_outputs, attn_weights = standard_attention_forward(
-            # Our own names as registered: without lambda, they are plain attention.
-            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, llama_eager_attention_forward),
-            *(self, query_states, key_states, value_states, attention_mask),
-            scaling=self.scaling,
-            **kwargs,
-        )
-        first, second = attn_outputs.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
+        return self.config._attn_implementation, attention_mask
+
+    def combine(self, attn_output, attn_weights, hidden_states):
+        """Takes from each map the half of the value that it weighs."""
+        first, second = attn_output.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
         return torch.cat((first[..., : self.map_dim], second[..., self.map_dim :]), dim=-1), attn_weights
 
 
@@ -332,6 +376,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
+        check_engine(config)
         super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
         check_behavior_when_used(self, DiffLlamaForCausalLM)
         self.padding_idx = config.pad_token_id

@@ -114,8 +114,13 @@ def test_entry_names_every_file_that_it_reaches(entry):
 
 
 def test_configuration_imports_no_code_of_the_model():
-    """But what says first that transformers is too old, and what PEFT asks for by way of the config."""
-    expected = {"configuration_diff_llama.py", "diff_adapters.py", "diff_transformers_compat.py"}
+    """But what says first that transformers is too old, and what PEFT and vLLM read by way of the config."""
+    expected = {
+        "configuration_diff_llama.py",
+        "diff_adapters.py",
+        "diff_engines.py",
+        "diff_transformers_compat.py",
+    }
     assert reached_from("configuration_diff_llama.py") == expected
 
 

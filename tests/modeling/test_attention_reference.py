@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_diff import diff_attention_reference
-from modeling_diff.diff_attention import eager_attention_forward, standard_attention_forward, subtract_maps
+from modeling_diff.diff_attention import eager_attention_forward, place_queries, subtract_maps
 
 
 # float64 keeps 16 digits; sums over at most 13 keys of values near 1 lose two of them.
@@ -29,9 +29,8 @@ def run_standard_call(attention_interface):
         module = SimpleNamespace(
             num_key_value_groups=query.shape[1] // key.shape[1], is_causal=False, training=False, layer_idx=0
         )
-        outputs, _ = standard_attention_forward(
-            attention_interface, module, query, key, value, mask, scaling=scaling, dropout=0.0
-        )
+        placed = place_queries(query, value.shape[-1])
+        outputs, _ = attention_interface(module, placed, key, value, mask, scaling=scaling, dropout=0.0)
         return subtract_maps(outputs, diff_lambda)
 
     return run
