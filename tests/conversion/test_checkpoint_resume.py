@@ -15,7 +15,7 @@ def interrupted(target, shards=2, error=KeyboardInterrupt, **options):
     with pytest.raises(error) as caught, writer_for(target, **options) as writer:
         for shard in list(writer.pending())[:shards]:
             writer.write_shard(shard, TENSORS)
-        raise error
+        raise error("stopped")
     return caught.value
 
 
