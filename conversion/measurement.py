@@ -64,6 +64,8 @@ def plan_measurement(
     parameters = record["parameters"]["output"]
     if config.architectures == ["DiffLlamaModel"]:
         return Measurement(None, reason="a backbone without a language model head")
+    if (record.get("adapter") or {}).get("merged"):
+        return Measurement(None, reason="an adapter was merged first, and the source is without it")
     if model.kind == "unilm":
         return Measurement(None, reason="transformers has no model for the authors' own files")
     if not _fits(parameters, device):

@@ -58,6 +58,8 @@ def original_config(raw: Mapping[str, Any], kind: str) -> PreTrainedConfig:
 def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = None, **options: Any) -> Any:
     """Loads the source's weights into transformers' own class, with sdpa and without its generation settings.
 
+    An adapter next to the weights, which transformers applies, is switched off: it is carried over on its own.
+
     Args:
         folder: The checkpoint.
         config: What `original_config` made of its config.json.
@@ -65,7 +67,7 @@ def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = Non
         options: For `from_pretrained`; without `dtype` the model has the one that any user gets.
     """
     loader = model_class or MODEL_CLASSES[config.model_type]
-    return loader.from_pretrained(
+    loaded = loader.from_pretrained(
         folder,
         config=deepcopy(config),
         attn_implementation="sdpa",
@@ -73,6 +75,10 @@ def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = Non
         trust_remote_code=False,
         **options,
     )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model.disable_adapters()
+    return loaded
 
 
 def load_converted(folder: Path, **options: Any) -> DiffLlamaForCausalLM:

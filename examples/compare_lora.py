@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         convert_checkpoint(ASSETS, Path(folder) / "v2", "v2", measure=False)
         if not arguments.v1:
             fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
-            fitting = {} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
+            fitting = {"uncalibrated": True} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
             convert_checkpoint(ASSETS, Path(folder) / "v1", "v1", **fitting, measure=False)
         rows = compare(folders, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)

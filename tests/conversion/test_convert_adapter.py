@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conversion import ConversionError, convert_checkpoint
+from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.__main__ import app
 
 
@@ -179,7 +179,9 @@ def test_adapter_next_to_the_weights_it_belongs_to_is_carried_over(llama, adapte
     shutil.copytree(adapters("patterns"), source, dirs_exist_ok=True)
     with pytest.raises(ConversionError, match="--adapter"):
         convert_checkpoint(source, tmp_path / "v2", "v2")
-    convert_checkpoint(source, tmp_path / "v2", "v2", adapter=source)
+    report = convert_checkpoint(source, tmp_path / "v2", "v2", adapter=source)
+    assert report.record["measured"]["values"] == {"largest_difference": 0}, "compared without the adapter"
+    assert verify_checkpoint(tmp_path / "v2", against=source).passed
     expected = adapted_logits(llama, adapters("patterns"))
     assert torch.equal(adapted_logits(tmp_path / "v2", tmp_path / "v2" / "adapter"), expected)
 
