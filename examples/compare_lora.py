@@ -37,6 +37,7 @@ except ImportError:
 
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+SERVABLE = ", servable"
 OPERATIONS = {
     "reverse": lambda keys: keys[::-1],
     "sort": sorted,
@@ -56,25 +57,25 @@ def instructions(count: int, seed: int, unseen: set[str] | None = None) -> list[
     return list(records.values())
 
 
-def adapter(model, rank: int):
+def adapter(model, rank: int, servable: bool = False):
     if model.config.model_type == "diff_llama":
-        return lora_config(model, r=rank, lora_alpha=2 * rank)
+        return lora_config(model, servable=servable, r=rank, lora_alpha=2 * rank)
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 
 
-def adapted(folder, rank: int, device: str = "cpu") -> PeftModel:
+def adapted(folder, rank: int, device: str = "cpu", servable: bool = False) -> PeftModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(model, adapter(model, rank)).to(device)
+    return get_peft_model(model, adapter(model, rank, servable)).to(device)
 
 
 def trainable(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def matched_rank(folder, parameters: int, rank: int) -> int:
+def matched_rank(folder, parameters: int, rank: int, servable: bool = False) -> int:
     """The rank with the number of trainable parameters closest to `parameters`."""
-    counts = {r: trainable(adapted(folder, r)) for r in range(max(1, rank - 3), rank + 2)}
+    counts = {r: trainable(adapted(folder, r, servable=servable)) for r in range(max(1, rank - 3), rank + 2)}
     return min(counts, key=lambda r: abs(counts[r] - parameters))
 
 
@@ -148,10 +149,11 @@ def compare(folders: dict[str, str], arguments) -> list[dict]:
     unseen_modules = unseen_modules[: arguments.test_windows]
     parameters, rows = trainable(adapted(folders["LLaMA"], arguments.rank)), []
     for name, folder in folders.items():
-        rank = arguments.rank if name == "LLaMA" else matched_rank(folder, parameters, arguments.rank)
+        servable = name.endswith(SERVABLE)
+        rank = arguments.rank if name == "LLaMA" else matched_rank(folder, parameters, arguments.rank, servable)
         for task in ("instructions", "modules"):
             began = time.monotonic()
-            model = adapted(folder, rank, arguments.device).eval()
+            model = adapted(folder, rank, arguments.device, servable).eval()
             row = {"model": name, "task": task, "rank": rank, "trainable": trainable(model)}
             if task == "instructions":
                 held_out = tokenize(test, tokenizer, arguments.length)
@@ -220,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test-windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--servable", action="store_true", help="adapters that vLLM serves, next to the full recipe")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
@@ -236,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
             fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
             fitting = {"uncalibrated": True} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
             convert_checkpoint(ASSETS, Path(folder) / "v1", "v1", **fitting, measure=False)
+        if arguments.servable:
+            folders |= {name + SERVABLE: path for name, path in folders.items() if name != "LLaMA"}
         rows = compare(folders, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python examples/compare_lora.py", *(sys.argv[1:] if argv is None else argv)])

@@ -32,7 +32,7 @@ def test_every_file_that_readme_lists_exists():
 def test_every_package_file_is_in_readme():
     tree = re.search(r"## Files\n+```\n(.*?)```", README, re.DOTALL)[1]
     blocks = dict(re.findall(r"^(\S+/)\n((?: .*\n)+)", tree, re.MULTILINE))
-    libraries = ("modeling_diff", "modeling_diff/training", "modeling_diff/analysis")
+    libraries = ("modeling_diff", "modeling_diff/serving", "modeling_diff/training", "modeling_diff/analysis")
     for package in (*libraries, "conversion", "conversion/healing", "examples"):
         listed = {line.split()[0] for line in blocks[f"{package}/"].splitlines()}
         files = {path.name for path in (ROOT / package).glob("*.py")}

@@ -25,15 +25,24 @@ TASK_TYPES = {
 }
 
 
-def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides: Any) -> "LoraConfig":
+def lora_config(
+    model_or_config: PreTrainedModel | PretrainedConfig, servable: bool = False, **overrides: Any
+) -> "LoraConfig":
     """
-    LoRA on every projection, with lambda, and V1's norm over heads, trained whole beside it (`modules_to_save`).
+    LoRA on every projection, with lambda, and V1's norm over heads, trained whole next to it (`modules_to_save`).
 
-    `overrides` are LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
     Without differential layers there is nothing to train whole, and nothing is named.
 
-    Raises `ValueError` for a model that is not of this project, or whose modules to train whole are quantised,
-    `ImportError` without peft.
+    Args:
+        model_or_config: A model of this project, or its config.
+        servable: Whether vLLM is to serve the adapter next to the base. It takes LoRA alone: V2's `lambda_proj`
+            becomes a target, V1's lambda and norm stay as they are.
+        overrides: LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
+
+    Raises:
+        ValueError: The model is not of this project, its modules to train whole are quantized, or an override is
+            nothing that vLLM serves.
+        ImportError: peft is missing.
     """
     try:
         from peft import LoraConfig
@@ -51,10 +60,31 @@ def lora_config(model_or_config: PreTrainedModel | PretrainedConfig, **overrides
         "modules_to_save": list(NEW_MODULES[config.variant]) if differential else None,
         "task_type": next((task for suffix, task in TASK_TYPES.items() if class_name.endswith(suffix)), "CAUSAL_LM"),
     }
+    if servable:
+        defaults["modules_to_save"] = None
+        if differential and config.variant == "v2":
+            defaults["target_modules"] += NEW_MODULES["v2"]
     lora = LoraConfig(**(defaults | overrides))
+    if servable:
+        check_servable(lora)
     if isinstance(model_or_config, PreTrainedModel):
         check_not_quantised(model_or_config, lora.modules_to_save or [])
     return lora
+
+
+def check_servable(lora: "LoraConfig") -> None:
+    """
+    Checks that an adapter holds nothing but what vLLM serves.
+
+    Raises:
+        ValueError: Names the first argument that it does not.
+    """
+    for name, served in (("modules_to_save", [None, ["score"]]), ("use_dora", [False]), ("bias", ["none"])):
+        if (found := getattr(lora, name)) not in served:
+            raise ValueError(
+                f"{name}={found!r}: vLLM serves LoRA alone; leave it out, or leave out servable=True and serve the "
+                "merged model."
+            )
 
 
 def check_not_quantised(model: PreTrainedModel, names: list[str]) -> None:

@@ -73,6 +73,39 @@ RECIPES = {
 }
 
 
+@pytest.mark.parametrize("differential_layers", [None, [1], []])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_servable_adapter_is_lora_alone(variant, differential_layers):
+    """vLLM refuses modules_to_save; V2's lambda_proj is a target, V1's lambda and norm are not trained."""
+    model = adapted(variant, tiny_model(variant, differential_layers=differential_layers), servable=True)
+    names = {name.rpartition(".default")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B"}
+    modules = {name.split(".")[-2] for name in names}
+    projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert modules == projections | ({"lambda_proj"} if variant == "v2" and differential_layers != [] else set())
+    assert train(model) == []
+
+
+def test_a_servable_adapter_of_a_trained_lambda_loads_and_merges(tmp_path):
+    model = trained("v2", servable=True)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    base = tiny_model("v2")
+    check_adapter(base, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=0, atol=MERGE_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "override", [{"modules_to_save": ["lambda_proj"]}, {"use_dora": True}, {"bias": "all"}], ids=str
+)
+def test_what_vllm_does_not_serve_is_refused_by_name(override):
+    (name,) = override
+    with pytest.raises(ValueError, match=f"{name}=.*: vLLM serves LoRA alone"):
+        lora_config(tiny_model("v2"), servable=True, **override)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_parameter_of_a_recipe_receives_a_gradient(variant, recipe):

@@ -1,0 +1,99 @@
+"""Checkpoints for .ci/serving_checks.py, with what transformers generates from each."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_diff
+
+
+SOURCE = Path(__file__).parents[1] / "examples/assets/tiny-llama"
+VARIANTS = {"v1": ["--uncalibrated"], "v2": []}
+PROMPT_LENGTHS = (5, 17, 33, 64, 7, 90, 128, 21)
+NEW_TOKENS = 48
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 2048, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+@torch.no_grad()
+def randomize(model):
+    """Moves all that a fresh conversion leaves at its start: it hides errors of lambda, norms and negative maps."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "diff_lambda" in name or "lambda_proj" in name:
+            parameter.copy_(0.3 * noise)
+        elif "norm" in name:
+            parameter.mul_(1 + 0.3 * noise)
+        elif "q_proj" in name:
+            parameter.add_(parameter.std() * noise)
+    return model
+
+
+def greedy(model) -> list[list[int]]:
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return [model.generate(torch.tensor([prompt]), **arguments)[0, len(prompt) :].tolist() for prompt in prompts()]
+
+
+@torch.no_grad()
+def log_probabilities(model, tokens) -> list[list[float]]:
+    """Log probability of every token of prompt and continuation but the first."""
+    rows = []
+    for prompt, continuation in zip(prompts(), tokens, strict=True):
+        input_ids = torch.tensor([prompt + continuation])
+        scores = model(input_ids).logits[0, :-1].float().log_softmax(-1)
+        rows.append(scores.gather(1, input_ids[0, 1:, None])[:, 0].tolist())
+    return rows
+
+
+def write_expected(folder: Path, name: str, model) -> None:
+    tokens = greedy(model)
+    expected = {"tokens": tokens, "log_probabilities": log_probabilities(model, tokens)}
+    (folder / f"{name}.json").write_text(json.dumps(expected))
+
+
+def save(folder: Path, name: str, model) -> None:
+    model.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(SOURCE).save_pretrained(folder / name)
+    write_expected(folder, name, model.eval())
+
+
+def write_adapter(folder: Path, base: str) -> None:
+    """An adapter with random weights, which vLLM accepts: LoRA alone, on lambda too in V2."""
+    model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / base, dtype=torch.float32)
+    targets = LORA_TARGETS + (["lambda_proj"] if model.config.variant == "v2" else [])
+    torch.manual_seed(2)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
+    model.save_pretrained(folder / f"{base}_lora")
+    write_expected(folder, f"{base}_lora", model.eval())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    llama = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32)
+    save(folder, "llama", llama)
+    for variant, options in VARIANTS.items():
+        fresh = f"{variant}_fresh"
+        command = [sys.executable, "-m", "conversion", "convert", str(SOURCE), str(folder / fresh), *options]
+        subprocess.run([*command, "--variant", variant, "--dtype", "float32"], check=True)
+        model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / fresh, dtype=torch.float32)
+        write_expected(folder, fresh, model.eval())
+        save(folder, f"{variant}_random", randomize(model))
+        config = modeling_diff.DiffLlamaConfig(**{**model.config.to_diff_dict(), "differential_layers": [1, 3]})
+        torch.manual_seed(0)
+        mixed = modeling_diff.DiffLlamaForCausalLM(config)
+        save(folder, f"{variant}_mixed", randomize(mixed))
+        write_adapter(folder, f"{variant}_random")
+
+
+if __name__ == "__main__":
+    main()
