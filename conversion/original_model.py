@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoint import CheckpointReader
 from conversion.config_fields import ATTENTION_FIELDS, KEPT_FIELDS
@@ -56,9 +56,7 @@ def original_config(raw: Mapping[str, Any], kind: str) -> PreTrainedConfig:
 
 
 def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = None, **options: Any) -> Any:
-    """Loads the source's weights into transformers' own class, with sdpa and without its generation settings.
-
-    An adapter next to the weights, which transformers applies, is switched off: it is carried over on its own.
+    """Loads the source's weights alone into transformers' own class, with sdpa and without its generation settings.
 
     Args:
         folder: The checkpoint.
@@ -75,9 +73,11 @@ def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = Non
         trust_remote_code=False,
         **options,
     )
-    model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-    if getattr(model, "_hf_peft_config_loaded", False):
-        model.disable_adapters()
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for module in model.modules():
+        if hasattr(module, "enable_adapters") and not isinstance(module, PreTrainedModel):
+            # PEFT's layers, of an adapter next to the weights
+            module.enable_adapters(False)
     return loaded
 
 

@@ -39,7 +39,7 @@ def test_view_attention_writes_a_page_and_figures(tmp_path):
     subprocess.run(convert, cwd=EXAMPLES.parent, check=True, capture_output=True, timeout=300)
     result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(converted), "--smoke", "--mark", "4821")
     assert result.returncode == 0, result.stderr[-3000:]
-    names = {path.name for path in (tmp_path / "out/attention").iterdir()}
+    names = {path.name for path in (tmp_path / "out/attention-smoke").iterdir()}
     figures = {"heads_tiny-llama", "heads_v2", "maps_v2", "mean"}
     assert names == {"attention.html"} | {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
 
@@ -49,10 +49,10 @@ def test_score_heads_writes_scores_and_ablations(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     result = run(tmp_path, "score_heads.py", "--smoke", "--ablate", "1")
     assert result.returncode == 0, result.stderr[-3000:]
-    scores = json.loads((tmp_path / "out/heads/scores.json").read_text())
+    scores = json.loads((tmp_path / "out/heads-smoke/scores.json").read_text())
     assert len(scores) == 5 * 8 and max(score["induction"] for score in scores) > 0.5
-    assert len(json.loads((tmp_path / "out/heads/ablation.json").read_text())) == 4
-    assert (tmp_path / "out/heads/scores.png").stat().st_size > 5000
+    assert len(json.loads((tmp_path / "out/heads-smoke/ablation.json").read_text())) == 4
+    assert (tmp_path / "out/heads-smoke/scores.png").stat().st_size > 5000
 
 
 @pytest.fixture
@@ -95,9 +95,11 @@ def test_two_models_may_have_two_tokenizers(letters, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(letters), "--smoke")
     assert result.returncode == 0, result.stderr[-3000:]
-    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "out/attention/attention.html").read_text(), re.DOTALL)
+    data = re.search(
+        r'id="data">(.*?)</script>', (tmp_path / "out/attention-smoke/attention.html").read_text(), re.DOTALL
+    )
     first, second = (model["tokens"] for model in json.loads(data.group(1))["models"])
-    assert len(second) == 60 > len(first) and (tmp_path / "out/attention/mean.svg").is_file()
+    assert len(second) == 60 > len(first) and (tmp_path / "out/attention-smoke/mean.svg").is_file()
 
 
 def test_view_attention_says_in_one_line_what_is_wrong(bare, refuses):

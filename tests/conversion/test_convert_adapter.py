@@ -135,6 +135,7 @@ def test_calibrated_v1_is_that_of_the_llama_that_peft_merges(adapters, name, dty
     convert_checkpoint(merged, tmp_path / "expected", "v1", **options)
     assert any("merged into the LLaMA first" in note for note in report.notes)
     assert report.record["adapter"]["merged"] and not (tmp_path / "v1" / "adapter").exists()
+    assert "an adapter was merged first" in report.record["measured"]["not_measured"]
     assert "merged into the source first" in (tmp_path / "v1" / "README.md").read_text()
     ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("v1", "expected"))
     assert ours.keys() == expected.keys()
@@ -184,6 +185,7 @@ def test_adapter_next_to_the_weights_it_belongs_to_is_carried_over(llama, adapte
     assert verify_checkpoint(tmp_path / "v2", against=source).passed
     expected = adapted_logits(llama, adapters("patterns"))
     assert torch.equal(adapted_logits(tmp_path / "v2", tmp_path / "v2" / "adapter"), expected)
+    assert verify_checkpoint(tmp_path / "v2", against=source).passed
 
 
 def test_tied_backbone_names_and_pickles_are_read(adapters, tmp_path):
