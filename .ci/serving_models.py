@@ -1,5 +1,6 @@
 """Checkpoints for .ci/serving_checks.py, with what transformers generates from each."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def log_probabilities(model, tokens) -> list[list[float]]:
 def write_expected(folder: Path, name: str, model) -> None:
     tokens = greedy(model)
     expected = {"tokens": tokens, "log_probabilities": log_probabilities(model, tokens)}
+    expected["bfloat16"] = log_probabilities(copy.deepcopy(model).to(torch.bfloat16), tokens)
     (folder / f"{name}.json").write_text(json.dumps(expected))
 
 

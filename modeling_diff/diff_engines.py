@@ -1,7 +1,7 @@
 """
-Inference engines that run this code through transformers' attention interface: what vLLM is to be told of it.
+Inference engines that run this code through transformers' attention interface, vLLM and SGLang: what they are told.
 
-vLLM is never imported here: what is looked up is there only in its own processes.
+No engine is imported here: what is looked up is there only in its own processes.
 """
 
 import sys
@@ -10,7 +10,8 @@ from typing import Any
 from .diff_adapters import MODEL_TYPE
 
 
-VLLM_ATTENTION = "vllm"  # the name of vLLM's attention in configs, set by its transformers backend
+# What their transformers backends set as `_attn_implementation`.
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 VLLM_CONVERTORS = "vllm.transformers_utils.model_arch_config_convertor"
 
 
@@ -43,40 +44,48 @@ def register_with_vllm() -> None:
         convertors.setdefault(MODEL_TYPE, count_both_maps(base))
 
 
-def check_engine(config: Any) -> None:
+def prepare_for_engine(config: Any) -> None:
     """
-    Checks that vLLM's transformers backend can run a model of this config.
+    Prepares a config for the engine that builds a model of it, and checks that the engine can run that model.
+
+    The tensor parallel plan keeps the styles of linear layers alone: SGLang refuses any other, and no engine trains.
 
     Raises:
-        ValueError: Its layers differ in their number of heads, which that backend does not allow.
+        ValueError: Its layers differ in their number of heads, which engines do not allow.
     """
-    if config._attn_implementation != VLLM_ATTENTION or config.variant == "v1":
+    engine = ENGINES.get(config._attn_implementation)
+    if engine is None:
         return
-    if not all(config.is_differential(layer_idx) for layer_idx in range(config.num_hidden_layers)):
-        raise ValueError(
-            f"differential_layers={config.differential_layers}: vLLM's transformers backend runs V2 only where every "
-            "layer is differential; `pip install diff-llama` next to vLLM brings a model that runs this one, too."
-        )
+    config.base_model_tp_plan = {
+        name: style for name, style in (config.base_model_tp_plan or {}).items() if style in ("colwise", "rowwise")
+    }
+    if config.variant == "v1" or all(config.is_differential(layer) for layer in range(config.num_hidden_layers)):
+        return
+    raise ValueError(
+        f"differential_layers={config.differential_layers}: {engine}'s transformers backend runs V2 only where every "
+        "layer is differential; in vLLM, `pip install diff-llama` brings a model that runs this one, too."
+    )
 
 
 def check_engine_heads(attention_instances: Any, layer_idx: int, num_heads: int) -> None:
     """
-    Checks that vLLM made room for both maps of every head.
+    Checks that an engine made room for both maps of every head.
 
     Args:
-        attention_instances: vLLM's attention layers, by layer; None outside vLLM.
+        attention_instances: The engine's attention layers, by layer; None outside engines.
         layer_idx: Index of the layer.
         num_heads: Heads that the attention call brings, 2H or a rank's share of them.
 
     Raises:
-        ValueError: vLLM counted another number; its table of model types is not where it was.
+        ValueError: The engine counted another number; its table of model types is not where it was, or it has none.
     """
     if attention_instances is None:
         return
-    found = attention_instances[layer_idx].num_heads
+    instance = attention_instances[layer_idx]
+    found = getattr(instance, "num_heads", getattr(instance, "tp_q_head_num", None))  # of vLLM, of SGLang
     if found != num_heads:
         raise ValueError(
-            f"vLLM counts {found} attention heads in layer {layer_idx}, and {num_heads} are asked with: this vLLM "
-            f"does not read {VLLM_CONVERTORS}.MODEL_ARCH_CONFIG_CONVERTORS; `pip install diff-llama` says which "
-            "versions were tested."
+            f"the engine counts {found} attention heads in layer {layer_idx}, and {num_heads} are asked with: it does "
+            f"not read {VLLM_CONVERTORS}.MODEL_ARCH_CONFIG_CONVERTORS; docs/serving.md of diff-llama says which were "
+            "tested."
         )

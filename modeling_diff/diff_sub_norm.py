@@ -43,7 +43,7 @@ class NormalizeHeads(torch.autograd.Function):
         return grad_states.to(hidden_states.dtype), grad_weight.to(weight.dtype), None
 
 
-class SubRMSNorm(nn.RMSNorm):
+class SubNorm(nn.RMSNorm):
     """RMSNorm over a head's output in the dtype that it comes in, float32 or wider, whatever the weight's dtype."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

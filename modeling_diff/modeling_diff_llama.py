@@ -47,10 +47,10 @@ from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fa
 from .diff_attention_chunked import chunked_attention_forward
 from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
-from .diff_engines import check_engine, check_engine_heads
+from .diff_engines import check_engine_heads, prepare_for_engine
 from .diff_parallel import check_tensor_parallel_size
 from .diff_saved_card import retire_card
-from .diff_sub_norm import SubRMSNorm
+from .diff_sub_norm import SubNorm
 from .diff_transformers_check import check_behavior_when_used, check_structure
 from .diff_transformers_compat import append_to_cache
 
@@ -144,7 +144,7 @@ class DiffLlamaAttention(LlamaAttention):
             self.lambda_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=config.lambda_bias)
         else:
             self.diff_lambda = DiffLambda(config, layer_idx)
-            self.sub_norm = SubRMSNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
+            self.sub_norm = SubNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
 
     def forward(
         self,
@@ -273,7 +273,7 @@ class DiffLlamaAttention(LlamaAttention):
     def fusable_norm(self) -> dict[str, torch.Tensor | float]:
         """What a kernel needs to normalise by itself; nothing without a norm, or where the module does more."""
         # An adapter takes its place; tensor parallelism and offloading wrap its forward.
-        if self.config.variant == "v2" or type(self.sub_norm) is not SubRMSNorm or "forward" in vars(self.sub_norm):
+        if self.config.variant == "v2" or type(self.sub_norm) is not SubNorm or "forward" in vars(self.sub_norm):
             return {}
         scale = 1 - self.diff_lambda.lambda_init
         return {"norm_weight": self.sub_norm.weight, "norm_eps": self.sub_norm.eps, "norm_scale": scale}
@@ -376,7 +376,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
-        check_engine(config)
+        prepare_for_engine(config)
         super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
         check_behavior_when_used(self, DiffLlamaForCausalLM)
         self.padding_idx = config.pad_token_id

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from modeling_diff.diff_sub_norm import SubRMSNorm
+from modeling_diff.diff_sub_norm import SubNorm
 from modeling_diff.training.lambda_values import differential_attentions
 
 
-class AnnealedNorm(SubRMSNorm):
+class AnnealedNorm(SubNorm):
     """A norm over heads with another norm's weight, and a factor behind it."""
 
-    def __init__(self, norm: SubRMSNorm):
+    def __init__(self, norm: SubNorm):
         super().__init__(norm.normalized_shape, eps=norm.eps)
         self.weight = norm.weight
         self.factor = 1.0
@@ -136,7 +136,7 @@ class Annealing(TrainerCallback):
             for owner in list(attention.modules()):
                 for name, module in list(owner.named_children()):
                     if isinstance(module, AnnealedNorm):
-                        plain = SubRMSNorm(module.normalized_shape, eps=module.eps)
+                        plain = SubNorm(module.normalized_shape, eps=module.eps)
                         plain.weight = module.weight
                         owner.add_module(name, plain)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..configuration_diff_llama import DiffLlamaConfig
 from ..diff_attention import place_queries, subtract_maps
 from ..diff_parallel import check_tensor_parallel_size
-from ..diff_sub_norm import SubRMSNorm
+from ..diff_sub_norm import SubNorm
 from ..modeling_diff_llama import DiffLambda
 from .versions import unsupported_vllm
 
@@ -102,7 +102,7 @@ class DiffLlamaAttention(nn.Module):
             )
         elif self.is_differential:
             self.diff_lambda = DiffLambda(config, layer_idx)  # float32 whatever the model's dtype
-            self.sub_norm = SubRMSNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
+            self.sub_norm = SubNorm(self.head_dim, eps=config.layer_sub_norm_eps(layer_idx))
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)

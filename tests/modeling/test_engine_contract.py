@@ -107,16 +107,37 @@ def test_attention_of_an_engine_gives_equal_logits(engine_model, random_ids, var
 def test_an_engine_that_counts_one_map_per_head_is_refused(engine_model, random_ids, variant, differential_layers):
     model, arguments = engine_model(variant, num_heads=4, differential_layers=differential_layers)
     model.config._attn_implementation = "vllm"
-    with pytest.raises(ValueError, match=r"vLLM counts 4 attention heads in layer 0, and 8 are asked with"):
+    with pytest.raises(ValueError, match=r"the engine counts 4 attention heads in layer 0, and 8 are asked with"):
         model(random_ids(1, 5), **arguments)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("differential_layers", [[], [0]])
-def test_v2_with_llama_layers_is_refused_by_name(tiny_config, differential_layers):
+def test_v2_with_llama_layers_is_refused_by_name(tiny_config, differential_layers, engine):
     config = tiny_config("v2", differential_layers=differential_layers)
-    config._attn_implementation = "vllm"
+    config._attn_implementation = engine
     with pytest.raises(ValueError, match=r"differential_layers=.* every layer is differential"):
         DiffLlamaModel(config)
+
+
+def test_sglang_finds_nothing_to_refuse_or_replace(tiny_config, variant, monkeypatch):
+    """SGLang 0.5.23 refuses other styles than these, and puts its own kernel where a class is named ...RMSNorm."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sglang", engine_attention)
+    config = tiny_config(variant)
+    config._attn_implementation = "sglang"
+    model = DiffLlamaModel(config)
+    styles = {"colwise", "colwise_rep", "rowwise", "rowwise_rep", "replicate", "embedding_rowwise"}
+    assert {name: style for name, style in model.tp_plan.items() if style not in styles} == {}
+    named = {name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    assert {name.rpartition(".")[2] for name in named} == {"input_layernorm", "post_attention_layernorm", "norm"}
+
+
+def test_sglang_that_counts_one_map_per_head_is_refused(engine_model, random_ids, variant):
+    model, arguments = engine_model(variant)
+    model.config._attn_implementation = "vllm"
+    instances = dict.fromkeys(range(2), SimpleNamespace(tp_q_head_num=4))
+    with pytest.raises(ValueError, match=r"the engine counts 4 attention heads"):
+        model(random_ids(1, 5), **(arguments | {"attention_instances": instances}))
 
 
 class ConvertorBase:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_diff.diff_sub_norm import NormalizeHeads, SubRMSNorm
+from modeling_diff.diff_sub_norm import NormalizeHeads, SubNorm
 
 
 EPS = 0.3
@@ -52,7 +52,7 @@ def test_sub_norm_passes_gradcheck_twice():
 
 def test_sub_norm_keeps_its_input_and_nothing_of_its_size_beside():
     heads, _ = random_heads()
-    norm = SubRMSNorm(8, eps=EPS, dtype=torch.float64)
+    norm = SubNorm(8, eps=EPS, dtype=torch.float64)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         norm(heads)

@@ -14,7 +14,7 @@ from modeling_diff import (
     DiffLlamaForTokenClassification,
     DiffLlamaModel,
 )
-from modeling_diff.diff_sub_norm import SubRMSNorm
+from modeling_diff.diff_sub_norm import SubNorm
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -277,7 +277,7 @@ def test_kernel_never_normalises_in_the_place_of_an_adapter():
     attention = model.base_model.model.model.layers[0].self_attn
     assert attention.fusable_norm() == {}
     attention = model.merge_and_unload().model.layers[0].self_attn
-    assert type(attention.sub_norm) is SubRMSNorm
+    assert type(attention.sub_norm) is SubNorm
     assert attention.fusable_norm()["norm_weight"] is attention.sub_norm.weight
 
 
