@@ -25,6 +25,7 @@ for name in sys.argv[2:]:
     ("package", "examples"),
     [
         ("peft", ["finetune_lora", "compare_lora"]),
+        ("vllm", ["benchmark_serving"]),
         ("matplotlib", ["view_attention", "score_heads", "compare_models"]),
     ],
 )
