@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaModel
 from modeling_diff.diff_engines import VLLM_CONVERTORS, register_with_vllm
+from modeling_diff.diff_transformers_compat import HAS_TENSOR_PARALLEL
 from modeling_diff.modeling_diff_llama import DiffLlamaAttention, PairedLlamaAttention
 
 
@@ -171,6 +172,7 @@ def test_a_vllm_without_the_table_is_left_alone(monkeypatch):
     assert not hasattr(module, "MODEL_ARCH_CONFIG_CONVERTORS")
 
 
+@pytest.mark.skipif(not HAS_TENSOR_PARALLEL, reason="this transformers has another interface for plans")
 def test_projections_keep_the_plan_of_llama(tiny_model, variant):
     model = tiny_model(variant)
     plan = model.tp_plan
