@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
-from importlib.metadata import entry_points
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -67,8 +69,10 @@ def vllm_config(config, ranks=1, model_impl="auto"):
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point():
-    (entry_point,) = entry_points(group="vllm.general_plugins", name="diff_llama")
-    assert entry_point.load() is register
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    ((name, value),) = project["project"]["entry-points"]["vllm.general_plugins"].items()
+    assert EntryPoint(name, value, "vllm.general_plugins").load() is register
+    assert "modeling_diff.serving" in project["tool"]["setuptools"]["packages"]
 
 
 def test_importing_the_plugin_imports_no_vllm():
