@@ -1,12 +1,10 @@
 """What vLLM is told before it reads a config: the native model, how to count heads, and what to refuse early."""
 
-import sys
 from typing import Any
 
 import vllm
 from vllm.logger import init_logger
 
-from ..configuration_diff_llama import DiffLlamaConfig
 from ..diff_adapters import MODEL_TYPE
 from ..diff_parallel import check_tensor_parallel_size
 from ..diff_transformers_compat import release
@@ -39,8 +37,6 @@ class DiffLlamaChecks(VerifyAndUpdateConfig):
         config = vllm_config.model_config.hf_config
         check_model_type(config)
         check_tensor_parallel_size(config, vllm_config.parallel_config.tensor_parallel_size)
-        if vllm_config.model_config.model_impl == "transformers":
-            check_checkpoint_code(config, vllm_config.model_config.model)
 
 
 def check_model_type(config: Any) -> None:
@@ -53,21 +49,6 @@ def check_model_type(config: Any) -> None:
     if config.model_type != MODEL_TYPE:
         raise ValueError(
             f"model_type={config.model_type!r} in config.json: {ARCHITECTURE} of diff-llama takes {MODEL_TYPE!r} only."
-        )
-
-
-def check_checkpoint_code(config: Any, folder: str) -> None:
-    """
-    Checks that code that came with a checkpoint is new enough for vLLM's transformers backend.
-
-    Raises:
-        ValueError: It was written before engines could run it.
-    """
-    package, _, _ = type(config).__module__.rpartition(".")
-    if not isinstance(config, DiffLlamaConfig) and f"{package}.diff_engines" not in sys.modules:
-        raise ValueError(
-            f"{folder}: its code is older than what vLLM can run with --model-impl transformers; `diff-llama "
-            f"update-code {folder}` puts today's there, or leave --model-impl out to run diff-llama's own model."
         )
 
 

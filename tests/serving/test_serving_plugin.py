@@ -63,8 +63,8 @@ def imitated_vllm(monkeypatch):
     sys.modules.pop("modeling_diff.serving.vllm_registration", None)
 
 
-def vllm_config(config, ranks=1, model_impl="auto"):
-    model_config = SimpleNamespace(hf_config=config, model_impl=model_impl, model="FOLDER")
+def vllm_config(config, ranks=1):
+    model_config = SimpleNamespace(hf_config=config)
     return SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(tensor_parallel_size=ranks))
 
 
@@ -140,20 +140,3 @@ def test_another_model_of_our_name_is_refused(imitated_vllm):
     verify = checks_of(imitated_vllm())
     with pytest.raises(ValueError, match="model_type='diffllama'"):
         verify(vllm_config(SimpleNamespace(model_type="diffllama")))
-
-
-@pytest.mark.parametrize("is_new", [False, True])
-def test_old_code_of_a_checkpoint_is_refused_where_it_would_run(imitated_vllm, monkeypatch, is_new):
-    """Only `--model-impl transformers` runs it; a config of a folder's own code is of a class of its own."""
-    verify = checks_of(imitated_vllm())
-    if is_new:
-        monkeypatch.setitem(sys.modules, "transformers_modules.folder.diff_engines", ModuleType("diff_engines"))
-    attributes = {"model_type": "diff_llama", "num_key_value_heads": 4}
-    config_class = type("DiffLlamaConfig", (), attributes)
-    config_class.__module__ = "transformers_modules.folder.configuration_diff_llama"
-    verify(vllm_config(config_class()))
-    if is_new:
-        verify(vllm_config(config_class(), model_impl="transformers"))
-        return
-    with pytest.raises(ValueError, match="diff-llama update-code FOLDER"):
-        verify(vllm_config(config_class(), model_impl="transformers"))
