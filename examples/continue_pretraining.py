@@ -146,6 +146,8 @@ def save(trainer: DiffTrainer, arguments: argparse.Namespace) -> None:
 
 def make_output(arguments: argparse.Namespace) -> None:
     """Makes room for the results; on many devices by the first process alone, before the others go on."""
+    if arguments.output is not None and not arguments.overwrite:
+        last_checkpoint(arguments)  # which may be continued
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             results = () if arguments.resume else ("config.json", "*.safetensors*", "checkpoint-*", "continued.json")

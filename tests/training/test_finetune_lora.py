@@ -142,7 +142,8 @@ def test_bad_data_gets_one_clear_error(checkpoint, refuses):
         refuses(message, data="bad.jsonl")
     refuses("no such file", data="nowhere.jsonl")
     refuses("no chat template", chat_template=None)
-    refuses("File exists", output="data.jsonl")
+    refuses("File exists", output="bad.jsonl")
+    refuses("would mix with", output="data.jsonl")
 
 
 @pytest.mark.parametrize(
