@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the conversations' order")
     arguments = parser.parse_args(argv)
     try:
-        settle_output(arguments, ("*",), [arguments.gguf])
+        written = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.jinja")
+        settle_output(arguments, written, [arguments.gguf])
         gguf = arguments.gguf or bundled(".gguf")
         write_checkpoint(gguf, arguments.output)
         if arguments.gguf is None:

@@ -26,6 +26,14 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "wide-heads": {"head_dim": 16},
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:

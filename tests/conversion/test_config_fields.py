@@ -4,22 +4,12 @@ import json
 
 import pytest
 import torch
-from random_llamas import random_llama, saved, token_ids
+from random_llamas import LONGROPE, random_llama, saved, token_ids
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
 from conversion.describe import describe_checkpoint
 from modeling_diff import DiffLlamaForCausalLM
-
-
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 def edit(folder, without=(), **fields):

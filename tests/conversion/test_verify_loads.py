@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from random_llamas import SMALL, random_llama, saved
+from random_llamas import LONGROPE, SMALL, random_llama, saved
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.behaviour import cache_difference, cacheable_length, compare_logits
@@ -14,14 +14,6 @@ from conversion.healing.teacher import find_teacher, load_teacher
 from conversion.source_config import read_source_model
 
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
