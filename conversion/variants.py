@@ -20,7 +20,7 @@ PROMISES = {
     "parity": "the source's size and its weights, paired; not its function: to be healed before use",
 }
 CALIBRATED = "the source's size; its attention fitted to the source's on text, near its function and not equal"
-# Measured by examples/quickstart.py on examples/assets/tiny-llama.
+# Measured by examples/scripts/quickstart.py on examples/assets/tiny-llama.
 UNCALIBRATED = (
     "the plain copy subtracts attention maps that were trained to be added, and loses most of the function (held-out "
     "loss of examples/assets/tiny-llama: 5.06 nats after 3.18, and no recall of the context); heal it before use"

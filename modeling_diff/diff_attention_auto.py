@@ -19,7 +19,7 @@ from .diff_attention_triton import widths_fit
 
 # By device; anything else takes the one standard call, `sdpa`.
 FASTEST = {
-    # Measured (examples/benchmark_attention.py): the one standard call and four calls take twice LLaMA's time; values
+    # Measured (examples/benchmarks/attention.py): the one standard call and four calls take twice LLaMA's time; values
     # twice as wide as queries leave torch's fast CPU kernel, the worse the longer the text; flex_attention has no
     # backward pass there, flash attention no kernel.
     "cpu": "diff_chunked",

@@ -8,12 +8,13 @@ import continue_pretraining
 import finetune_lora
 import pytest
 import score_heads
-from output_files import add_output, make_room, settle_output
+
+from modeling_diff.experiments.output_files import add_output, make_room, settle_output
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITING = sorted(
-    path for path in EXAMPLES.glob("*.py") if re.search(r"add_output\(|\"--(output|report)\"", path.read_text())
+    path for path in EXAMPLES.rglob("*.py") if re.search(r"add_output\(|\"--(output|report)\"", path.read_text())
 )
 # They go on in a folder that they began, or convert in one step at the end.
 CONTINUING = {"pretrain_from_scratch.py", "quickstart.py"}

@@ -23,7 +23,7 @@ def run_example(tmp_path, name, *arguments):
 
 @pytest.mark.slow
 def test_quickstart_converts_verifies_and_compares(tmp_path):
-    printed = run_example(tmp_path, "quickstart.py", "--calibration-tokens", "4096")
+    printed = run_example(tmp_path, "scripts/quickstart.py", "--calibration-tokens", "4096")
     rows = {line.split("│")[1].strip(): line.split("│") for line in printed.splitlines() if line.count("│") > 7}
     assert rows["DIFF V2, exact"][5].strip() == "0.0000"  # KL to the LLaMA
     names = ("DIFF V2, exact", "DIFF V1, plain copy", "DIFF V1, calibrated")
@@ -37,13 +37,12 @@ def test_quickstart_converts_verifies_and_compares(tmp_path):
 
 def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
     """A byte of V2's weights is changed after its conversion."""
-    monkeypatch.syspath_prepend(EXAMPLES)
     from compare_conversions import make_toy
 
     make_toy(tmp_path / "llama")
     script = tmp_path / "damaged.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport quickstart\n"
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES / 'scripts')!r})\nimport quickstart\n"
         "convert = quickstart.convert_checkpoint\n"
         "def damage(source, folder, variant, **options):\n"
         "    convert(source, folder, variant, **options)\n"
@@ -63,7 +62,7 @@ def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_benchmark_attention_checks_and_writes_its_table(tmp_path):
-    run_example(tmp_path, "benchmark_attention.py", "--smoke", "--output", "out")
+    run_example(tmp_path, "benchmarks/attention.py", "--smoke", "--output", "out")
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
     assert {row["phase"] for row in record["rows"]} == {"forward", "backward", "forward + backward", "decode"}
     assert {"llama", "chunked", "one call", "two calls", "four calls"} <= {row["form"] for row in record["rows"]}
@@ -74,10 +73,10 @@ def test_benchmark_attention_checks_and_writes_its_table(tmp_path):
 def test_benchmark_attention_prints_no_speed_when_a_form_is_wrong(tmp_path):
     script = tmp_path / "wrong.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport benchmark_attention as benchmark\n"
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES / 'benchmarks')!r})\nimport attention as benchmark\n"
         "right = benchmark.two_calls\n"
         "benchmark.two_calls = lambda *inputs: right(*inputs) * 1.01\n"
-        "sys.argv = ['benchmark_attention.py', '--smoke']\nbenchmark.main()\n"
+        "sys.argv = ['attention.py', '--smoke']\nbenchmark.main()\n"
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
@@ -87,7 +86,7 @@ def test_benchmark_attention_prints_no_speed_when_a_form_is_wrong(tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_model_writes_ratios_to_llama(tmp_path):
-    printed = run_example(tmp_path, "benchmark_model.py", "--smoke", "--output", "out")
+    printed = run_example(tmp_path, "benchmarks/model.py", "--smoke", "--output", "out")
     assert "prefill (ms)" in printed and "decode (ms)" in printed and "training (ms)" in printed
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
     assert set(record["seconds"]) == {"prefill", "decode", "training"}
@@ -96,7 +95,7 @@ def test_benchmark_model_writes_ratios_to_llama(tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_model_compiles_a_step_of_decoding(tmp_path):
-    run_example(tmp_path, "benchmark_model.py", "--smoke", "--compile", "--output", "out")
+    run_example(tmp_path, "benchmarks/model.py", "--smoke", "--compile", "--output", "out")
     record = json.loads((tmp_path / "out/model_compiled_float32_64.json").read_text())
     assert set(record["seconds"]) == {"compiled decode"}
     assert all(seconds > 0 for seconds in record["seconds"]["compiled decode"].values())
@@ -104,7 +103,7 @@ def test_benchmark_model_compiles_a_step_of_decoding(tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
-    run_example(tmp_path, "benchmark_conversion.py", "--smoke", "--output", "out")
+    run_example(tmp_path, "benchmarks/convert.py", "--smoke", "--output", "out")
     record = json.loads((tmp_path / "out/conversion.json").read_text())
     assert set(record["jobs"]) == {"copy", "convert v1", "convert v2"}
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
@@ -114,7 +113,7 @@ def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     llama = EXAMPLES / "assets" / "tiny-llama"
     convert_checkpoint(llama, tmp_path / "v2", "v2", measure=False)
     arguments = ("v2", "--against", str(llama), "--tokens", "64", "--output", "out/precision.json")
-    run_example(tmp_path, "compare_precision.py", *arguments)
+    run_example(tmp_path, "studies/compare_precision.py", *arguments)
     rows = {
         (row["model"], row["dtype"], row["attention"]): row
         for row in json.loads((tmp_path / "out/precision.json").read_text())["rows"]
@@ -130,9 +129,9 @@ def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
 
 
 def test_published_llama_says_what_to_install(tmp_path):
-    script = EXAMPLES / "published_llama.py"
+    script = EXAMPLES / "studies" / "published_llama.py"
     hidden = "import importlib.metadata as m, runpy, sys\ndef files(name): raise m.PackageNotFoundError(name)\n"
-    hidden += f"m.files = files\nsys.argv = ['x', '--output', 'out']\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
+    hidden += f"m.files = files\nsys.argv = ['x', '--output', 'out']\nsys.path.insert(0, {str(script.parent)!r})\n"
     command = [sys.executable, "-c", f"{hidden}runpy.run_path({str(script)!r}, run_name='__main__')"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
@@ -141,7 +140,6 @@ def test_published_llama_says_what_to_install(tmp_path):
 
 
 def test_published_llama_asks_about_public_functions_with_docstrings(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
     from published_llama import docstring_chats
 
     documented = '"""Return the smallest of the values, which must be numbers."""'

@@ -11,10 +11,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = """
 import runpy, sys
 sys.modules[sys.argv[1]] = None  # as if it were not installed
-sys.path.insert(0, {folder!r})
 for name in sys.argv[2:]:
     try:
         sys.argv = [name]
+        sys.path.insert(0, {folder!r} + "/" + name.split("/")[0])
         runpy.run_path({folder!r} + "/" + name + ".py", run_name="__main__")
     except SystemExit as error:
         print(error.code)
@@ -24,9 +24,9 @@ for name in sys.argv[2:]:
 @pytest.mark.parametrize(
     ("package", "examples"),
     [
-        ("peft", ["finetune_lora", "compare_lora"]),
-        ("vllm", ["benchmark_serving"]),
-        ("matplotlib", ["view_attention", "score_heads", "compare_models"]),
+        ("peft", ["scripts/finetune_lora", "studies/compare_lora"]),
+        ("vllm", ["benchmarks/serving"]),
+        ("matplotlib", ["studies/view_attention", "studies/score_heads", "studies/compare_models"]),
     ],
 )
 def test_missing_package_is_named_in_one_line(package, examples):
@@ -38,4 +38,4 @@ def test_missing_package_is_named_in_one_line(package, examples):
     lines = process.stdout.splitlines()
     assert len(lines) == len(examples)
     for line, name in zip(lines, examples, strict=True):
-        assert line.startswith(f"{name}: ") and line.endswith(f"pip install {package}")
+        assert line.startswith(f"{name.partition('/')[2]}: ") and line.endswith(f"pip install {package}")

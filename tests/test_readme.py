@@ -32,8 +32,10 @@ def test_every_file_that_readme_lists_exists():
 def test_every_package_file_is_in_readme():
     tree = re.search(r"## Files\n+```\n(.*?)```", README, re.DOTALL)[1]
     blocks = dict(re.findall(r"^(\S+/)\n((?: .*\n)+)", tree, re.MULTILINE))
-    libraries = ("modeling_diff", "modeling_diff/serving", "modeling_diff/training", "modeling_diff/analysis")
-    for package in (*libraries, "conversion", "conversion/healing", "examples"):
+    subpackages = ("serving", "training", "analysis", "experiments")
+    libraries = ("modeling_diff", *(f"modeling_diff/{name}" for name in subpackages))
+    examples = ("examples/scripts", "examples/benchmarks", "examples/studies")
+    for package in (*libraries, "conversion", "conversion/healing", *examples):
         listed = {line.split()[0] for line in blocks[f"{package}/"].splitlines()}
         files = {path.name for path in (ROOT / package).glob("*.py")}
         assert files - {"__init__.py"} <= listed, package

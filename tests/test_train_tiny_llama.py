@@ -1,4 +1,4 @@
-"""examples/train_tiny_llama.py runs in seconds with --smoke, and the model it trained is what its record says."""
+"""train_tiny_llama.py runs in seconds with --smoke, and the model it trained is what its record says."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "examples" / "train_tiny_llama.py"
+SCRIPT = ROOT / "examples" / "studies" / "train_tiny_llama.py"
 ASSET = ROOT / "examples" / "assets" / "tiny-llama"
 RECORD_FIELDS = {
     "command", "date", "versions", "hardware", "seed", "size", "parameters", "text", "steps", "tokens_seen",
@@ -33,9 +33,8 @@ def smoke(tmp_path_factory):
 
 
 @pytest.fixture
-def main(monkeypatch):
+def main():
     """The script's own main, for what it refuses before it does any work."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
     return importlib.import_module("train_tiny_llama").main
 
 

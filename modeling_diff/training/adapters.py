@@ -31,16 +31,16 @@ def lora_config(
     """
     LoRA on every projection, with lambda, and V1's norm over heads, trained whole next to it (`modules_to_save`).
 
-    Without differential layers there is nothing to train whole, and nothing is named.
+    Without differential layers, as in a LLaMA, there is nothing to train whole, and nothing is named.
 
     Args:
-        model_or_config: A model of this project, or its config.
+        model_or_config: A model of this project or a LLaMA, or its config.
         servable: Whether vLLM is to serve the adapter next to the base. It takes LoRA alone: V2's `lambda_proj`
             becomes a target, V1's lambda and norm stay as they are.
         overrides: LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
 
     Raises:
-        ValueError: The model is not of this project, its modules to train whole are quantized, or an override is
+        ValueError: The model is neither, its modules to train whole are quantized, or an override is
             nothing that vLLM serves.
         ImportError: peft is missing.
     """
@@ -49,9 +49,12 @@ def lora_config(
     except ImportError as error:
         raise ImportError("lora_config needs the package peft: pip install peft") from error
     config: Any = getattr(model_or_config, "config", model_or_config)
-    if config.model_type != "diff_llama":
-        raise ValueError(f"model_type={config.model_type!r}: lora_config is for diff_llama; use peft's LoraConfig.")
-    differential = config.differential_layers is None or bool(config.differential_layers)
+    if config.model_type not in ("diff_llama", "llama"):
+        raise ValueError(
+            f"model_type={config.model_type!r}: lora_config is for diff_llama and llama; use peft's LoraConfig."
+        )
+    layers = getattr(config, "differential_layers", [])  # None for all of them; a LLaMA has none
+    differential = layers is None or bool(layers)
     class_name = type(model_or_config).__name__
     defaults: dict[str, Any] = {
         "r": 16,

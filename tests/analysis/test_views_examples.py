@@ -17,7 +17,7 @@ TINY_LLAMA = EXAMPLES / "assets" / "tiny-llama"
 
 
 def run(tmp_path, name, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    command = [sys.executable, str(EXAMPLES / "studies" / name), *arguments]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
 
 

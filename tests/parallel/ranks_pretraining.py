@@ -1,8 +1,8 @@
 """
-One rank of the FSDP2 path of examples/continue_pretraining.py: `python ranks_pretraining.py FOLDER`.
+One rank of the FSDP2 path of continue_pretraining.py: `python ranks_pretraining.py FOLDER`.
 
-Environment variables are those that `accelerate launch` makes of examples/configs/fsdp2.yaml. accelerate keeps FSDP
-for accelerators and would quietly run plain data parallelism on a CPU, so that here it is told that there are some.
+Environment variables are those that `accelerate launch` makes of fsdp2.yaml. accelerate keeps FSDP for accelerators
+and would quietly run plain data parallelism on a CPU, so that here it is told that there are some.
 """
 
 import os
@@ -31,7 +31,7 @@ LAMBDAS = ("lambda/mean", "lambda/grad_norm")
 
 
 def set_environment() -> None:
-    words = ["--config_file", str(EXAMPLES / "configs" / "fsdp2.yaml"), "--num_processes", "2", "script.py"]
+    words = ["--config_file", str(EXAMPLES / "assets" / "configs" / "fsdp2.yaml"), "--num_processes", "2", "script.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     os.environ.update(prepare_multi_gpu_env(arguments))
 
@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
     dist.barrier()
     set_environment()
     pretend_to_be_accelerators()
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(EXAMPLES / "scripts"))
     import continue_pretraining as example
 
     seen, save = {}, example.save

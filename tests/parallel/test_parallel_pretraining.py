@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from pretraining_data import PackedRows, text_files
 from ranks_pretraining import EXAMPLES, LAMBDAS, LOSSES, MODELS, arguments_for
 from transformers import AutoTokenizer
 
 from conversion.companions import called_code
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.training.pretraining_data import PackedRows, text_files
 
 
 # fp32 sums in another order, over four steps of Adam, which makes whole steps of the noise in vanishing gradients.
@@ -39,7 +39,7 @@ def test_losses_equal_one_process(ranks, name, tmp_path):
     arguments = arguments_for(folder / f"{name}-with-tokenizer", folder / "texts", tmp_path / "one", 2)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     code = (
-        f"import sys, torch; sys.path[:0] = [{str(EXAMPLES)!r}, {os.path.dirname(__file__)!r}]\n"
+        f"import sys, torch; sys.path[:0] = [{str(EXAMPLES / 'scripts')!r}, {os.path.dirname(__file__)!r}]\n"
         "import continue_pretraining as example, ranks_pretraining as ranks\n"
         f"result = example.continue_pretraining(example.parse({arguments!r}))\n"
         f"torch.save(ranks.figures(result['log']), {str(tmp_path / 'one.pt')!r})\n"

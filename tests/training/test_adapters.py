@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from trainable_models import random_ids, tiny_model, train
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, GPT2Config, LlamaConfig, TorchAoConfig
 
 from modeling_diff import (
     DiffLlamaForCausalLM,
@@ -19,7 +19,7 @@ from modeling_diff.diff_sub_norm import SubNorm
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from modeling_diff.training import check_adapter, four_bit_config, lora_config  # noqa: E402
+from modeling_diff.training import LORA_TARGETS, check_adapter, four_bit_config, lora_config  # noqa: E402
 
 
 # peft 0.21 asks transformers 5.23 by a name that is deprecated there.
@@ -299,11 +299,16 @@ def test_heads_get_their_task_and_train(model_class, task, head):
     assert any("lambda_proj.modules_to_save" in name for name in trainable)
 
 
-def test_other_models_are_refused():
-    from transformers import LlamaConfig
+def test_a_llama_gets_the_same_targets_and_nothing_whole():
+    config = lora_config(LlamaConfig())
+    assert config.target_modules == set(LORA_TARGETS)
+    assert config.modules_to_save is None
+    assert (config.r, config.lora_alpha, config.task_type) == (16, 32, "CAUSAL_LM")
 
-    with pytest.raises(ValueError, match="model_type='llama'"):
-        lora_config(LlamaConfig())
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="model_type='gpt2'"):
+        lora_config(GPT2Config())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,4 +1,4 @@
-"""examples/evaluate_models.py: its tasks, and lm-evaluation-harness through its Python API on local files."""
+"""examples/studies/evaluate_models.py: its tasks, and lm-evaluation-harness through its Python API on local files."""
 
 import json
 import math

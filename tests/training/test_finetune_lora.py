@@ -1,7 +1,6 @@
-"""examples/finetune_lora.py from data to merged model, resume, and one clear error for each thing that goes wrong."""
+"""finetune_lora.py from data to merged model, resume, and one clear error for each thing that goes wrong."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from transformers import AutoTokenizer
 pytest.importorskip("peft", reason="peft is not installed")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ASSETS = EXAMPLES / "assets" / "tiny-llama"
-sys.path.insert(0, str(EXAMPLES))
 
 import finetune_lora  # noqa: E402
-import finetuning_data  # noqa: E402
+
+from modeling_diff.training.finetuning_data import read_records, tokenize  # noqa: E402
 
 
 # peft 0.21 asks transformers 5.23 by a name that is deprecated there.
@@ -159,7 +158,7 @@ def test_what_a_record_has_beside_the_form_that_is_read_does_not_matter(record, 
     tokens = []
     for given in (record, {form: record[form]}):
         (tmp_path / "data.jsonl").write_text(json.dumps(given))
-        tokens.append(finetuning_data.tokenize(finetuning_data.read_records([tmp_path / "data.jsonl"]), tokenizer, 64))
+        tokens.append(tokenize(read_records([tmp_path / "data.jsonl"]), tokenizer, 64))
     assert tokens[0] == tokens[1]
 
 
@@ -167,20 +166,20 @@ def test_lines_end_where_json_lines_do(tmp_path):
     texts = ["one\u2028line", "next\x85line", "form\u000cfeed"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "data.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert [record["text"] for record in finetuning_data.read_records([tmp_path / "data.jsonl"])] == texts
+    assert [record["text"] for record in read_records([tmp_path / "data.jsonl"])] == texts
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
-        finetuning_data.read_records([tmp_path / "latin.txt"])
+        read_records([tmp_path / "latin.txt"])
 
 
 def test_completions_need_an_eos_token():
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="record 1 has a completion, and the tokenizer no eos_token"):
-        finetuning_data.tokenize([{"prompt": "a", "completion": "b"}], tokenizer, 64)
+        tokenize([{"prompt": "a", "completion": "b"}], tokenizer, 64)
 
 
 @pytest.mark.parametrize("variant", ["v2"], indirect=True)

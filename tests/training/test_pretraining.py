@@ -9,10 +9,11 @@ import pretrain_from_scratch
 import pretraining_measures
 import pytest
 import torch
-from pretraining_data import IGNORED, PackedRows, dataset_documents, text_files
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainable_models import tiny_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_diff.training.pretraining_data import IGNORED, PackedRows, dataset_documents, text_files
 
 
 WORDS = 90

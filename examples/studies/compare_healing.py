@@ -6,8 +6,8 @@ does that to the LLaMA as well). Then, from the calibrated start and over severa
 held at its floor, annealed to the paper's schedule, at a rate at which it can go where it wants; `without second maps`
 is the loss of the healed model with lambda set to 0, its norm still at work.
 
-    python examples/compare_healing.py --output examples/results/healing      # an hour on one thread
-    python examples/compare_healing.py --smoke
+    python examples/studies/compare_healing.py --output examples/results/healing      # an hour on one thread
+    python examples/studies/compare_healing.py --smoke
 
 `agreement_share` is greedy agreement with LLaMA over LLaMA's agreement with itself when the first half of the prompt
 is another text. Finished runs are read from --work. R rows, T tokens a row, V vocabulary.
@@ -24,8 +24,6 @@ from pathlib import Path
 import torch
 from blended_attention import Blend
 from compare_conversions import EMBEDDED, RECALL_ROWS, held_out_rows, measure, recall_rows
-from output_files import add_output, settle_output
-from timing import environment
 from tiny_llama_text import Recall, prepare_text, training_rows
 from train_tiny_llama import SIZES, recall_accuracy
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -35,6 +33,8 @@ from conversion.calibrate import Stage
 from conversion.heal import heal_checkpoint
 from conversion.healing.options import HealingOptions
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_output, settle_output
 
 
 STARTS = {
@@ -254,7 +254,7 @@ def main(argv=None):
         for mode in LAMBDA_MODES
     ]
     args.output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python examples/compare_healing.py", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join(["python examples/studies/compare_healing.py", *(sys.argv[1:] if argv is None else argv)])
     results = {"command": command, "environment": environment("cpu"), "llama": llama, "self_agreement": comparison.own}
     results |= {"starts": starts, "lambdas": lambdas}
     (args.output / "healing.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """
 Time of differential attention alone, in every form, against LLaMA's attention with the same parameters.
 
-    python examples/benchmark_attention.py --dtype bfloat16 --lengths 1024 4096 --output out/attention
+    python examples/benchmarks/attention.py --dtype bfloat16 --lengths 1024 4096 --output out/attention
 
 Forms: `triton` the fused kernels, `chunked` the query-chunked path of CPUs, `one call` queries padded to the key's
 width (what any backend of transformers gets), `two calls` one a map with values twice as wide, `four calls` one a map
@@ -26,8 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from output_files import add_overwrite, room_or_exit
-from timing import environment, keep_freed_memory, time_interleaved
+from timing import keep_freed_memory, time_interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -36,6 +35,8 @@ from modeling_diff import diff_attention_reference
 from modeling_diff.diff_attention import place_queries, subtract_maps
 from modeling_diff.diff_attention_chunked import chunked_attention_forward
 from modeling_diff.diff_attention_triton import diff_attention_triton, triton_can_run
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 
 
 # Of values near 1: bfloat16 keeps 8 bits, and scores, weights and output are each rounded; float16 11, float32 24.

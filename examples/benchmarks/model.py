@@ -1,7 +1,7 @@
 """
 Whole-model time and memory: ours, LLaMA of the same size, and transformers' own DiffLlama.
 
-    python examples/benchmark_model.py --dtype float32 --output out/model
+    python examples/benchmarks/model.py --dtype float32 --output out/model
 
 Prefill, decode of one token after it, and a training step, each in milliseconds and as a ratio to LLaMA through its
 best stock attention (sdpa), rounds interleaved in one process. `v1 sdpa` is our model through one standard call,
@@ -25,8 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from output_files import add_overwrite, room_or_exit
-from timing import environment, keep_freed_memory, time_interleaved
+from timing import keep_freed_memory, time_interleaved
 from transformers import DiffLlamaConfig as StockDiffLlamaConfig
 from transformers import DiffLlamaForCausalLM as StockDiffLlama
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -34,6 +33,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.diff_attention_triton import triton_can_run
 from modeling_diff.diff_transformers_compat import cache_argument, output_cache
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 
 
 SHAPE = {

@@ -1,9 +1,9 @@
 """
 lm-evaluation-harness on converted checkpoints and LLaMA alike, through its Python API (`pip install lm-eval`).
 
-    python examples/evaluate_models.py --model out/v2 examples/assets/tiny-llama    # two tasks made here, offline
-    python examples/evaluate_models.py --model out/v2 --tasks hellaswag arc_easy --output out/evaluation.json
-    python examples/evaluate_models.py --smoke
+    python examples/studies/evaluate_models.py --model out/v2 examples/assets/tiny-llama    # two tasks, offline
+    python examples/studies/evaluate_models.py --model out/v2 --tasks hellaswag arc_easy --output out/evaluation.json
+    python examples/studies/evaluate_models.py --smoke
 
 Without --tasks: `recall`, multiple choice (which of four numbers said in the text belongs to a name; chance is 25 %),
 and `held_out`, perplexity of a text file (lm-eval counts the bos that LLaMA tokenizers put before each document, too,
@@ -18,15 +18,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from loading import load_tokenizer
-from output_files import add_overwrite, make_room
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_overwrite, make_room
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 NAMES = ("Oslo", "Lima", "Turin", "Boston", "Dakar", "Lisbon", "Kabul", "Sapporo", "Milan", "Tunis")
 CHOICES = 4
 PIECE_LINES = 40

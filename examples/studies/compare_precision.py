@@ -1,9 +1,9 @@
 """
 What a dtype and an attention implementation do to a model's logits, next to float64 and to another model's.
 
-    python examples/compare_precision.py out/v2 --against examples/assets/tiny-llama
-    python examples/compare_precision.py out/v2 --attention sdpa diff_triton --dtypes bfloat16 --device cuda
-    TRITON_INTERPRET=1 python examples/compare_precision.py out/v2 --attention sdpa diff_triton --dtypes float16
+    python examples/studies/compare_precision.py out/v2 --against examples/assets/tiny-llama
+    python examples/studies/compare_precision.py out/v2 --attention sdpa diff_triton --dtypes bfloat16 --device cuda
+    TRITON_INTERPRET=1 python examples/studies/compare_precision.py out/v2 --attention diff_triton --dtypes float16
 
 A row for each: the largest difference of logits from those of the same model in float64 through `sdpa` (with norms in
 float32, as LLaMA's are in any dtype), KL in nats a token, the share of equal greedy tokens; and the same next to
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loading import load_tokenizer
-from output_files import add_overwrite, make_room
 from rich.console import Console
 from rich.table import Table
-from timing import environment
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.needles import library_text
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_overwrite, make_room
 
 
 def read_ids(checkpoint: str, text: Path | None, num_tokens: int) -> torch.Tensor:

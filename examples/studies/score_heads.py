@@ -1,9 +1,9 @@
 """
 What each head of a model does: retrieval, induction, previous token, first token, entropy; and what it is worth.
 
-    python examples/score_heads.py
-    python examples/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1 --ablate 4
-    python examples/score_heads.py out/quickstart/v1 --output out/heads-v1
+    python examples/studies/score_heads.py
+    python examples/studies/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1 --ablate 4
+    python examples/studies/score_heads.py out/quickstart/v1 --output out/heads-v1
 
 Prints the heads that retrieve most and writes every score to scores.json and scores.png. `--converted` shows which of
 a LLaMA's heads a V1 conversion paired; `--ablate N` takes out the N heads that score highest in retrieval, and N
@@ -20,8 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from loading import load_tokenizer
-from output_files import add_output, settle_output
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -42,6 +40,8 @@ from modeling_diff.analysis.head_scores import (
 )
 from modeling_diff.analysis.needle_runs import check_context
 from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_output, settle_output
 
 
 try:
@@ -50,7 +50,7 @@ except ImportError as error:
     sys.exit(f"score_heads: {error}")
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 def plain_texts(tokenizer, filler: str, rows: int, length: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """
 LoRA on a converted checkpoint, from data to a merged model, with every step of the way checked.
 
-    python examples/finetune_lora.py --model out/v2 --data chat.jsonl --output out/tuned --bf16
-    python examples/finetune_lora.py --model out/v2 --data src/*.txt --output out/tuned --packing --load-in-4bit
-    python examples/finetune_lora.py --smoke      # converts the small LLaMA first; seconds on a CPU
+    python examples/scripts/finetune_lora.py --model out/v2 --data chat.jsonl --output out/tuned --bf16
+    python examples/scripts/finetune_lora.py --model out/v2 --data src/*.txt --packing --load-in-4bit
+    python examples/scripts/finetune_lora.py --smoke      # converts the small LLaMA first; seconds on a CPU
 
 Data are JSON lines with `messages` (the tokenizer's chat template; loss on all of it), `prompt` and `completion` (loss
 on the completion) or `text`, or plain text files, which are cut into windows of `--max-length`. A DIFF checkpoint
@@ -24,9 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from finetuning_data import Example, read_records, tokenize
-from loading import load_tokenizer
-from output_files import add_output, settle_output
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -40,8 +37,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_output, settle_output
 from modeling_diff.training import (
-    LORA_TARGETS,
     DiffTrainer,
     DiffTrainerMixin,
     FiniteLossCallback,
@@ -50,15 +48,16 @@ from modeling_diff.training import (
     four_bit_config,
     lora_config,
 )
+from modeling_diff.training.finetuning_data import Example, read_records, tokenize
 
 
 try:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 except ImportError:
     sys.exit("finetune_lora: the package peft is missing; pip install peft")
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 # Largest difference of logits, relative to the largest logit: float32 sums in another order; bfloat16 rounds merged
 # weights and every activation to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -97,12 +96,8 @@ def load_base(arguments: argparse.Namespace, four_bit: bool) -> PreTrainedModel:
 
 
 def add_adapter(model: PreTrainedModel, arguments: argparse.Namespace) -> PeftModel:
-    settings = {"r": arguments.rank, "lora_alpha": 2 * arguments.rank, "lora_dropout": arguments.dropout}
-    if model.config.model_type == "diff_llama":
-        config = lora_config(model, **settings)
-    else:
-        config = LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **settings)
-    return get_peft_model(model, config)
+    rank, dropout = arguments.rank, arguments.dropout
+    return get_peft_model(model, lora_config(model, r=rank, lora_alpha=2 * rank, lora_dropout=dropout))
 
 
 def widen(model: PeftModel) -> None:
@@ -327,7 +322,9 @@ def main(argv: list[str] | None = None) -> None:
             result = finetune(arguments, console)
         except (OSError, ValueError) as error:
             sys.exit(f"finetune_lora: {error}")
-    result["command"] = " ".join(["python examples/finetune_lora.py", *(sys.argv[1:] if argv is None else argv)])
+    result["command"] = " ".join(
+        ["python examples/scripts/finetune_lora.py", *(sys.argv[1:] if argv is None else argv)]
+    )
     (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, difference in result["relative_difference"].items():
         console.print(f"{name}: largest difference of logits {difference:.2g} of the largest logit")

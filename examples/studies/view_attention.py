@@ -1,9 +1,9 @@
 """
 Look at attention: one model, or two side by side, as a page that needs no server, and as PNG and SVG.
 
-    python examples/view_attention.py
-    python examples/view_attention.py examples/assets/tiny-llama out/quickstart/v1 --output out/attention
-    python examples/view_attention.py meta-llama/Llama-3.2-1B --text-file prompt.txt --mark "4821" --layers 0 7 15
+    python examples/studies/view_attention.py
+    python examples/studies/view_attention.py examples/assets/tiny-llama out/quickstart/v1 --output out/attention
+    python examples/studies/view_attention.py meta-llama/Llama-3.2-1B --text-file prompt.txt --mark 4821 --layers 0 7
 
 Without a checkpoint it takes the small trained LLaMA in examples/assets/tiny-llama. Writes attention.html (open it
 from disk), and each figure as .png and .svg: the mean over all chosen heads and layers, all heads of the middle layer,
@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from loading import load_tokenizer
-from output_files import add_output, settle_output
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,6 +23,8 @@ from modeling_diff.analysis.aggregate import mean_maps
 from modeling_diff.analysis.maps import attention_layers, collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels, token_span
 from modeling_diff.analysis.view_html import MAX_TOKENS, view_attention, write_html
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_output, settle_output
 
 
 try:
@@ -33,7 +33,7 @@ except ImportError as error:
     sys.exit(f"view_attention: {error}")
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = (
     "\nThe magic number of Oslo is 4821.\n"
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"

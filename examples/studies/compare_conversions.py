@@ -4,9 +4,9 @@ Converts a LLaMA with one stage more in every row and measures each result on he
 copy that `convert` writes without calibration. `closed` is the share of that copy's gap in loss to LLaMA that is gone;
 recall is of keys and numbers never seen in training, all digits right: one needle in 512 tokens, and 8 dense pairs.
 
-    python examples/compare_conversions.py                        # the embedded model, about 15 minutes on two cores
-    python examples/compare_conversions.py --model tiny-llama-mha --output mha.json
-    python examples/compare_conversions.py --smoke                # a toy of a model that it makes itself, seconds
+    python examples/studies/compare_conversions.py              # the embedded model, about 15 minutes on two cores
+    python examples/studies/compare_conversions.py --model tiny-llama-mha --output mha.json
+    python examples/studies/compare_conversions.py --smoke      # a toy of a model that it makes itself, seconds
 
 R rows, T tokens a row, V vocabulary.
 """
@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from output_files import add_overwrite, room_or_exit
 from tiny_llama_text import Recall
 from train_tiny_llama import recall_accuracy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -31,9 +30,10 @@ from conversion.convert import convert_checkpoint
 from conversion.local_fit import LocalFit
 from conversion.metrics import text_metrics
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 
 
-EMBEDDED = Path(__file__).parent / "assets" / "tiny-llama"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-llama"
 LADDER = {
     "copy, norm and lambda calibrated": (Stage.COPY,),
     "+ pairing": (Stage.COPY, Stage.PAIRING),
@@ -191,7 +191,9 @@ def main(argv=None):
             args.calibration_tokens, args.held_out_tokens, args.local_steps = 1024, 1024, 5
         table = compare(folder, args)
     if args.output:
-        command = " ".join(["python examples/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)])
+        command = " ".join(
+            ["python examples/studies/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)]
+        )
         args.output.write_text(json.dumps({"command": command, "rows": table}, indent=1) + "\n")
 
 

@@ -1,8 +1,9 @@
 """
 The main job from end to end: a LLaMA becomes a DIFF V1 and a DIFF V2 checkpoint; all are verified and compared.
 
-    python examples/quickstart.py
-    python examples/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b --calibration my_text.txt
+    python examples/scripts/quickstart.py
+    python examples/scripts/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b \\
+        --calibration my_text.txt
 
 Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its calibration text, needs no
 network, about a minute on two cores, and writes the checkpoints to out/quickstart. It can be repeated at will.
@@ -30,7 +31,7 @@ from conversion.held_out import read_held_out
 from conversion.metrics import text_metrics, window_logits
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 STAGES = ("pairing", "refit")
 PROMPT = "def read_lines(path):\n"
 COLUMNS = ("model", "parameters", "MiB", "loss (nats)", "KL (nats)", "greedy agreement", "λ", "verified", "seconds")

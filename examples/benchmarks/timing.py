@@ -1,19 +1,12 @@
-"""Times functions against each other in one process: rounds interleaved, medians; and says on what machine."""
+"""Times functions against each other in one process: rounds interleaved, medians."""
 
 import ctypes
-import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
-import transformers
-
-from modeling_diff.diff_attention_triton import triton
 
 
 GPU_CALLS = 5  # at once: an event is exact to 0.5 us, a step of decoding takes 10
@@ -74,31 +67,3 @@ def keep_freed_memory() -> None:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def environment(device: str) -> dict[str, str | int | float]:
-    """Date, machine, load, versions and commit, to stand beside every number."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count() or 0,
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": "none" if triton is None else triton.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -3,8 +3,8 @@
 The text is what the small LLaMA was trained on, Python sources with recall, under another seed; V2 trains once at one
 learning rate, once at a third of it for its doubled queries. At the root, about a quarter of an hour on one thread:
 
-    python examples/compare_continuations.py --output out/continuations
-    python examples/compare_continuations.py --smoke
+    python examples/studies/compare_continuations.py --output out/continuations
+    python examples/studies/compare_continuations.py --smoke
 
 Writes continuations.json and continuations.png. Size legend: B rows, T tokens a row (the context).
 """
@@ -15,21 +15,21 @@ import sys
 import time
 from pathlib import Path
 
-import continue_pretraining
 import torch
-from output_files import add_output, settle_output
 from pretraining_measures import measure, recall_sets
-from timing import environment
 from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
 from torch.utils.data import IterableDataset
 from train_tiny_llama import SIZES, to_json
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 from transformers.utils import logging
 
 from conversion import convert_checkpoint
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.training import DiffTrainer, FiniteLossCallback, LambdaCallback
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 RUNS = {"LLaMA": ("llama", 1.0), "DIFF V2": ("v2", 1.0), "DIFF V2, queries at 1/3": ("v2", 1 / 3)}
 EVAL_ROWS = 32
 
@@ -47,27 +47,54 @@ class MixedRows(IterableDataset):
             yield from ({"input_ids": row, "labels": row} for row in batch)
 
 
-def trainer_arguments(arguments, size, folder, query_factor):
-    """What continue_pretraining.py would be called with."""
-    words = [
-        *("--model", folder, "--train", "given", "--output", arguments.output / "checkpoints"),
-        *("--context", size.context, "--steps", arguments.steps, "--batch-size", size.batch),
-        *("--learning-rate", arguments.learning_rate, "--query-factor", query_factor, "--seed", arguments.seed),
-        *("--logging-steps", max(arguments.steps // 25, 1), "--eval", "given"),
-        *("--eval-steps", max(arguments.steps // 10, 1), "--save-steps", arguments.steps + 1, "--bf16"),
-    ]
-    return continue_pretraining.parse([str(word) for word in words])
+def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
+    """The Trainer of this project as continue_pretraining.py sets it up, in bfloat16 arithmetic."""
+    model.config.use_cache = False
+    callbacks = [FiniteLossCallback()]
+    if model.config.model_type == "diff_llama":
+        callbacks.append(LambdaCallback())
+    settings = TrainingArguments(
+        output_dir=str(arguments.output / "checkpoints"),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=arguments.learning_rate,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=round(0.04 * arguments.steps),
+        logging_steps=max(arguments.steps // 25, 1),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=max(arguments.steps // 10, 1),
+        bf16=True,
+        remove_unused_columns=False,
+        report_to=[],
+        seed=arguments.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    return DiffTrainer(
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        callbacks=callbacks,
+        query_factor=query_factor,
+    )
 
 
 def continue_one(name, folder, text, sets, arguments):
     """Measured before, trained, measured after: one row."""
     size, windows, rows = text
-    settings = trainer_arguments(arguments, size, folder, RUNS[name][1])
+    query_factor = RUNS[name][1]
     set_seed(arguments.seed)
-    model, tokenizer = continue_pretraining.load(settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = measure(model, windows, sets)
     held_out = [{"input_ids": row, "labels": row} for row in windows[:EVAL_ROWS]]
-    trainer = continue_pretraining.build_trainer(model, tokenizer, rows, held_out, settings)
+    trainer = build_trainer(model, rows, held_out, query_factor, arguments, size.batch)
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
@@ -75,7 +102,7 @@ def continue_one(name, folder, text, sets, arguments):
     log = [{key: entry[key] for key in wanted if key in entry} for entry in trainer.state.log_history]
     return {
         "model": name,
-        "query_factor": RUNS[name][1],
+        "query_factor": query_factor,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": seconds,
         "before": before,
@@ -162,7 +189,9 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         arguments.steps, arguments.recall_rows = 2, 1
-    words = itertools.chain(["python examples/compare_continuations.py"], sys.argv[1:] if argv is None else argv)
+    words = itertools.chain(
+        ["python examples/studies/compare_continuations.py"], sys.argv[1:] if argv is None else argv
+    )
     arguments.command = " ".join(words)
     try:
         settle_output(arguments, ("continuations.json", "continuations.png", "v2", "checkpoints"))

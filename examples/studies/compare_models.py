@@ -3,9 +3,9 @@
 Needle retrieval, attention to the answer, outliers, quantised attention, order of demonstrations and scores of heads,
 measured alike on every model; the tokenizer and the text are the first model's.
 
-    python examples/compare_models.py examples/assets/tiny-llama out/v1 out/v2 --report out/report.html
-    python examples/compare_models.py LLAMA DIFF --report report.html --text book.txt --samples 50 --device cuda
-    python examples/compare_models.py --smoke      # this repository's model, converted
+    python examples/studies/compare_models.py examples/assets/tiny-llama out/v1 out/v2 --report out/report.html
+    python examples/studies/compare_models.py LLAMA DIFF --report out/report.html --text book.txt --samples 50
+    python examples/studies/compare_models.py --smoke      # this repository's model, converted
 
 A model of this repository's size takes about a minute on one thread. Beside the report lie its numbers as JSON; with
 `--work`, finished cells of the needle grid are kept, and the same command goes on from them.
@@ -20,15 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from loading import load_tokenizer
-from output_files import add_overwrite, room_or_exit
-from timing import environment
 from transformers import AutoModelForCausalLM
 
 import modeling_diff  # noqa: F401 (registers the models)
 from conversion.convert import convert_checkpoint
 from modeling_diff.analysis.needles import library_text
 from modeling_diff.analysis.report_measurements import default_effort, kind_of, measure_model
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 
 
 try:
@@ -37,7 +37,7 @@ except ImportError as error:
     sys.exit(f"compare_models: {error}")
 
 
-EMBEDDED = Path(__file__).parent / "assets" / "tiny-llama"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-llama"
 SMOKE = {
     "lengths_tokens": (128, 160), "depths": (0.0, 1.0), "counts": ((1, 1), (2, 2)), "samples": 1,
     "attention_samples": 1, "text_rows": 2, "head_rows": 1, "head_prompts": 1, "bits": (8, 4),

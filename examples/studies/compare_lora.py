@@ -1,8 +1,8 @@
 """
 What LoRA learns on DIFF V2, on calibrated V1 and on the LLaMA that both came from: equal data, steps and parameters.
 
-    python examples/compare_lora.py --v1 out/v1 --output examples/results/lora    # under ten minutes on one thread
-    python examples/compare_lora.py --smoke                                       # seconds; shows that it runs
+    python examples/studies/compare_lora.py --v1 out/v1 --output examples/results/lora    # ten minutes, one thread
+    python examples/studies/compare_lora.py --smoke                                       # seconds; shows that it runs
 
 Two tasks: (i) instructions made here, to reverse, sort or upper-case three keys, scored by exact match on lists never
 seen; (ii) Python modules, LoRA on the first half of heldout.txt, loss on the second. `--v1` is a converted V1 (as by
@@ -20,23 +20,23 @@ import time
 from pathlib import Path
 
 import torch
-from finetuning_data import tokenize
-from output_files import add_output, settle_output
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from conversion import convert_checkpoint
-from modeling_diff.training import LORA_TARGETS, lora_config, parameter_groups
+from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.training import lora_config, parameter_groups
+from modeling_diff.training.finetuning_data import tokenize
 
 
 try:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 except ImportError:
     sys.exit("compare_lora: the package peft is missing; pip install peft")
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 SERVABLE = ", servable"
 OPERATIONS = {
     "reverse": lambda keys: keys[::-1],
@@ -57,16 +57,10 @@ def instructions(count: int, seed: int, unseen: set[str] | None = None) -> list[
     return list(records.values())
 
 
-def adapter(model, rank: int, servable: bool = False):
-    if model.config.model_type == "diff_llama":
-        return lora_config(model, servable=servable, r=rank, lora_alpha=2 * rank)
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-
-
 def adapted(folder, rank: int, device: str = "cpu", servable: bool = False) -> PeftModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(model, adapter(model, rank, servable)).to(device)
+    return get_peft_model(model, lora_config(model, servable=servable, r=rank, lora_alpha=2 * rank)).to(device)
 
 
 def trainable(model: torch.nn.Module) -> int:
@@ -243,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             folders |= {name + SERVABLE: path for name, path in folders.items() if name != "LLaMA"}
         rows = compare(folders, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python examples/compare_lora.py", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join(["python examples/studies/compare_lora.py", *(sys.argv[1:] if argv is None else argv)])
     record = {"command": command, "torch": torch.__version__, "rows": rows}
     (arguments.output / "lora.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(rows, arguments.output / "lora.png")

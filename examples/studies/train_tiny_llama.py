@@ -4,15 +4,15 @@ The text is Python source (the standard library's, for `--size large` the instal
 synthetic key-value recall, so that retrieval exists to be measured. The committed model came from two runs,
 at the root (the first with fewer kinds of recall text than there are now: see its training_record.json):
 
-    python examples/train_tiny_llama.py --output tiny-llama-1 --minutes 40 --compile on
-    python examples/train_tiny_llama.py --output examples/assets/tiny-llama --init tiny-llama-1 --minutes 17 \\
+    python examples/studies/train_tiny_llama.py --output tiny-llama-1 --minutes 40 --compile on
+    python examples/studies/train_tiny_llama.py --output examples/assets/tiny-llama --init tiny-llama-1 --minutes 17 \\
         --recall-share 0.5 --learning-rate 1.5e-3 --seed 1 --compile on
 
 A sister with as many KV heads as query heads, a larger model on a GPU, and a check that everything runs:
 
-    python examples/train_tiny_llama.py --output tiny-llama-mha --kv-heads 8
-    python examples/train_tiny_llama.py --output large-llama --size large --compile on
-    python examples/train_tiny_llama.py --smoke
+    python examples/studies/train_tiny_llama.py --output tiny-llama-mha --kv-heads 8
+    python examples/studies/train_tiny_llama.py --output large-llama --size large --compile on
+    python examples/studies/train_tiny_llama.py --smoke
 
 Size legend: B rows a batch, T tokens a row (the context), N tokens of a stream.
 """
@@ -216,7 +216,7 @@ License Agreement (https://docs.python.org/3/license.html). They were shortened 
 
 def command_line(argv):
     """The command as typed at the root; of an absolute folder only its name"""
-    words = ["python examples/train_tiny_llama.py"]
+    words = ["python examples/studies/train_tiny_llama.py"]
     for before, word in zip(["", *argv], argv, strict=False):
         words.append(Path(word).name if before in ("--output", "--init") and Path(word).is_absolute() else word)
     return " ".join(words)

@@ -5,9 +5,9 @@ V2 has twice the queries and an MLP as much narrower as that costs. Text is Pyth
 Reports held-out loss, recall and lambda, mean ± standard deviation over seeds. Finished runs in the output folder are
 kept and read, so a stopped command goes on. At the root; nine runs on one thread in about an hour, one run on a GPU:
 
-    OMP_NUM_THREADS=1 python examples/pretrain_from_scratch.py --output out/scratch --compile on
-    python examples/pretrain_from_scratch.py --output out/scratch-large --size large --compile on
-    python examples/pretrain_from_scratch.py --smoke
+    OMP_NUM_THREADS=1 python examples/studies/pretrain_from_scratch.py --output out/scratch --compile on
+    python examples/studies/pretrain_from_scratch.py --output out/scratch-large --size large --compile on
+    python examples/studies/pretrain_from_scratch.py --smoke
 
 A limit: one learning rate for all three, tuned for none.
 
@@ -24,11 +24,11 @@ from types import SimpleNamespace
 
 import torch
 from pretraining_measures import in_words, measure, recall_sets
-from timing import environment
 from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
 from train_tiny_llama import Size, build_model, command_line, mean_loss, recall_accuracy, to_json, train
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.experiments.environment import environment
 
 
 MODELS = {"llama": "LLaMA", "v1": "DIFF V1", "v2": "DIFF V2"}

@@ -1,12 +1,13 @@
 """
 Trains a checkpoint on: a converted one, or a LLaMA, on the same tokens in the same order, so that they compare.
 
-    python examples/continue_pretraining.py --model out/v2 --train 'corpus/**/*.txt' --eval 'held-out/*.txt' \\
+    python examples/scripts/continue_pretraining.py --model out/v2 --train 'corpus/**/*.txt' --eval 'held-out/*.txt' \\
         --output out/v2-continued --steps 1000 --bf16 --gradient-checkpointing
-    python examples/continue_pretraining.py --model out/v2 --dataset HuggingFaceFW/fineweb-edu --output out/v2-fineweb
-    accelerate launch --config_file examples/configs/fsdp2.yaml --num_processes 8 \\
-        examples/continue_pretraining.py --model out/v2 --train 'corpus/*.jsonl' --output out/v2-continued --bf16
-    python examples/continue_pretraining.py --smoke    # converts the small LLaMA first; seconds
+    python examples/scripts/continue_pretraining.py --model out/v2 --dataset HuggingFaceFW/fineweb-edu \\
+        --output out/v2-fineweb
+    accelerate launch --config_file examples/assets/configs/fsdp2.yaml --num_processes 8 \\
+        examples/scripts/continue_pretraining.py --model out/v2 --train 'corpus/*.jsonl' --output out/continued --bf16
+    python examples/scripts/continue_pretraining.py --smoke    # converts the small LLaMA first; seconds
 
 Text files, each a document, JSON lines and `datasets` are streamed and packed into full rows; positions restart at
 every document, and documents do not see each other. Nothing is padded. Warm-up and cosine; weights stay float32, with
@@ -24,9 +25,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from loading import load_tokenizer
-from output_files import add_output, settle_output
-from pretraining_data import PackedRows, dataset_documents, text_files
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -38,10 +36,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from modeling_diff.experiments.loading import load_tokenizer
+from modeling_diff.experiments.output_files import add_output, settle_output
 from modeling_diff.training import DiffTrainer, FiniteLossCallback, LambdaCallback
+from modeling_diff.training.pretraining_data import PackedRows, dataset_documents, text_files
 
 
-ASSETS = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     result["command"] = " ".join(
-        ["python examples/continue_pretraining.py", *(sys.argv[1:] if argv is None else argv)]
+        ["python examples/scripts/continue_pretraining.py", *(sys.argv[1:] if argv is None else argv)]
     )
     (arguments.output / "continued.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""What scripts that train and measure share: their outputs, their tokenizers, their machine. Never in the bundle."""
