@@ -35,6 +35,8 @@ def randomize(model):
             parameter.copy_(0.3 * noise)
         elif "norm" in name:
             parameter.mul_(1 + 0.3 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
         elif "q_proj" in name:
             parameter.add_(parameter.std() * noise)
     return model
@@ -90,7 +92,8 @@ def main() -> None:
         model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / fresh, dtype=torch.float32)
         write_expected(folder, fresh, model.eval())
         save(folder, f"{variant}_random", randomize(model))
-        config = modeling_diff.DiffLlamaConfig(**{**model.config.to_diff_dict(), "differential_layers": [1, 3]})
+        extras = {"differential_layers": [1, 3], "attention_bias": True, "attention_out_bias": False}
+        config = modeling_diff.DiffLlamaConfig(**{**model.config.to_diff_dict(), **extras, "use_qk_norm": True})
         torch.manual_seed(0)
         mixed = modeling_diff.DiffLlamaForCausalLM(config)
         save(folder, f"{variant}_mixed", randomize(mixed))

@@ -63,6 +63,11 @@ class DiffLlamaConfig(LlamaConfig):
     differential_layers (`list[int]`, *optional*):
         The layers with differential attention, all by default. The others keep LLaMA's attention, in the same weight
         and cache shapes; with V1 their heads are stored in pairs as well.
+    attention_out_bias (`bool`, *optional*, defaults to `attention_bias`):
+        Whether `o_proj` has a bias; `attention_bias` then speaks of queries, keys and values alone, as in Qwen2.
+    use_qk_norm (`bool`, defaults to `False`):
+        Whether the queries and keys of each map are normalized before the rotary embedding, as in Qwen3: RMSNorm over
+        `map_dim` components with `rms_norm_eps`, and weights `q_norm` and `k_norm` that a layer's maps share.
 
     `head_dim` is the width of a head's value and output, `map_dim` (derived) that of one map's query and key:
     `head_dim / 2` in V1, `head_dim` in V2. Rotary frequencies are computed from `map_dim`.
@@ -86,6 +91,8 @@ class DiffLlamaConfig(LlamaConfig):
     sub_norm_eps: float | list[float] | None = None
     lambda_bias: bool = False
     differential_layers: list[int] | None = None
+    attention_out_bias: bool | None = None
+    use_qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
         if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
@@ -98,7 +105,14 @@ class DiffLlamaConfig(LlamaConfig):
                 "lambda_std_dev is a field of transformers' own diffllama, which computes something else in another "
                 "weight order: here it is lambda_init_std, and checkpoints come over with `diff-llama convert`."
             )
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
+                "change one of them, or give head_dim."
+            )
         super().__post_init__(**kwargs)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         self._check_variant()  # before what depends on it is filled in
         if self.variant == "v1":
             self._fill_v1()
@@ -170,11 +184,14 @@ class DiffLlamaConfig(LlamaConfig):
         """A LLaMA configuration whose heads are this model's maps, from which rotary frequencies are computed."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
+            num_attention_heads=1,  # unread, as head_dim is given, but has to divide hidden_size
             head_dim=self.map_dim,
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=deepcopy(self.rope_parameters),
         )
+
+    def validate_architecture(self) -> None:
+        """Nothing, where LLaMA wants heads that divide `hidden_size`: that matters while `head_dim` is derived."""
 
     def validate_rope(self) -> None:
         """Check the rope settings against `map_dim`, not `head_dim`; building the LLaMA configuration checks them."""
@@ -272,9 +289,10 @@ class DiffLlamaConfig(LlamaConfig):
             return None
         plan = dict(LlamaConfig.base_model_tp_plan)
         if self.variant == "v2":
-            return plan | {"layers.*.self_attn.lambda_proj": "colwise"}
-        shared = ("layers.*.self_attn.diff_lambda", "layers.*.self_attn.sub_norm")
-        return plan | dict.fromkeys(shared, "shared_by_heads")  # of diff_parallel.py
+            plan["layers.*.self_attn.lambda_proj"] = "colwise"
+        shared = ["diff_lambda", "sub_norm"] if self.variant == "v1" else []
+        shared += ["q_norm", "k_norm"] if self.use_qk_norm else []
+        return plan | {f"layers.*.self_attn.{name}": "shared_by_heads" for name in shared}  # of diff_parallel.py
 
 
 DiffLlamaConfig.register_for_auto_class()

@@ -23,7 +23,7 @@ ABSENT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for
 def register_with_peft() -> None:
     """
     Lets every PEFT method find its targets without being told, once PEFT is imported: LoRA's as above, the others' as
-    for LLaMA. Norm tuning takes in V1's norm over heads as well.
+    for LLaMA. Norm tuning takes in V1's norm over heads and those of queries and keys as well.
 
     PEFT looks them up by model type right after it has asked a model's config for its dictionary, which calls this: so
     it works in whatever order PEFT, this code and a checkpoint are loaded, and costs nothing without PEFT.
@@ -34,7 +34,7 @@ def register_with_peft() -> None:
             if name == "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING":
                 ours = list(LORA_TARGETS)
             elif name == "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING":
-                ours = [*ours, "sub_norm"]
+                ours = [*ours, "sub_norm", "q_norm", "k_norm"]
             targets.setdefault(MODEL_TYPE, ours)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .diff_attention import attention_maps
 from .diff_transformers_compat import (
@@ -92,13 +93,17 @@ def check_structure() -> None:
 
 def structural_difference() -> str | None:
     """Returns the first thing that this code does not know, in words, or None."""
-    parameters = [
-        name
-        for name, parameter in inspect.signature(LlamaAttention.forward).parameters.items()
-        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    if parameters != ATTENTION_PARAMETERS:
-        return f"LlamaAttention.forward takes {', '.join(parameters)}, expected {', '.join(ATTENTION_PARAMETERS)}"
+    for attention in (LlamaAttention, Qwen3Attention):  # of plain layers, without norms on queries and keys and with
+        parameters = [
+            name
+            for name, parameter in inspect.signature(attention.forward).parameters.items()
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        if parameters != ATTENTION_PARAMETERS:
+            return (
+                f"{attention.__name__}.forward takes {', '.join(parameters)}, expected "
+                f"{', '.join(ATTENTION_PARAMETERS)}"
+            )
     required = [
         name
         for name, parameter in inspect.signature(Cache.update).parameters.items()
@@ -110,6 +115,7 @@ def structural_difference() -> str | None:
         (LlamaModel.forward, "decoder_layer", 1, LAYER_ARGUMENTS),
         (LlamaDecoderLayer.forward, "self_attn", len(ATTENTION_PARAMETERS), LAYER_ARGUMENTS),
         (LlamaAttention.forward, "update", len(UPDATE_PARAMETERS), UPDATE_ARGUMENTS),
+        (Qwen3Attention.forward, "update", len(UPDATE_PARAMETERS), UPDATE_ARGUMENTS),
         (create_causal_mask, "mask_interface", 0, MASK_ARGUMENTS),
     ):
         call = find_call(function, callee)
@@ -211,7 +217,11 @@ def behavioral_difference(causal_lm_class: Any) -> str | None:
 
 
 def tiny_model(causal_lm_class: Any, variant: str) -> Any:
-    """Builds two layers with random weights; in V1 the second one keeps LLaMA's attention."""
+    """
+    Builds two layers with random weights, the second one plain.
+
+    V1's is LLaMA's attention, V2's Qwen3's, with norms on queries and keys and the biases of Qwen2.
+    """
     config = causal_lm_class.config_class(
         variant=variant,
         vocab_size=32,
@@ -222,7 +232,10 @@ def tiny_model(causal_lm_class: Any, variant: str) -> Any:
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=64,
-        differential_layers=[0] if variant == "v1" else None,
+        differential_layers=[0],
+        use_qk_norm=variant == "v2",
+        attention_bias=variant == "v2",
+        attention_out_bias=False,
         eos_token_id=None,
         pad_token_id=0,
     )
@@ -287,16 +300,25 @@ def _heads_by_definition(config, layer_idx, layer, normed, mask) -> Iterator[tor
     """Yields each head's output, (B, T, D)."""
     map_dim = config.map_dim
     head_dim = config.head_dim
-    query = _rotate((normed @ layer["self_attn.q_proj.weight"].T).unflatten(-1, (-1, map_dim)), config)
-    key = _rotate((normed @ layer["self_attn.k_proj.weight"].T).unflatten(-1, (-1, map_dim)), config)
-    value = (normed @ layer["self_attn.v_proj.weight"].T).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+    def project(name: str, width: int) -> torch.Tensor:
+        states = normed @ layer[f"self_attn.{name}_proj.weight"].T + layer.get(f"self_attn.{name}_proj.bias", 0)
+        states = states.unflatten(-1, (-1, width))
+        norm = layer.get(f"self_attn.{name}_norm.weight")
+        return states if norm is None else _rms_norm(states, norm, config.rms_norm_eps)
+
+    query = _rotate(project("q", map_dim), config)
+    key = _rotate(project("k", map_dim), config)
+    value = project("v", head_dim).transpose(1, 2)
+    if config.variant == "v2" and not config.is_differential(layer_idx):
+        query = query.repeat_interleave(2, dim=2)  # one map per head, twice
     key = key.flatten(2).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, K, T, D)
     positive, negative = attention_maps(query.transpose(1, 2), key, mask, map_dim**-0.5)  # (B, H, T, T) each
     for head in range(config.num_attention_heads):
         head_value = value[:, head // (config.num_attention_heads // config.num_key_value_heads)]
         first = positive[:, head] @ head_value
         second = negative[:, head] @ head_value
-        if not config.is_differential(layer_idx):
+        if not config.is_differential(layer_idx):  # in V2 both are equal
             yield torch.cat((first[..., :map_dim], second[..., map_dim:]), dim=-1)
         elif config.variant == "v2":
             yield first - (normed @ layer["self_attn.lambda_proj.weight"][head]).sigmoid()[..., None] * second

@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_diff_llama import DiffLlamaConfig
 from .diff_adapters import check_adapter_to_load, check_adapters_in_state
@@ -123,7 +124,27 @@ class DiffLambda(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
-class DiffLlamaAttention(LlamaAttention):
+class PlainAttention(LlamaAttention):
+    """LLaMA's attention with what its relatives add: biases without one on `o_proj`, norms on queries and keys."""
+
+    sliding_window = None  # Qwen3's forward hands it on
+
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.attention_out_bias != config.attention_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, config.hidden_size, bias=config.attention_out_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(config.map_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(config.map_dim, eps=config.rms_norm_eps)
+
+
+class PlainNormedAttention(PlainAttention):
+    """The same with its norms, where every map is a head: Qwen3's attention."""
+
+    forward = Qwen3Attention.forward
+
+
+class DiffLlamaAttention(PlainAttention):
     """
     Differential attention in one standard attention call and one cache update.
 
@@ -161,6 +182,9 @@ class DiffLlamaAttention(LlamaAttention):
         query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.map_dim)  # (B, T, 2H, d)
         key_states = self.k_proj(hidden_states).view(*input_shape, -1, self.map_dim)  # (B, T, 2K or K, d)
         value_states = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)  # (B, T, K, D)
+        if self.config.use_qk_norm:
+            query_states = self.q_norm(query_states)
+            key_states = self.k_norm(key_states)
 
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin, unsqueeze_dim=2)
@@ -305,10 +329,14 @@ class PairedLlamaAttention(DiffLlamaAttention):
 class DiffLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        attention_class: type[PlainAttention]
         if config.is_differential(layer_idx):
-            self.self_attn = DiffLlamaAttention(config, layer_idx)
+            attention_class = DiffLlamaAttention
         elif config.variant == "v1":
-            self.self_attn = PairedLlamaAttention(config, layer_idx)
+            attention_class = PairedLlamaAttention
+        else:
+            attention_class = PlainNormedAttention if config.use_qk_norm else PlainAttention
+        self.self_attn = attention_class(config, layer_idx)
 
 
 class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):

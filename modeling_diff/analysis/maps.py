@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .tokens import token_fault
 
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2")  # q_proj and k_proj, LLaMA's rotary embedding, one softmax
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # q_proj and k_proj, LLaMA's rotary embedding, one softmax
+QK_NORMS = {"q_norm", "k_norm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 DIFFERENTIAL_MODULES = {"diff_lambda", "sub_norm", "lambda_proj"}
 
@@ -89,7 +90,7 @@ def decoder_of(model: Any) -> Any:
 
 def _attention_layer(index: int, module: Any) -> AttentionLayer:
     children = {name for name, _ in module.named_children()}
-    if not children >= PROJECTIONS or children - PROJECTIONS - DIFFERENTIAL_MODULES:
+    if not children >= PROJECTIONS or children - PROJECTIONS - QK_NORMS - DIFFERENTIAL_MODULES:
         raise ValueError(
             f"{type(module).__name__} in layer {index} consists of {sorted(children)}: maps are computed from "
             f"{sorted(PROJECTIONS)} alone; load the model's ordinary attention."
@@ -182,12 +183,12 @@ def _layer_blocks(
     module, device = layer.module, hidden_states.device
     chosen = torch.tensor(heads, device=device)
     maps = torch.stack((2 * chosen, 2 * chosen + 1), dim=1).flatten() if layer.is_differential else chosen
-    key_states = _rotated(module.k_proj(hidden_states), position_embeddings, _map_dim(module))  # (B, S, 2K or K, d)
+    key_states = _rotated(module, "k", hidden_states, position_embeddings)  # (B, S, 2K or K, d)
     keys = key_states[:, :, _key_of_map(module, maps, key_states.shape[2])].permute(0, 2, 3, 1)  # (B, maps, d, S)
     for rows in torch.tensor(positions, device=device).split(block):
         asking = hidden_states[:, rows]
         embeddings = tuple(part[:, rows] for part in position_embeddings)
-        query_states = _rotated(module.q_proj(asking), embeddings, _map_dim(module))[:, :, maps].transpose(1, 2)
+        query_states = _rotated(module, "q", asking, embeddings)[:, :, maps].transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
             scores = query_states @ keys * module.scaling  # (B, maps, Q, S)
             allowed = _allowed(rows, scores.shape[-1], visible)
@@ -216,9 +217,14 @@ def _block(
     return LayerMaps(layer.index, heads, rows, *pair, diff_lambda, first_logits, second_logits)
 
 
-def _rotated(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...], map_dim: int) -> torch.Tensor:
-    """Projected (B, T, maps d) -> (B, T, maps, d), turned, in float32 or wider."""
-    states = states.to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, map_dim))
+def _rotated(
+    module: Any, name: str, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Computes queries ("q") or keys ("k") of every map from (B, T, C): (B, T, maps, d), float32 or wider."""
+    states = getattr(module, f"{name}_proj")(hidden_states).unflatten(-1, (-1, _map_dim(module)))
+    if hasattr(module, f"{name}_norm"):
+        states = getattr(module, f"{name}_norm")(states)
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     cos, sin = (part.to(states.dtype) for part in position_embeddings)
     return apply_rotary_pos_emb(states, states[:, :, :0], cos, sin, unsqueeze_dim=2)[0]
 

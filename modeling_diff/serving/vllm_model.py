@@ -22,6 +22,7 @@ try:
     from vllm.config import VllmConfig
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.rotary_embedding import get_rope
     from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
@@ -77,10 +78,14 @@ class DiffLlamaAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             input_size=num_heads * self.head_dim,
             output_size=hidden_size,
-            bias=bias_o_proj,
+            bias=config.attention_out_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.use_qk_norm = config.use_qk_norm
+        if self.use_qk_norm:
+            self.q_norm = RMSNorm(self.map_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.map_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             self.map_dim,
             max_position=max_position_embeddings,
@@ -107,6 +112,9 @@ class DiffLlamaAttention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.use_qk_norm:
+            query = self.q_norm(query.unflatten(-1, (-1, self.map_dim))).flatten(1)
+            key = self.k_norm(key.unflatten(-1, (-1, self.map_dim))).flatten(1)
         query, key = self.rotary_emb(positions, query, key)  # maps of width d, as they come
         query = query.reshape(-1, self.q_size // self.map_dim, 1, self.map_dim)  # (T, 2H, 1, d)
         if self.variant == "v2" and not self.is_differential:

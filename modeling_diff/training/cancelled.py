@@ -49,6 +49,8 @@ class CancelledShare:
         if self.seen.keys() != set(self.names):
             return
         states = [self.seen[name].unflatten(-1, (-1, attention.map_dim)) for name in ("q_proj", "k_proj")]
+        if attention.config.use_qk_norm:
+            states = [attention.q_norm(states[0]), attention.k_norm(states[1])]
         cos, sin = (part[:1] for part in settings["position_embeddings"])
         query, key = apply_rotary_pos_emb(*states, cos, sin, unsqueeze_dim=2)  # (1, T, 2H, d), (1, T, 2K or K, d)
         num_tokens = query.shape[1]

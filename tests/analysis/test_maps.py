@@ -15,6 +15,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
@@ -117,7 +119,7 @@ def test_both_maps_and_lambda_equal_their_definition(variant):
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_difference_equals_eager_attentions(variant, padding):
-    model, ids = diff_model(variant), tokens()
+    model, ids = diff_model(variant, use_qk_norm=True), tokens()
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     maps = collect_maps(model, ids, attention_mask=mask, block=6)  # three blocks, the last a shorter one
@@ -155,8 +157,9 @@ def test_rows_sum_to_one_and_the_difference_to_one_minus_lambda(variant):
         (LlamaForSequenceClassification, LlamaConfig, {"pad_token_id": 0}),
         (MistralForCausalLM, MistralConfig, {"head_dim": 16}),
         (Qwen2ForCausalLM, Qwen2Config, {}),
+        (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     ],
-    ids=["llama", "bias", "llama3 rope", "classifier", "mistral", "qwen2"],
+    ids=["llama", "bias", "llama3 rope", "classifier", "mistral", "qwen2", "qwen3"],
 )  # fmt: skip
 def test_maps_of_llama_like_models_equal_eager_attentions(model_class, config_class, overrides):
     model, ids = build(model_class, config_class, **overrides), tokens()

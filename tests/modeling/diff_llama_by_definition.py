@@ -52,15 +52,38 @@ def rotate(x, positions, theta):
 
 
 def differential_heads(x, weights, config, layer_idx, positions, additive_mask):
-    """The concatenated heads of one layer, (B, T, C) -> (B, T, H D), from LLaMA's names for its weights."""
+    """
+    The concatenated heads of one layer, (B, T, C) -> (B, T, H D), from LLaMA's names for its weights.
+
+    A layer without lambda is plain: head h reads key h // G, in V1's order of keys and values.
+    """
     is_v1 = config.variant == "v1"
     head_dim = config.head_dim
     map_dim = head_dim // 2 if is_v1 else head_dim
     theta = config.rope_parameters["rope_theta"]
 
     def project(name, index, width):
-        return x @ weights[f"{name}.weight"][index * width : (index + 1) * width].T
+        rows = slice(index * width, (index + 1) * width)
+        states = x @ weights[f"{name}.weight"][rows].T
+        if f"{name}.bias" in weights:
+            states = states + weights[f"{name}.bias"][rows]
+        norm = weights.get(name.replace("proj", "norm.weight"))
+        return states if norm is None else rms_norm(states, norm, config.rms_norm_eps)
 
+    def attend(query_map, key_map):
+        query, key = (
+            rotate(project(name, index, map_dim), positions, theta)
+            for name, index in (("q_proj", query_map), ("k_proj", key_map))
+        )
+        return (query @ key.transpose(-1, -2) / math.sqrt(map_dim) + additive_mask).softmax(-1)
+
+    if not {"lambda_proj.weight", "sub_norm.weight"} & weights.keys():
+        num_maps = (2 if is_v1 else 1) * config.num_attention_heads
+        shared = config.num_attention_heads // config.num_key_value_heads
+        key_maps = [2 * (h // 2 // shared) + h % 2 if is_v1 else h // shared for h in range(num_maps)]
+        return torch.cat(
+            [attend(h, key_maps[h]) @ project("v_proj", key_maps[h], map_dim) for h in range(num_maps)], -1
+        )
     if is_v1:
         vectors = (weights[f"diff_lambda.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
         q1, k1, q2, k2 = vectors
@@ -71,9 +94,7 @@ def differential_heads(x, weights, config, layer_idx, positions, additive_mask):
         group = i // (config.num_attention_heads // config.num_key_value_heads)
         maps = []
         for m in range(2):
-            query = rotate(project("q_proj", 2 * i + m, map_dim), positions, theta)
-            key = rotate(project("k_proj", 2 * group + m if is_v1 else group, map_dim), positions, theta)
-            maps.append((query @ key.transpose(-1, -2) / math.sqrt(map_dim) + additive_mask).softmax(-1))
+            maps.append(attend(2 * i + m, 2 * group + m if is_v1 else group))
         if not is_v1:
             diff_lambda = project("lambda_proj", i, 1).sigmoid()
         head = (maps[0] - diff_lambda * maps[1]) @ project("v_proj", group, head_dim)
@@ -86,7 +107,7 @@ def differential_heads(x, weights, config, layer_idx, positions, additive_mask):
 
 def logits_by_definition(weights, config, input_ids, visible=None):
     """
-    The whole causal language model in float64 from a state dict, every layer differential and rope type default.
+    The whole causal language model in float64 from a state dict, without a bias on o_proj and with default rope type.
 
     `visible` (B, T) is 1 where a token is no padding.
     """

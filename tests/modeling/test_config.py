@@ -186,11 +186,21 @@ def test_rope_given_on_loading_may_be_spelt_as_in_a_constructor(
     assert torch.equal(loaded(input_ids).logits, built(input_ids).logits)
 
 
-def test_hidden_size_that_heads_do_not_divide_is_refused_as_llama_refuses_it(tiny_config):
-    with pytest.raises(
-        StrictDataclassClassValidationError, match=r"hidden size \(30\) is not a multiple.*heads \(4\)"
-    ):
-        tiny_config("v1", hidden_size=30, head_dim=8)
+def test_hidden_size_that_heads_do_not_divide_is_refused(tiny_config):
+    with pytest.raises(ValueError, match=r"hidden_size=34 is not a multiple of num_attention_heads=4: .* head_dim"):
+        tiny_config("v2", hidden_size=34)
+
+
+def test_hidden_size_that_heads_do_not_divide_works_with_a_head_dim(tiny_model, variant, random_ids, tmp_path):
+    model = tiny_model(variant, hidden_size=34, head_dim=8)
+    model.save_pretrained(tmp_path)
+    input_ids = random_ids(1, 9)
+    assert torch.equal(DiffLlamaForCausalLM.from_pretrained(tmp_path)(input_ids).logits, model(input_ids).logits)
+
+
+def test_bias_of_o_proj_follows_attention_bias_unless_given(tiny_config, variant):
+    assert [tiny_config(variant, attention_bias=bias).attention_out_bias for bias in (False, True)] == [False, True]
+    assert tiny_config(variant, attention_bias=True, attention_out_bias=False).attention_out_bias is False
 
 
 @pytest.mark.parametrize("field", ["variant", "lambda_init", "differential_layers", "lambda_bias", "sub_norm_eps"])

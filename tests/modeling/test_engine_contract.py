@@ -93,7 +93,8 @@ CHECKPOINTS = [("v1", None), ("v2", None), ("v1", [1])]
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "differential_layers"), CHECKPOINTS)
 def test_attention_of_an_engine_gives_equal_logits(engine_model, random_ids, variant, differential_layers):
-    model, arguments = engine_model(variant, differential_layers=differential_layers)
+    extras = {"attention_bias": True, "attention_out_bias": False, "use_qk_norm": True}
+    model, arguments = engine_model(variant, differential_layers=differential_layers, **extras)
     input_ids = random_ids(1, 13)
     model.set_attn_implementation("eager")
     expected = model(input_ids).logits

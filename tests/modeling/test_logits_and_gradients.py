@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ["eager", "sdpa", "diff_chunked", STANDARD]
 
 # Of logits up to about 2. float64: LLaMA rounds norms, rotary angles and softmax to float32. The others: about three
 # times what was measured, which grows as the dtype's step, 2^-23, 2^-10 and 2^-7.
-LOGITS_ATOL = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1.5e-2, torch.bfloat16: 1e-1}
+LOGITS_ATOL = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2.5e-2, torch.bfloat16: 2e-1}
 # Relative to a gradient's largest entry.
 GRADIENTS_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 # lambda's gradient is one sum over all tokens and heads of terms of both signs, which cancel a digit.
@@ -31,9 +31,16 @@ def standard_eager():
     AttentionMaskInterface._global_mapping.pop(STANDARD)
 
 
-@pytest.fixture(params=[2, 4], ids=["gqa", "mha"])
+# Biases as in Qwen2 and norms as in Qwen3, which no model has both of.
+SHAPES = {
+    "gqa": {"num_key_value_heads": 2},
+    "mha, biases, norms": {"attention_bias": True, "attention_out_bias": False, "use_qk_norm": True},
+}
+
+
+@pytest.fixture(params=SHAPES)
 def model(request, tiny_model, variant):
-    return tiny_model(variant, num_key_value_heads=request.param, initializer_range=0.15)
+    return tiny_model(variant, **({"num_key_value_heads": 4} | SHAPES[request.param]), initializer_range=0.15)
 
 
 def visible_tokens(batch_size, num_tokens, padding):

@@ -29,10 +29,10 @@ TINY = {
     "initializer_range": 0.2,  # large, so that logits, gradients and greedy tokens tell heads apart
 }
 CHECKPOINTS = {
-    "v1": {"variant": "v1"},
+    "v1": {"variant": "v1", "attention_bias": True, "attention_out_bias": False, "use_qk_norm": True},
     "v2": {"variant": "v2", "lambda_bias": True},
     "v1_with_llama_layer": {"variant": "v1", "differential_layers": [1]},
-    "v2_with_llama_layer": {"variant": "v2", "differential_layers": [0]},
+    "v2_with_llama_layer": {"variant": "v2", "differential_layers": [0], "use_qk_norm": True},
     "one_key_value_head": {"variant": "v1", "num_key_value_heads": 1},
 }
 

@@ -59,7 +59,7 @@ def test_tensor_parallel_splits_heads_and_keeps_pairs_together(ranks, one_proces
         for parameter, shape in rank["local_shapes"].items():
             if parameter.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "lambda_proj.weight")):
                 assert shape == (whole[parameter][0] // 2, whole[parameter][1]), parameter
-            if "diff_lambda" in parameter or "sub_norm" in parameter:
+            if any(name in parameter for name in ("diff_lambda", "sub_norm", "q_norm", "k_norm")):
                 assert shape == whole[parameter], parameter
 
 
