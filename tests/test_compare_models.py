@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SECTIONS = {"needles", "attention", "profile", "heads", "outliers", "quantised", "order"}
+SECTIONS = {"needles", "attention", "profile", "heads", "outliers", "quantized", "order"}
 
 
 class Balance(HTMLParser):
@@ -80,10 +80,10 @@ def test_report_shows_the_exact_conversion_to_be_exact(report):
     assert all(set(model) >= SECTIONS for model in data["models"])
     assert v2["needles"] == llama["needles"] and v2["order"] == llama["order"]
     assert [row["arrangement"] for row in llama["order"]] == ["random", "random", "alternate"]
-    for ours, theirs in zip(v2["quantised"], llama["quantised"], strict=True):
+    for ours, theirs in zip(v2["quantized"], llama["quantized"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)  # two ways of summing, then rounding to levels
     assert v2["outliers"]["hidden_states"] == pytest.approx(llama["outliers"]["hidden_states"], rel=1e-3)
-    assert v1["quantised"][0]["loss"] > llama["quantised"][0]["loss"] + 0.5  # a plain copy has little of its function
+    assert v1["quantized"][0]["loss"] > llama["quantized"][0]["loss"] + 0.5  # a plain copy has little of its function
 
 
 @pytest.mark.slow
@@ -130,3 +130,28 @@ def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path, monkeypatch
     monkeypatch.setattr("compare_models.compare", None)  # said before anything is measured
     with pytest.raises(SystemExit, match=r"^compare_models: .*File exists.*file'$"):
         main([*words[:2], str(tmp_path / "file" / "report.html")])
+
+
+def test_report_reads_numbers_saved_under_older_names():
+    from modeling_diff.analysis.report import current_names
+
+    saved = {
+        "effort": {"quantised_prompts": 3},
+        "models": [
+            {
+                "quantised": [{"bits": None}],
+                "attention": [{"view": "first"}, {"view": "second"}, {"view": "signed"}],
+                "profile": {"views": {"second": [0.5], "clamped": [0.25]}},
+            }
+        ],
+    }
+    assert current_names(saved) == {
+        "effort": {"quantized_prompts": 3},
+        "models": [
+            {
+                "quantized": [{"bits": None}],
+                "attention": [{"view": "positive"}, {"view": "negative"}, {"view": "signed"}],
+                "profile": {"views": {"negative": [0.5], "clamped": [0.25]}},
+            }
+        ],
+    }

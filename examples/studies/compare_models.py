@@ -1,6 +1,6 @@
 """What a LLaMA and differential models attend to, retrieve and withstand, side by side in one report.
 
-Needle retrieval, attention to the answer, outliers, quantised attention, order of demonstrations and scores of heads,
+Needle retrieval, attention to the answer, outliers, quantized attention, order of demonstrations and scores of heads,
 measured alike on every model; the tokenizer and the text are the first model's.
 
     python examples/studies/compare_models.py examples/assets/tiny-llama out/v1 out/v2 --report out/report.html
@@ -41,7 +41,7 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-llama"
 SMOKE = {
     "lengths_tokens": (128, 160), "depths": (0.0, 1.0), "counts": ((1, 1), (2, 2)), "samples": 1,
     "attention_samples": 1, "text_rows": 2, "head_rows": 1, "head_prompts": 1, "bits": (8, 4),
-    "quantised_prompts": 1, "shots": (4, 8), "sets": 1, "orders": 2,
+    "quantized_prompts": 1, "shots": (4, 8), "sets": 1, "orders": 2,
 }  # fmt: skip
 
 

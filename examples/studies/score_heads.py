@@ -33,13 +33,11 @@ from modeling_diff.analysis.head_scores import (
     RetrievalPrompt,
     greedy,
     needle_retrieval,
-    score_grid,
     score_heads,
-    score_table,
-    write_scores,
 )
 from modeling_diff.analysis.needle_runs import check_context
 from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
+from modeling_diff.analysis.score_tables import score_grid, score_table, write_scores
 from modeling_diff.experiments.loading import load_tokenizer
 from modeling_diff.experiments.output_files import add_output, settle_output
 

@@ -1,1 +1,1 @@
-"""Looking at attention, and measuring it: maps, heads, needles, outliers. Never in the bundle."""
+"""Attention views and measurements: maps, heads, needles, outliers. Never in the bundle."""

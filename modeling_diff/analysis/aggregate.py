@@ -1,5 +1,5 @@
 """
-What maps say in sum: means over heads and layers, rows made comparable, attention to a span against all else.
+Aggregates of maps: means over heads and layers, normalized rows, attention to a span.
 
 B batch, L chosen layers, H chosen heads, Q chosen queries, S keys.
 """
@@ -14,36 +14,53 @@ from .maps import LayerMaps, visit_maps
 
 
 MapKind = Literal["positive", "negative", "difference"]
-Normalisation = Literal["none", "sum", "absolute"]
+Normalization = Literal["none", "sum", "absolute"]
 MAP_KINDS: tuple[MapKind, ...] = ("positive", "negative", "difference")
 
 
-def weights_of(maps: LayerMaps, kind: MapKind, normalisation: Normalisation = "none") -> torch.Tensor:
+def weights_of(maps: LayerMaps, kind: MapKind, normalization: Normalization = "none") -> torch.Tensor:
     """
-    One of a layer's maps, (B, H, Q, S): A1 ("positive"; LLaMA's A), A2 ("negative") or A1 - lambda A2 ("difference").
+    Selects one of a layer's maps.
 
-    Raises ValueError for an unknown kind, and for the negative map of a layer that has none.
+    Args:
+        maps: A layer's maps.
+        kind: "positive" for A1 (LLaMA's A), "negative" for A2, "difference" for A1 - lambda A2.
+        normalization: See `normalize`.
+
+    Returns:
+        Attention weights, (B, H, Q, S).
+
+    Raises:
+        ValueError: The kind is unknown, or the layer has no negative map.
     """
     if kind not in MAP_KINDS:
         raise ValueError(f"kind={kind!r}: there are {', '.join(MAP_KINDS)}.")
-    if kind == "negative" and maps.second is None:
+    if kind == "negative" and maps.negative is None:
         raise ValueError(f"kind='negative': layer {maps.layer} subtracts no map; ask for 'positive' or 'difference'.")
-    weights = {"positive": lambda: maps.first, "negative": lambda: maps.second, "difference": maps.difference}[kind]()
-    return normalise(weights, normalisation)
+    weights = maps.difference() if kind == "difference" else getattr(maps, kind)
+    return normalize(weights, normalization)
 
 
-def normalise(weights: torch.Tensor, normalisation: Normalisation) -> torch.Tensor:
+def normalize(weights: torch.Tensor, normalization: Normalization) -> torch.Tensor:
     """
-    Rows (..., S) on one scale, as a difference's sum to 1 - lambda and so differ between heads and layers.
+    Scales rows so that they compare: those of a difference sum to 1 - lambda, which differs between heads and layers.
 
-    "sum" divides by the row's sum (1 - lambda: it must not be near 0), "absolute" by the sum of its absolute values.
-    Rows of zeros stay.
+    Args:
+        weights: Attention weights, (..., S).
+        normalization: "none", "sum" to divide by the row's sum (1 - lambda, which must not be near 0), or "absolute"
+            to divide by the sum of absolute values.
+
+    Returns:
+        Weights of the same shape; rows of zeros are unchanged.
+
+    Raises:
+        ValueError: The normalization is unknown.
     """
-    if normalisation == "none":
+    if normalization == "none":
         return weights
-    if normalisation not in ("sum", "absolute"):
-        raise ValueError(f"normalisation={normalisation!r}: there are none, sum, absolute.")
-    totals = (weights if normalisation == "sum" else weights.abs()).sum(-1, keepdim=True)
+    if normalization not in ("sum", "absolute"):
+        raise ValueError(f"normalization={normalization!r}: there are none, sum, absolute.")
+    totals = (weights if normalization == "sum" else weights.abs()).sum(-1, keepdim=True)
     return weights / totals.masked_fill(totals == 0, 1.0)
 
 
@@ -53,14 +70,26 @@ def mean_maps(
     *,
     over: Literal["heads", "layers", "both"] = "both",
     kind: MapKind = "difference",
-    normalisation: Normalisation = "absolute",
+    normalization: Normalization = "absolute",
     **choices: Any,
 ) -> torch.Tensor:
     """
-    Mean of one kind of map over heads (L, B, Q, S), layers (B, H, Q, S) or both (B, Q, S), in one forward pass.
+    Averages one kind of map in one forward pass; besides the result, one block of maps is held.
 
-    Nothing larger than the result is held beside a block. `choices` are those of `visit_maps`. A mean over layers
-    alone needs as many heads in every layer; over both, every layer counts the same.
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: Texts, (B, T).
+        over: "heads", "layers" (which needs the same number of heads in every layer) or "both" (where every layer
+            has the same weight).
+        kind: Which map, see `weights_of`.
+        normalization: See `normalize`.
+        choices: Keyword arguments of `visit_maps`.
+
+    Returns:
+        Mean weights: (L, B, Q, S) over heads, (B, H, Q, S) over layers, (B, Q, S) over both.
+
+    Raises:
+        ValueError: An argument is unknown or out of range, or layers have different numbers of heads.
     """
     if over not in ("heads", "layers", "both"):
         raise ValueError(f"over={over!r}: there are heads, layers, both.")
@@ -68,7 +97,7 @@ def mean_maps(
     num_layers: set[int] = set()
 
     def add(maps: LayerMaps) -> None:
-        weights = weights_of(maps, kind, normalisation)
+        weights = weights_of(maps, kind, normalization)
         weights = weights if over == "layers" else weights.mean(1, keepdim=True)
         rows = blocks.setdefault(maps.layer if over == "heads" else 0, {})
         start = int(maps.queries[0])
@@ -89,28 +118,45 @@ def mean_maps(
 
 
 def attention_to_span(
-    weights: torch.Tensor, span: Sequence[int], normalisation: Normalisation = "absolute"
+    weights: torch.Tensor, span: Sequence[int], normalization: Normalization = "absolute"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention of every row (..., Q, S) to the keys of a span, and to everything else: (..., Q) each.
+    Sums the attention of every query to the keys of a span, and to all other keys.
 
-    With "absolute", shares of the row's absolute weight, which sum to 1; else signed sums of weights.
+    Args:
+        weights: Attention weights, (..., Q, S).
+        span: Positions of keys, each from 0 to S - 1.
+        normalization: See `normalize`. With "absolute" the two sums are shares that add up to 1; otherwise they are
+            signed.
+
+    Returns:
+        Attention to the span and to all other keys, (..., Q) each.
+
+    Raises:
+        ValueError: The span is empty or out of range.
     """
     num_keys = weights.shape[-1]
     if not len(span) or any(not 0 <= position < num_keys for position in span):
         raise ValueError(f"span={list(span)}: positions of keys, from 0 to {num_keys - 1}, at least one.")
-    weights = normalise(weights, normalisation)
-    weights = weights.abs() if normalisation == "absolute" else weights
+    weights = normalize(weights, normalization)
+    weights = weights.abs() if normalization == "absolute" else weights
     inside = weights[..., list(span)].sum(-1)
     return inside, weights.sum(-1) - inside
 
 
 def top_keys(weights: torch.Tensor, count: int = 10) -> list[list[int]]:
     """
-    For rows (Q, S), the keys of largest absolute weight, largest first; keys of weight 0 are left out.
+    Finds the keys of largest absolute weight.
+
+    Args:
+        weights: Attention weights, (Q, S).
+        count: The largest number of keys per query.
+
+    Returns:
+        Positions of keys for each query, largest weight first, without those of weight 0.
     """
-    values, places = weights.abs().topk(min(count, weights.shape[-1]), dim=-1)
+    values, keys = weights.abs().topk(min(count, weights.shape[-1]), dim=-1)
     return [
-        [key for key, value in zip(keys, row, strict=True) if value > 0]
-        for keys, row in zip(places.tolist(), values.tolist(), strict=True)
+        [key for key, value in zip(query_keys, query_values, strict=True) if value > 0]
+        for query_keys, query_values in zip(keys.tolist(), values.tolist(), strict=True)
     ]

@@ -1,7 +1,7 @@
 """
 How much attention goes to the answer, and how much to noise (arXiv:2410.05258, table 3).
 
-H heads, Q queries, S keys, L layers, M regions.
+B batch, H heads, Q queries, S keys, L layers, M regions.
 """
 
 from collections.abc import Sequence
@@ -14,47 +14,48 @@ from .maps import LayerMaps, visit_maps
 from .needles import NeedlePrompt
 
 
-# What a key can belong to. `rest` is what stands around the text: the first token, the question, the answer so far.
+# What a key can belong to. `rest` is everything around the text: the first token, the question, the answer so far.
 REGIONS = ("answer", "wording", "distractors", "text", "rest")
 
 
 @dataclass(frozen=True)
 class AttentionMass:
     """
-    For each view (L, M): the share of a row on each region, mean over heads, the digits of the answer and prompts.
+    Attention on each region, as a mean over heads, the digits of the answer, and prompts.
 
-    `first` and `second` are A1 and A2 (LLaMA has only `first`); of the difference D = A1 - lambda A2, `clamped` is
-    max(D, 0) and `absolute` |D|, each divided by its sum over the row; `signed` is D, whose rows sum to 1 - lambda.
+    The views are `positive` and `negative` for A1 and A2 (LLaMA has only `positive`). Of the difference
+    D = A1 - lambda A2, `clamped` is max(D, 0) and `absolute` is |D|, each divided by its sum per query; `signed` is D,
+    whose sum per query is 1 - lambda.
+
+    Attributes:
+        by_layer: Shares by view, (L, M) each; NaN where a layer does not have the view.
     """
 
     by_layer: dict[str, torch.Tensor]
 
     def share(self, view: str, region: str) -> float:
-        """Mean over layers; layers without the view, LLaMA's in a mixed model, are left out."""
+        """Returns the mean over layers, leaving out layers without the view (LLaMA's in a mixed model)."""
         return self.by_layer[view][:, REGIONS.index(region)].nanmean().item()
 
     def answer(self, view: str) -> float:
-        """On the digits of the number asked for."""
+        """Returns the share on the digits of the number asked for."""
         return self.share(view, "answer")
 
     def noise(self, view: str) -> float:
-        """On the text and on other cities' needles."""
+        """Returns the share on the text and on other cities' needles."""
         return self.share(view, "text") + self.share(view, "distractors")
 
 
 def token_regions(tokenizer: Any, prompt: NeedlePrompt, text: str) -> tuple[list[int], torch.Tensor]:
-    """Token ids of `text`, which begins with the prompt's, and the region of each, (S,), as an index of REGIONS."""
+    """Returns token ids of `text`, which begins with the prompt's, and their regions as indices of REGIONS, (S,)."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not tell where tokens stand; load the fast one")
     asked = prompt.asked[0]
+    spans = [("text", prompt.body)]
+    spans += [("distractors", needle.span) for needle in prompt.needles if needle is not asked]
+    spans += [("wording", asked.span), ("answer", asked.number_span)]
     chars = [REGIONS.index("rest")] * len(text)
-    others = [("distractors", needle.span) for needle in prompt.needles if needle is not asked]
-    for region, (start, end) in [
-        ("text", prompt.body),
-        *others,
-        ("wording", asked.span),
-        ("answer", asked.number_span),
-    ]:
+    for region, (start, end) in spans:
         chars[start:end] = [REGIONS.index(region)] * (end - start)
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     # A token that reaches into two regions counts for the first of REGIONS.
@@ -63,15 +64,16 @@ def token_regions(tokenizer: Any, prompt: NeedlePrompt, text: str) -> tuple[list
 
 
 def views_of(maps: LayerMaps) -> dict[str, torch.Tensor]:
-    """The maps in each view, (B, H, Q, S)."""
-    if maps.second is None:
-        return {"first": maps.first}
+    """Returns the maps in each view, (B, H, Q, S)."""
+    if maps.negative is None:
+        return {"positive": maps.positive}
     difference = maps.difference()
-    clamped, absolute = difference.clamp_min(0), difference.abs()
+    clamped = difference.clamp_min(0)
+    absolute = difference.abs()
     tiny = torch.finfo(difference.dtype).tiny
     return {
-        "first": maps.first,
-        "second": maps.second,
+        "positive": maps.positive,
+        "negative": maps.negative,
         "clamped": clamped / clamped.sum(-1, keepdim=True).clamp_min(tiny),
         "absolute": absolute / absolute.sum(-1, keepdim=True).clamp_min(tiny),
         "signed": difference,
@@ -79,16 +81,25 @@ def views_of(maps: LayerMaps) -> dict[str, torch.Tensor]:
 
 
 def region_shares(weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    """Sums of `weights` (B, H, Q, S) over the keys of each region (S,), mean over everything else: (M,)."""
-    rows = weights.double().mean((0, 1, 2))
-    return torch.zeros(len(REGIONS), dtype=rows.dtype, device=rows.device).index_add_(0, regions.to(rows.device), rows)
+    """Sums `weights` (B, H, Q, S) over the keys of each region (S,), and averages over everything else: (M,)."""
+    by_key = weights.double().mean((0, 1, 2))
+    return by_key.new_zeros(len(REGIONS)).index_add_(0, regions.to(by_key.device), by_key)
 
 
 def measure_attention(model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt]) -> AttentionMass:
     """
-    Attention from where each digit of the first asked number is predicted, given the right digits before it.
+    Measures attention where each digit of the first asked number is predicted, given the right digits before it.
 
-    Raises `ValueError` for a slow tokenizer and for models whose maps are not known.
+    Args:
+        model: A LLaMA-like or differential causal language model.
+        tokenizer: Its fast tokenizer.
+        prompts: Prompts of `make_prompts`.
+
+    Returns:
+        Shares of attention by view, layer and region.
+
+    Raises:
+        ValueError: The tokenizer is a slow one, or the model's maps are not known.
     """
     sums: dict[str, dict[int, torch.Tensor]] = {}
     for prompt in prompts:

@@ -29,10 +29,10 @@ NEGATIVE = LinearSegmentedColormap.from_list("negative", ["#ffffff", "#fdd0a2", 
 DIFFERENCE = LinearSegmentedColormap.from_list(
     "difference", ["#7a2404", "#e66214", "#fdd0a2", "#ffffff", "#bed7f0", "#4285c8", "#08306b"]
 )
-COLOURS = {"positive": POSITIVE, "negative": NEGATIVE, "difference": DIFFERENCE}
+COLORS = {"positive": POSITIVE, "negative": NEGATIVE, "difference": DIFFERENCE}
 MASKED = "#eceef1"
 SIGNED_ROOT = (lambda x: numpy.sign(x) * numpy.sqrt(numpy.abs(x)), lambda x: numpy.sign(x) * numpy.square(x))
-LABELLED_TOKENS = 48  # more would not be legible
+LABELED_TOKENS = 48  # more would not be legible
 KIND_LABELS = {"positive": "A1", "negative": "A2", "difference": "A1 - lambda A2"}
 
 
@@ -45,20 +45,31 @@ def draw_map(
     top: float | None = None,
 ) -> Any:
     """
-    One map (Q, S) of the last Q of S tokens; colours are full at `top`, by default `full_colour`.
+    Draws one map; keys after a query are gray, and zero is white.
 
-    The difference's scale is symmetrical, zero is white, and keys after a query are grey. Tokens are written out up
-    to 48. Returns the image, for a colour bar.
+    Args:
+        axes: Where to draw.
+        weights: Attention of the last Q of S tokens, (Q, S).
+        labels: The S tokens as text, written out where there are at most 48.
+        kind: Which map it is; the difference gets a symmetric scale.
+        title: Text above the map.
+        top: The weight from which on colors are full. Defaults to `full_color`.
+
+    Returns:
+        matplotlib's image, for a color bar.
+
+    Raises:
+        ValueError: There are not S labels.
     """
     num_queries, num_keys = weights.shape
     if labels is not None and len(labels) != num_keys:
-        raise ValueError(f"{len(labels)} labels for {num_keys} keys: give one a token.")
+        raise ValueError(f"{len(labels)} labels for {num_keys} keys: give one per token.")
     values = weights.detach().float().cpu()
-    top = full_colour(values) if top is None else top
+    top = full_color(values) if top is None else top
     future = torch.arange(num_keys) > torch.arange(num_keys - num_queries, num_keys)[:, None]
     image = axes.imshow(
         values.masked_fill(future, torch.nan).numpy(),
-        cmap=COLOURS[kind],
+        cmap=COLORS[kind],
         norm=FuncNorm(SIGNED_ROOT, -top, top) if kind == "difference" else PowerNorm(0.5, 0, top),
         interpolation="nearest" if num_keys <= 256 else "antialiased",
         aspect="equal" if num_queries == num_keys else "auto",
@@ -68,7 +79,7 @@ def draw_map(
     axes.set_xlabel("key (attended to)", fontsize=9)
     axes.set_ylabel("query", fontsize=9)
     axes.tick_params(length=0, labelsize=7)
-    if labels is not None and num_keys <= LABELLED_TOKENS:
+    if labels is not None and num_keys <= LABELED_TOKENS:
         words = [plain_label(label) for label in labels]
         axes.set_xticks(range(num_keys), words, rotation=90)
         axes.set_yticks(range(num_queries), words[num_keys - num_queries :])
@@ -78,15 +89,15 @@ def draw_map(
     return image
 
 
-def full_colour(weights: torch.Tensor) -> float:
-    """The weight that four rows of five do not exceed: the first rows, with few keys, would drown the rest."""
+def full_color(weights: torch.Tensor) -> float:
+    """Returns the weight that four rows of five do not exceed: the first rows, with few keys, would drown the rest."""
     return weights.float().abs().amax(-1).quantile(0.8).item() or 1.0
 
 
 def plain_label(label: str, length: int = 12) -> str:
     """
-    A token fit to be written beside an axis: line ends, runs of spaces and what cannot be printed, or be in an SVG,
-    visible, nothing read as mathematics.
+    Returns a token as an axis label: line ends, runs of spaces and unprintable characters are made visible, and
+    nothing is read as mathematics.
     """
     word = (label.removeprefix(" ") or "_").replace("    ", "_").replace("$", r"\$")
     word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in word)
@@ -96,10 +107,23 @@ def plain_label(label: str, length: int = 12) -> str:
 def map_figure(
     weights: Mapping[str, torch.Tensor], labels: Sequence[str] | None = None, kind: MapKind = "difference"
 ) -> Figure:
-    """Maps (Q, S) side by side under their names, as those of two models, in the same colours."""
+    """
+    Draws maps side by side on one scale, such as those of two models.
+
+    Args:
+        weights: Maps by name, (Q, S) each.
+        labels: The S tokens as text.
+        kind: Which map they are.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There is no map.
+    """
     if not weights:
         raise ValueError("weights is empty: give at least one map.")
-    top = max(map(full_colour, weights.values()))
+    top = max(map(full_color, weights.values()))
     if not any((one < 0).any() for one in weights.values()):
         kind = "positive" if kind == "difference" else kind
     figure = Figure(figsize=(5.6 * len(weights), 5.6), layout="constrained")
@@ -110,11 +134,22 @@ def map_figure(
 
 
 def heads_figure(maps: LayerMaps, kind: MapKind = "difference", columns: int = 4, text: int = 0) -> Figure:
-    """Every chosen head of a layer, of one text of the batch."""
+    """
+    Draws every collected head of a layer.
+
+    Args:
+        maps: A layer's maps.
+        kind: Which map; A1 where the layer has no other.
+        columns: Heads per row.
+        text: Index of the text in the batch.
+
+    Returns:
+        The figure.
+    """
     weights = weights_of(maps, kind)[text]
-    shown = kind if maps.second is not None else "positive"
+    shown = kind if maps.negative is not None else "positive"
     rows = -(-len(weights) // columns)
-    top = max(map(full_colour, weights))  # one scale, so that heads compare
+    top = max(map(full_color, weights))  # one scale, so that heads compare
     figure = Figure(figsize=(2.4 * columns + 0.8, 2.6 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, head, one in zip(grid, maps.heads.tolist(), weights, strict=False):
@@ -129,12 +164,26 @@ def heads_figure(maps: LayerMaps, kind: MapKind = "difference", columns: int = 4
 
 
 def pair_figure(maps: LayerMaps, head: int, labels: Sequence[str] | None = None, text: int = 0) -> Figure:
-    """Draws A1, A2 and A1 - lambda A2 of one head on one scale. ValueError for a layer that subtracts nothing."""
+    """
+    Draws A1, A2 and A1 - lambda A2 of one head on one scale.
+
+    Args:
+        maps: A differential layer's maps.
+        head: The head.
+        labels: The S tokens as text.
+        text: Index of the text in the batch.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: The head was not collected, or the layer subtracts nothing.
+    """
     chosen = maps.heads.tolist()
     if head not in chosen:
         raise ValueError(f"head={head}: the maps hold heads {chosen}.")
     shown = {kind: weights_of(maps, kind)[text, chosen.index(head)] for kind in MAP_KINDS}
-    top = max(map(full_colour, shown.values()))
+    top = max(map(full_color, shown.values()))
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     for axes, (kind, weights) in zip(_row(figure, 3), shown.items(), strict=True):
         title = f"layer {maps.layer} head {head}: {KIND_LABELS[kind]}"
@@ -152,9 +201,20 @@ def _add_scale(figure: Figure, image: Any, kind: MapKind) -> None:
 
 
 def score_figure(scores: Mapping[str, torch.Tensor], title: str = "") -> Figure:
-    """Draws scores over layers (down) and heads (across), (L, H) each; NaN where a layer has no such head.
+    """
+    Draws scores over layers (down) and heads (across).
 
-    Shares, from 0 to 1, have one scale and one color bar; one in another unit, as `entropy_nats`, has its own.
+    Shares, from 0 to 1, have one scale and one color bar. A score in another unit, as `entropy_nats`, has its own.
+
+    Args:
+        scores: Scores by name, (L, H) each as from `score_grid`; NaN where a layer has no such head.
+        title: Text above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There is no score.
     """
     if not scores:
         raise ValueError("scores is empty: give at least one score.")
@@ -197,7 +257,19 @@ def _is_share(values: torch.Tensor) -> bool:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure as its name ends, .png or .svg (text as text). ValueError for another ending."""
+    """
+    Writes a figure in the format of the file's ending.
+
+    Args:
+        figure: The figure.
+        path: A file ending in .png or .svg, where text stays text. Missing folders are created.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The ending is another one.
+    """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"{path}: figures are written as .png or .svg.")

@@ -13,19 +13,27 @@ from .head_scores import SCORES, HeadScore
 
 @dataclass(frozen=True)
 class PairScores:
-    """The two LLaMA heads of one differential head: what becomes its positive map, and what is subtracted."""
+    """The two LLaMA heads of one differential head: the ones that became its positive and its negative map."""
 
     layer: int
     head: int
     positive: HeadScore
-    subtracted: HeadScore
+    negative: HeadScore
 
 
 def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[PairScores]:
     """
-    A LLaMA's head scores by the pairs that a V1 conversion made of its heads, as its folder records.
+    Groups a LLaMA's head scores by the pairs that a V1 conversion made of its heads.
 
-    Raises ValueError for a folder without such a conversion, or one of a LLaMA with other heads.
+    Args:
+        scores: The LLaMA's scores, of every head.
+        converted: Folder of the conversion, which records the pairs.
+
+    Returns:
+        One entry per differential head, by layer and head.
+
+    Raises:
+        ValueError: The folder holds no V1 conversion of a LLaMA, or the scores are of other heads.
     """
     folder = Path(converted)
     record, config = read_conversion(folder)
@@ -40,13 +48,13 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
     for layer in range(config["num_hidden_layers"]):
         order = query_order(record, config, layer)
         for head in range(count // 2):
-            first, second = (by_head[layer, order[2 * head + m]] for m in (0, 1))
-            pairs.append(PairScores(layer, head, first, second))
+            positive, negative = (by_head[layer, order[2 * head + m]] for m in (0, 1))
+            pairs.append(PairScores(layer, head, positive=positive, negative=negative))
     return pairs
 
 
 def read_conversion(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What conversion.json and config.json of a V1 conversion hold; ValueError for a folder without such a one."""
+    """Returns what conversion.json and config.json of a V1 conversion hold. Raises `ValueError` for other folders."""
     record, config = (_read(folder / name) for name in ("conversion.json", "config.json"))
     if config.get("variant") != "v1" or record["source"]["kind"] != "llama":
         raise ValueError(f"{folder}: pairs no heads of a LLaMA; give a V1 conversion of one.")
@@ -54,26 +62,37 @@ def read_conversion(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def query_order(record: dict[str, Any], config: dict[str, Any], layer: int) -> list[int]:
-    """LLaMA's heads in the order of V1's maps: entry 2 i + m became map m of head i."""
-    calibration, given = record["calibration"], record["options"]["pairings"] or {}
+    """Returns LLaMA's heads in the order of V1's maps: entry 2 i + m became map m of head i."""
+    calibration = record["calibration"]
     if calibration is not None and calibration["pairings"]:
         return calibration["pairings"][layer]["query_heads"]
+    given = record["options"]["pairings"] or {}
     if str(layer) in given:
         return given[str(layer)]["query_heads"]
-    # Neighbouring KV heads, their query heads one with one: the converter's default.
-    num_heads, group = config["num_attention_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
+    # Neighboring KV heads, their query heads one with one: the converter's default.
+    num_heads = config["num_attention_heads"]
+    group = num_heads // config["num_key_value_heads"]
     return [(2 * (i // group) + m) * group + i % group for i in range(num_heads) for m in (0, 1)]
 
 
 def pair_table(pairs: Sequence[PairScores], title: str = "Paired heads") -> Table:
-    """A rich table, a row a pair, each score as positive / subtracted."""
+    """
+    Lists pairs in a table, each score as positive / negative.
+
+    Args:
+        pairs: Pairs of `paired_scores`.
+        title: Text above the table.
+
+    Returns:
+        A rich table with one row per pair.
+    """
     table = Table(title=title, title_justify="left")
     for column in ("layer", "head", "LLaMA heads", *SCORES):
         table.add_column(column.replace("_", " "), justify="right")
     for pair in pairs:
-        values = [(getattr(pair.positive, name), getattr(pair.subtracted, name)) for name in SCORES]
+        values = [(getattr(pair.positive, name), getattr(pair.negative, name)) for name in SCORES]
         cells = ("-" if None in both else "{:.3f} / {:.3f}".format(*both) for both in values)
-        table.add_row(str(pair.layer), str(pair.head), f"{pair.positive.head}, {pair.subtracted.head}", *cells)
+        table.add_row(str(pair.layer), str(pair.head), f"{pair.positive.head}, {pair.negative.head}", *cells)
     return table
 
 

@@ -1,23 +1,20 @@
 """
-What each head does, as numbers: previous token, first token, entropy, induction, retrieval.
+Scores of what each head does: previous token, first token, entropy, induction, retrieval.
 
-Of every map by itself: LLaMA's A; A1, A2 and A1 - lambda A2 of a differential head. Scores of a difference are of its
-signed weights; its entropy is that of their absolute values, on a row sum of 1.
+Every map has scores of its own: LLaMA's A; A1, A2 and A1 - lambda A2 of a differential head. Scores of a difference
+are of its signed weights; its entropy is that of their absolute values, normalized to sum to 1.
 
 B batch, T tokens, H heads, Q queries, S keys.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
-from .aggregate import MapKind, normalise, weights_of
+from .aggregate import MapKind, normalize, weights_of
 from .maps import LayerMaps, visit_maps
 from .needles import NeedlePrompt
 from .tokens import check_token_ids, token_span
@@ -29,11 +26,23 @@ Key = tuple[int, int, str]  # layer, head, map
 
 @dataclass(frozen=True)
 class HeadScore:
-    """One map of one head. None is what was not measured."""
+    """
+    Scores of one map of one head; None where a score was not measured.
+
+    Attributes:
+        layer: The layer, from 0.
+        head: The head, from 0.
+        map: "attention" for LLaMA's A, else "positive", "negative" or "difference".
+        previous_token: Mean attention to the previous token.
+        first_token: Mean attention to the first token.
+        entropy_nats: Mean entropy, in nats.
+        induction: Mean attention to the token after an earlier occurrence of the query's.
+        retrieval: Share of a needle's tokens that the head copies, 0 to 1.
+    """
 
     layer: int
     head: int
-    map: str  # "attention" of LLaMA; "positive", "negative", "difference"
+    map: str
     previous_token: float | None = None
     first_token: float | None = None
     entropy_nats: float | None = None
@@ -43,7 +52,13 @@ class HeadScore:
 
 @dataclass(frozen=True)
 class RetrievalPrompt:
-    """Token ids that end where a needle said earlier is to be said again; where it was said: first, one past last."""
+    """
+    A prompt that ends where a needle that it holds is to be repeated.
+
+    Attributes:
+        input_ids: The prompt's token ids.
+        needle: Positions [start, end) of the needle's tokens.
+    """
 
     input_ids: list[int]
     needle: tuple[int, int]
@@ -51,8 +66,20 @@ class RetrievalPrompt:
 
 def needle_retrieval(tokenizer: Any, prompts: Sequence[NeedlePrompt]) -> list[RetrievalPrompt]:
     """
-    Prompts of `needles.make_prompts` for `score_retrieval`: the needle is the number of the first city asked for, and
-    the space before it, which some tokenizers make a token of.
+    Prepares needle prompts for `score_retrieval`.
+
+    The needle is the number of the first city asked for with the space before it, which is a token of its own for
+    some tokenizers.
+
+    Args:
+        tokenizer: The model's fast tokenizer.
+        prompts: Prompts of `make_prompts`.
+
+    Returns:
+        One retrieval prompt per prompt.
+
+    Raises:
+        ValueError: The tokenizer is a slow one.
     """
     retrievals = []
     for prompt in prompts:
@@ -63,18 +90,15 @@ def needle_retrieval(tokenizer: Any, prompts: Sequence[NeedlePrompt]) -> list[Re
 
 
 def map_kinds(maps: LayerMaps) -> dict[str, MapKind]:
-    """The names under which a layer's maps are scored, and what each is for `weights_of`."""
-    if maps.second is None:
+    """Returns the names under which a layer's maps are scored, with the kind that `weights_of` takes for each."""
+    if maps.negative is None:
         return {"attention": "positive"}
     return {"positive": "positive", "negative": "negative", "difference": "difference"}
 
 
 def pattern_scores(weights: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
-    """
-    Sums over queries, (H,) each, of maps (B, H, Q, S): attention to the token before, to the first token, entropy in
-    nats.
-    """
-    absolute = normalise(weights.abs(), "sum")
+    """Sums scores of maps (B, H, Q, S) over texts and queries, (H,) each; the entropy is in nats."""
+    absolute = normalize(weights.abs(), "sum")
     previous = weights.gather(-1, (queries - 1)[None, None, :, None].expand(*weights.shape[:3], 1))
     return {
         "previous_token": previous.sum((0, 2, 3)),
@@ -87,25 +111,36 @@ def score_patterns(
     model: nn.Module, input_ids: torch.Tensor, *, queries: Sequence[int] | None = None, **choices: Any
 ) -> dict[Key, dict[str, float]]:
     """
-    Mean attention to the previous and the first token and mean entropy (nats), over texts (B, T) without padding.
+    Measures mean attention to the previous and the first token, and mean entropy.
 
-    Means are over `queries`, all by default, but the first two tokens, which see so little that every head would
-    score. `choices` are those of `visit_maps`. ValueError where no query is left.
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: Texts without padding, (B, T).
+        queries: Positions to average over. Defaults to all; the first two are left out, as they see so few keys that
+            every head would score.
+        choices: Keyword arguments of `visit_maps`.
+
+    Returns:
+        Scores by (layer, head, map).
+
+    Raises:
+        ValueError: No query is left, or `visit_maps` refuses an argument.
     """
-    asked = range(input_ids.shape[-1]) if queries is None else queries
-    late = [int(query) for query in asked if query not in (0, 1)]
+    chosen = range(input_ids.shape[-1]) if queries is None else queries
+    late = [int(query) for query in chosen if query not in (0, 1)]
     if not late:
         raise ValueError(
-            f"queries {list(asked)} of {input_ids.shape[-1]} tokens: patterns show from the third token on; give "
+            f"queries {list(chosen)} of {input_ids.shape[-1]} tokens: patterns show from the third token on; give "
             "longer texts or later queries."
         )
-    return _summed(model, input_ids, pattern_scores, len(input_ids) * len(late), queries=late, **choices)
+    count = len(input_ids) * len(late)
+    return _mean_scores(model, input_ids, pattern_scores, count=count, queries=late, **choices)
 
 
 def repeated_tokens(
     vocabulary: Sequence[int], length: int, repeats: int, batch_size: int, first: int | None, seed: int
 ) -> torch.Tensor:
-    """Random different tokens said `repeats` times over, behind `first` if given: (B, length repeats (+ 1))."""
+    """Draws distinct random tokens and repeats them, after `first` if it is given: (B, length * repeats (+ 1))."""
     if len(vocabulary) < length:
         raise ValueError(f"length={length}: the vocabulary has {len(vocabulary)} tokens to draw from; choose fewer.")
     generator = torch.Generator().manual_seed(seed)
@@ -125,34 +160,60 @@ def score_induction(
     seed: int = 0,
 ) -> dict[Key, dict[str, float]]:
     """
-    Prefix matching: mean attention from a token to those that followed it before, on repeated random tokens.
+    Measures prefix matching: attention from a token to the tokens that followed its earlier occurrences.
 
-    25 tokens four times over, as in arXiv:2209.11895. `vocabulary` is what tokens are drawn from (the whole one by
-    default), `first` stands before them, as a bos. Raises ValueError for repeats below 2.
+    The texts are repeated random tokens; the defaults are those of arXiv:2209.11895.
+
+    Args:
+        model: A LLaMA-like or differential model.
+        vocabulary: Token ids to draw from. Defaults to all.
+        length: Number of distinct tokens.
+        repeats: How often they are repeated, at least 2.
+        batch_size: Number of texts.
+        first: A token id to begin each text with, such as the bos.
+        seed: Seed of the random tokens.
+
+    Returns:
+        Scores by (layer, head, map).
+
+    Raises:
+        ValueError: `repeats` is below 2, or the vocabulary has fewer than `length` tokens.
     """
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: induction shows from the second time on; choose at least 2.")
     config: Any = model.config
     vocabulary = range(config.vocab_size) if vocabulary is None else vocabulary
-    input_ids = repeated_tokens(vocabulary, length, repeats, batch_size, first, seed)
+    input_ids = repeated_tokens(
+        vocabulary, length=length, repeats=repeats, batch_size=batch_size, first=first, seed=seed
+    )
     start = input_ids.shape[1] - length * repeats
     queries = range(start + length, input_ids.shape[1])
 
-    def followers(weights: torch.Tensor, asked: torch.Tensor) -> dict[str, torch.Tensor]:
-        keys = torch.arange(weights.shape[-1], device=asked.device)
-        back = asked[:, None] - keys  # (Q, S)
-        follows = (back >= 0) & ((back + 1) % length == 0) & (keys > start)
+    def followers(weights: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        keys = torch.arange(weights.shape[-1], device=positions.device)
+        distance = positions[:, None] - keys  # (Q, S)
+        follows = (distance >= 0) & ((distance + 1) % length == 0) & (keys > start)
         return {"induction": (weights * follows).sum((0, 2, 3))}
 
-    return _summed(model, input_ids, followers, batch_size * len(queries), queries=queries)
+    return _mean_scores(model, input_ids, followers, count=batch_size * len(queries), queries=queries)
 
 
 def score_retrieval(model: Any, prompts: Sequence[RetrievalPrompt]) -> dict[Key, dict[str, float]]:
     """
-    Share of a needle's tokens that a head copies, mean over prompts (arXiv:2404.15574, section 2).
+    Measures the share of a needle's tokens that a head copies (arXiv:2404.15574, section 2).
 
-    The model goes on greedily for as many tokens as the needle has. A head copies a token where what is generated is
-    in the needle and the head attends, most of all, to a needle token equal to it.
+    The model generates as many tokens as the needle has, greedily. A head copies a token if the generated token is in
+    the needle and the head's largest weight is on an equal token of the needle.
+
+    Args:
+        model: A LLaMA-like or differential causal language model.
+        prompts: Prompts of `needle_retrieval`.
+
+    Returns:
+        Scores by (layer, head, map), as means over prompts.
+
+    Raises:
+        ValueError: There is no prompt, or a needle is out of range.
     """
     if not prompts:
         raise ValueError("prompts is empty: retrieval is measured on at least one needle.")
@@ -168,12 +229,12 @@ def score_retrieval(model: Any, prompts: Sequence[RetrievalPrompt]) -> dict[Key,
         queries = range(ids.shape[1] - 1, output.shape[1] - 1)
 
         def look(maps: LayerMaps, output=output, first=first, last=last, needle=needle, copied=copied) -> None:
-            said = output[0, maps.queries + 1]  # (Q,)
+            generated = output[0, maps.queries + 1]  # (Q,)
             for name, kind in map_kinds(maps).items():
-                places = weights_of(maps, kind)[0].argmax(-1)  # (H, Q)
-                hits = (places >= first) & (places < last) & (output[0, places] == said)
-                for head, row in zip(maps.heads.tolist(), hits, strict=True):
-                    copied.setdefault((maps.layer, head, name), set()).update(said[row].tolist())
+                keys = weights_of(maps, kind)[0].argmax(-1)  # (H, Q)
+                hits = (keys >= first) & (keys < last) & (output[0, keys] == generated)
+                for head, head_hits in zip(maps.heads.tolist(), hits, strict=True):
+                    copied.setdefault((maps.layer, head, name), set()).update(generated[head_hits].tolist())
 
         visit_maps(model, output, look, queries=queries)
         for key, tokens in copied.items():
@@ -183,7 +244,7 @@ def score_retrieval(model: Any, prompts: Sequence[RetrievalPrompt]) -> dict[Key,
 
 @torch.no_grad()
 def greedy(model: Any, input_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The prompt (1, T) and `num_tokens` greedy ones after it, an end of text among them or not."""
+    """Returns the prompt (1, T) with exactly `num_tokens` greedy ones after it, also past an end of text."""
     check_token_ids(model, input_ids, "prompt")
     return model.generate(
         input_ids,
@@ -197,12 +258,20 @@ def greedy(model: Any, input_ids: torch.Tensor, num_tokens: int) -> torch.Tensor
 
 
 def joined_scores(*measured: Mapping[Key, Mapping[str, float]]) -> list[HeadScore]:
-    """What several functions found, one entry a map, by layer, head and map."""
-    together: dict[Key, dict[str, float]] = {}
+    """
+    Joins the scores of several functions.
+
+    Args:
+        measured: What `score_patterns`, `score_induction` or `score_retrieval` returned.
+
+    Returns:
+        One entry per map, by layer, head and map.
+    """
+    joined: dict[Key, dict[str, float]] = {}
     for scores in measured:
         for key, values in scores.items():
-            together.setdefault(key, {}).update(values)
-    return [HeadScore(layer, head, name, **values) for (layer, head, name), values in sorted(together.items())]
+            joined.setdefault(key, {}).update(values)
+    return [HeadScore(layer, head, name, **values) for (layer, head, name), values in sorted(joined.items())]
 
 
 def score_heads(
@@ -214,23 +283,42 @@ def score_heads(
     first: int | None = None,
     seed: int = 0,
 ) -> list[HeadScore]:
-    """Every score of every map: patterns on texts (B, T), induction, and retrieval where prompts are given."""
+    """
+    Measures every score of every map.
+
+    Args:
+        model: A LLaMA-like or differential causal language model.
+        input_ids: Texts without padding, (B, T), for `score_patterns`.
+        prompts: Prompts for `score_retrieval`; without any, retrieval is None.
+        vocabulary: See `score_induction`.
+        first: See `score_induction`.
+        seed: See `score_induction`.
+
+    Returns:
+        One entry per map, by layer, head and map.
+
+    Raises:
+        ValueError: The model's maps are not known, or an argument is out of range.
+    """
     length = min(25, (model.config.max_position_embeddings - 1) // 4)
     measured = [
         score_patterns(model, input_ids),
         score_induction(model, vocabulary=vocabulary, length=length, first=first, seed=seed),
     ]
-    return joined_scores(*measured, *([score_retrieval(model, prompts)] if prompts else []))
+    if prompts:
+        measured.append(score_retrieval(model, prompts))
+    return joined_scores(*measured)
 
 
-def _summed(
+def _mean_scores(
     model: nn.Module,
     input_ids: torch.Tensor,
     measure: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+    *,
     count: int,
     **choices: Any,
 ) -> dict[Key, dict[str, float]]:
-    """What `measure` finds in each block of each map, added up and divided by `count`."""
+    """Adds up what `measure` returns for each block of each map, and divides by `count`."""
     device = next(model.parameters()).device
     totals: dict[Key, dict[str, float]] = {}
 
@@ -243,37 +331,3 @@ def _summed(
 
     visit_maps(model, input_ids.to(device), add, **choices)
     return totals
-
-
-def score_grid(scores: Sequence[HeadScore], name: str, map_name: str | None = None) -> torch.Tensor:
-    """One score as (layers, heads), of one kind of map (LLaMA's own where a layer has no other), NaN where none is."""
-    wanted = [score for score in scores if map_name is None or score.map in (map_name, "attention")]
-    if name not in SCORES or not wanted:
-        raise ValueError(
-            f"name={name!r}, map_name={map_name!r}: scores are {', '.join(SCORES)}, of maps that were read."
-        )
-    size = (max(score.layer for score in scores) + 1, max(score.head for score in wanted) + 1)
-    grid = torch.full(size, torch.nan)
-    for score in wanted:
-        value = getattr(score, name)
-        grid[score.layer, score.head] = torch.nan if value is None else value
-    return grid
-
-
-def score_table(scores: Sequence[HeadScore], title: str = "Heads", sort_by: str | None = None, rows: int = 0) -> Table:
-    """A rich table; by `sort_by`, largest first, at most `rows` of them if given."""
-    if sort_by is not None:
-        scores = sorted(scores, key=lambda score: getattr(score, sort_by) or 0.0, reverse=True)
-    table = Table(title=title, title_justify="left")
-    for column in ("layer", "head", "map", *SCORES):
-        table.add_column(column.replace("_", " "), justify="left" if column == "map" else "right")
-    for score in list(scores)[: rows or None]:
-        values = (getattr(score, name) for name in SCORES)
-        cells = ("-" if value is None else f"{value:.3f}" for value in values)
-        table.add_row(str(score.layer), str(score.head), score.map, *cells)
-    return table
-
-
-def write_scores(scores: Sequence[HeadScore], path: str | Path) -> None:
-    """JSON: a list of objects, one a map."""
-    Path(path).write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """
-Attention maps of chosen layers, heads and tokens, computed beside the model in blocks of queries.
+Attention maps of chosen layers, heads and tokens, computed next to the model in blocks of queries.
 
-B batch, T tokens, S keys, H chosen heads, Q chosen queries, d map_dim.
+B batch, T tokens, S keys, H chosen heads, Q chosen queries, d map_dim, C hidden.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,29 +25,49 @@ DIFFERENTIAL_MODULES = {"diff_lambda", "sub_norm", "lambda_proj"}
 @dataclass(frozen=True)
 class LayerMaps:
     """
-    A layer's softmax maps, float32 or wider; rows sum to 1, those of padding tokens to 0.
+    A layer's softmax maps in float32 or wider; weights of a query sum to 1, those of a padding token to 0.
 
     Heads are differential heads where the layer subtracts, else query heads. Logits are scaled scores before softmax,
     -inf where masked, and None unless asked for.
+
+    Attributes:
+        layer: The layer, from 0.
+        heads: The chosen heads, (H,).
+        queries: Positions of the chosen queries, (Q,).
+        positive: A1, or LLaMA's A, (B, H, Q, S).
+        negative: A2, (B, H, Q, S); None where the layer subtracts nothing.
+        diff_lambda: lambda, (B, H, Q, 1); None where the layer subtracts nothing.
+        positive_logits: Logits of A1, (B, H, Q, S).
+        negative_logits: Logits of A2, (B, H, Q, S).
     """
 
     layer: int
-    heads: torch.Tensor  # (H,)
-    queries: torch.Tensor  # (Q,) positions
-    first: torch.Tensor  # (B, H, Q, S) A1, or LLaMA's A
-    second: torch.Tensor | None = None  # (B, H, Q, S) A2
-    diff_lambda: torch.Tensor | None = None  # (B, H, Q, 1)
-    first_logits: torch.Tensor | None = None  # (B, H, Q, S)
-    second_logits: torch.Tensor | None = None  # (B, H, Q, S)
+    heads: torch.Tensor
+    queries: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor | None = None
+    diff_lambda: torch.Tensor | None = None
+    positive_logits: torch.Tensor | None = None
+    negative_logits: torch.Tensor | None = None
 
     def difference(self) -> torch.Tensor:
-        """A1 - lambda A2, what weighs the values (arXiv:2410.05258, eq. 1), or LLaMA's A: (B, H, Q, S)."""
-        return self.first if self.second is None else self.first - self.diff_lambda * self.second
+        """Returns A1 - lambda A2, what weighs the values (arXiv:2410.05258, eq. 1), or LLaMA's A: (B, H, Q, S)."""
+        if self.negative is None:
+            return self.positive
+        return self.positive - self.diff_lambda * self.negative
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """A layer's attention module, and how many heads of which kind it has."""
+    """
+    A layer's attention module with the number and kind of its heads.
+
+    Attributes:
+        index: The layer, from 0.
+        module: The attention module.
+        num_heads: Differential heads where the layer subtracts, else query heads.
+        is_differential: Whether the layer subtracts a negative map.
+    """
 
     index: int
     module: Any
@@ -60,9 +80,16 @@ Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """
-    The attention layers of a LLaMA-like or differential model, whatever heads or adapters it carries.
+    Finds the attention layers of a LLaMA-like or differential model, whatever heads or adapters it carries.
 
-    Raises ValueError for a model whose maps are not known here.
+    Args:
+        model: A model of transformers or of this project, or one that PEFT wrapped.
+
+    Returns:
+        The layers in their order.
+
+    Raises:
+        ValueError: The model's maps are not known here.
     """
     decoder = decoder_of(model)
     known = (*LLAMA_LIKE, "diff_llama")
@@ -75,11 +102,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def decoder_of(model: Any) -> Any:
-    """The model without its language head and without peft's wrapping; adapters stay, as they are in its modules."""
+    """Returns the model without its language head and without PEFT's wrapper; adapters stay in its modules."""
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"{type(model).__name__} with {model.active_peft_config.peft_type}: learned prompts are no tokens of "
+                f"{type(model).__name__} with {model.active_peft_config.peft_type}: learned prompts are not tokens of "
                 "the text; look at the model without them."
             )
         model = model.get_base_model()
@@ -117,14 +144,24 @@ def visit_maps(
     logits: bool = False,
 ) -> None:
     """
-    One forward pass over `input_ids` (B, T); `visit` gets each layer's maps, `block` queries at a time.
+    Computes maps in one forward pass, and hands them over in blocks.
 
-    Maps come from the module's own projections and rotary embedding, so the model itself may run any attention path;
-    no more than one block of them is held. `attention_mask` (B, T) is 1 where a token is no padding; `heads` are
-    those of every layer, or a mapping from layer to its heads; None is all. The model's training mode is left as it
-    is.
+    Maps come from the module's own projections and rotary embedding, so the model itself may run any attention path.
+    Only one block is held at a time. The model's training mode is unchanged.
 
-    Raises ValueError for a model whose maps are not known, and for layers, heads, queries or lengths out of range.
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: Texts, (B, T).
+        visit: Called with each block, layer by layer.
+        attention_mask: 0 for padding, else 1, (B, T). Defaults to no padding.
+        layers: The layers. Defaults to all, or to those that `heads` names.
+        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all.
+        queries: Positions of queries. Defaults to all.
+        block: Queries per block, at least 1.
+        logits: Whether blocks hold logits as well.
+
+    Raises:
+        ValueError: The model's maps are not known, or layers, heads, queries or lengths are out of range.
     """
     chosen = _choose_layers(attention_layers(model), layers, heads)
     decoder = decoder_of(model)
@@ -132,6 +169,7 @@ def visit_maps(
     positions = _choose(queries, input_ids.shape[1], "queries", "tokens")
     if block < 1:
         raise ValueError(f"block={block}: at least one query at a time.")
+    settings: dict[str, Any] = {"positions": positions, "visible": visible, "block": block, "logits": logits}
     with ExitStack() as hooks:
         for layer, layer_heads in chosen:
             _check_window(layer, input_ids.shape[1])
@@ -139,8 +177,7 @@ def visit_maps(
             def hook(module, args, kwargs, layer=layer, layer_heads=layer_heads):
                 hidden_states = args[0] if args else kwargs["hidden_states"]
                 embeddings = args[1] if len(args) > 1 else kwargs["position_embeddings"]
-                rows = (layer, layer_heads, positions, visible, block, logits)
-                for maps in _layer_blocks(hidden_states, embeddings, *rows):
+                for maps in _layer_blocks(hidden_states, embeddings, layer=layer, heads=layer_heads, **settings):
                     visit(maps)
 
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -151,9 +188,20 @@ def visit_maps(
 
 def collect_maps(model: nn.Module, input_ids: torch.Tensor, **choices: Any) -> list[LayerMaps]:
     """
-    The maps of `visit_maps`, with its choices and errors, one `LayerMaps` a layer.
+    Computes maps and returns all of them.
 
-    Holds B H Q S floats a layer and map: 537 MB for one head of 8192 tokens with all its queries and both its maps.
+    This holds B H Q S floats per layer and map: 537 MB for one head of 8192 tokens with all queries and both maps.
+
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: Texts, (B, T).
+        choices: Keyword arguments of `visit_maps`.
+
+    Returns:
+        One entry per chosen layer.
+
+    Raises:
+        ValueError: As `visit_maps`.
     """
     blocks: dict[int, list[LayerMaps]] = {}
     visit_maps(model, input_ids, lambda maps: blocks.setdefault(maps.layer, []).append(maps), **choices)
@@ -163,7 +211,7 @@ def collect_maps(model: nn.Module, input_ids: torch.Tensor, **choices: Any) -> l
 def _join(blocks: list[LayerMaps]) -> LayerMaps:
     if len(blocks) == 1:
         return blocks[0]
-    names = ("first", "second", "diff_lambda", "first_logits", "second_logits")
+    names = ("positive", "negative", "diff_lambda", "positive_logits", "negative_logits")
     parts = {name: [getattr(block, name) for block in blocks] for name in names}
     joined: dict[str, Any] = {name: torch.cat(part, dim=2) for name, part in parts.items() if part[0] is not None}
     return replace(blocks[0], queries=torch.cat([block.queries for block in blocks]), **joined)
@@ -172,6 +220,7 @@ def _join(blocks: list[LayerMaps]) -> LayerMaps:
 def _layer_blocks(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    *,
     layer: AttentionLayer,
     heads: list[int],
     positions: list[int],
@@ -179,42 +228,43 @@ def _layer_blocks(
     block: int,
     logits: bool,
 ) -> Iterator[LayerMaps]:
-    """What a layer attends to, from what enters it: (B, T, C) and cosines and sines (B or 1, T, d)."""
-    module, device = layer.module, hidden_states.device
+    """Computes a layer's maps from its input (B, T, C) and from cosines and sines (B or 1, T, d)."""
+    module = layer.module
+    device = hidden_states.device
     chosen = torch.tensor(heads, device=device)
     maps = torch.stack((2 * chosen, 2 * chosen + 1), dim=1).flatten() if layer.is_differential else chosen
     key_states = _rotated(module, "k", hidden_states, position_embeddings)  # (B, S, 2K or K, d)
     keys = key_states[:, :, _key_of_map(module, maps, key_states.shape[2])].permute(0, 2, 3, 1)  # (B, maps, d, S)
-    for rows in torch.tensor(positions, device=device).split(block):
-        asking = hidden_states[:, rows]
-        embeddings = tuple(part[:, rows] for part in position_embeddings)
-        query_states = _rotated(module, "q", asking, embeddings)[:, :, maps].transpose(1, 2)
+    for queries in torch.tensor(positions, device=device).split(block):
+        query_inputs = hidden_states[:, queries]
+        embeddings = tuple(part[:, queries] for part in position_embeddings)
+        query_states = _rotated(module, "q", query_inputs, embeddings)[:, :, maps].transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
             scores = query_states @ keys * module.scaling  # (B, maps, Q, S)
-            allowed = _allowed(rows, scores.shape[-1], visible)
+            allowed = _allowed(queries, scores.shape[-1], visible)
             scores = scores.masked_fill_(~allowed, float("-inf"))
-            # A row without any key would be NaN; other NaNs are the model's own and stay.
+            # A query without any key would be NaN; other NaNs are the model's own and stay.
             attention = scores.softmax(-1).masked_fill_(~allowed, 0.0)
-        yield _block(layer, chosen, rows, asking, attention, scores if logits else None)
+        kept = scores if logits else None
+        found = LayerMaps(layer.index, chosen, queries, positive=attention, positive_logits=kept)
+        yield _split_pairs(found, module, query_inputs) if layer.is_differential else found
 
 
-def _block(
-    layer: AttentionLayer,
-    heads: torch.Tensor,
-    rows: torch.Tensor,
-    asking: torch.Tensor,
-    attention: torch.Tensor,
-    scores: torch.Tensor | None,
-) -> LayerMaps:
-    if not layer.is_differential:
-        return LayerMaps(layer.index, heads, rows, attention, first_logits=scores)
-    diff_lambda = layer.module.compute_lambda(asking)  # () in V1, (B, Q, all heads) in V2
+def _split_pairs(found: LayerMaps, module: Any, query_inputs: torch.Tensor) -> LayerMaps:
+    """Splits maps (B, 2H, Q, S) of a differential layer into A1 and A2, and adds lambda of the queries (B, Q, C)."""
+    diff_lambda = module.compute_lambda(query_inputs)  # () in V1, (B, Q, all heads) in V2
     if diff_lambda.dim() == 3:
-        diff_lambda = diff_lambda[:, :, heads].transpose(1, 2)[..., None]
-    diff_lambda = diff_lambda.to(attention.dtype).expand(len(asking), len(heads), len(rows), 1)
-    first_logits, second_logits = (None, None) if scores is None else (scores[:, 0::2], scores[:, 1::2])
-    pair = (attention[:, 0::2], attention[:, 1::2])
-    return LayerMaps(layer.index, heads, rows, *pair, diff_lambda, first_logits, second_logits)
+        diff_lambda = diff_lambda[:, :, found.heads].transpose(1, 2)[..., None]
+    attention = found.positive
+    logits = found.positive_logits
+    return replace(
+        found,
+        positive=attention[:, 0::2],
+        negative=attention[:, 1::2],
+        diff_lambda=diff_lambda.to(attention.dtype).expand(len(query_inputs), len(found.heads), len(found.queries), 1),
+        positive_logits=None if logits is None else logits[:, 0::2],
+        negative_logits=None if logits is None else logits[:, 1::2],
+    )
 
 
 def _rotated(
@@ -230,7 +280,7 @@ def _rotated(
 
 
 def _key_of_map(module: Any, maps: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Which of the layer's keys each map reads. In V1's weights a KV head has two, one for each map of a head."""
+    """Returns which of the layer's keys each map reads. In V1 a KV head has two, one for each map of a head."""
     num_maps = module.q_proj.out_features // _map_dim(module)
     groups = num_maps // num_keys
     if module.head_dim == _map_dim(module):
@@ -238,13 +288,13 @@ def _key_of_map(module: Any, maps: torch.Tensor, num_keys: int) -> torch.Tensor:
     return 2 * (maps // 2 // groups) + maps % 2
 
 
-def _allowed(rows: torch.Tensor, num_keys: int, visible: torch.Tensor | None) -> torch.Tensor:
-    """True where a query may look: (1 or B, 1, Q, S). A padding token looks nowhere."""
-    allowed = (torch.arange(num_keys, device=rows.device) <= rows[:, None])[None, None]
+def _allowed(queries: torch.Tensor, num_keys: int, visible: torch.Tensor | None) -> torch.Tensor:
+    """Returns True where a query may attend, (1 or B, 1, Q, S). A padding token attends to nothing."""
+    allowed = (torch.arange(num_keys, device=queries.device) <= queries[:, None])[None, None]
     if visible is None:
         return allowed
-    visible = visible.to(rows.device)
-    return allowed & visible[:, None, None, :] & visible[:, None, rows, None]
+    visible = visible.to(queries.device)
+    return allowed & visible[:, None, None, :] & visible[:, None, queries, None]
 
 
 def _check_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -261,7 +311,7 @@ def _check_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Te
         return None
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: give one number a token, "
+            f"attention_mask of shape {tuple(attention_mask.shape)}: give one number per token, "
             f"{tuple(input_ids.shape)}, 1 or 0 for padding."
         )
     return attention_mask.bool()
@@ -269,7 +319,7 @@ def _check_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Te
 
 def _check_window(layer: AttentionLayer, num_tokens: int) -> None:
     config_window = getattr(layer.module.config, "sliding_window", None)
-    window = getattr(layer.module, "sliding_window", config_window)  # Qwen2 has one a layer
+    window = getattr(layer.module, "sliding_window", config_window)  # Qwen2 has one per layer
     if window is not None and window < num_tokens:
         raise ValueError(
             f"sliding_window={window} in layer {layer.index}: maps are those of full attention; give at most {window} "

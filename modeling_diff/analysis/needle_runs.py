@@ -18,7 +18,7 @@ from .needles import CITIES, NeedlePrompt, NeedleTask, Template, make_prompts, r
 from .tokens import check_token_ids
 
 
-# arXiv:2410.05258, table 2 and table 3: 3B parameters, 4K tokens; for scale beside one's own.
+# arXiv:2410.05258, table 2 and table 3: 3B parameters, 4K tokens; for scale next to one's own.
 PUBLISHED_ACCURACY = {
     "Transformer": {(1, 1): 1.00, (2, 2): 0.85, (4, 2): 0.62, (6, 2): 0.55},
     "DIFF": {(1, 1): 1.00, (2, 2): 0.92, (4, 2): 0.84, (6, 2): 0.85},
@@ -31,7 +31,19 @@ PUBLISHED_ATTENTION = {
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """Every length with every depth and every (needles, asked), `samples` prompts each."""
+    """
+    A grid of measurements: every length with every depth and every (needles, asked).
+
+    Attributes:
+        lengths_tokens: Lengths of prompts, in tokens.
+        depths: Depths of the asked needles, 0 to 1; None for anywhere.
+        counts: Pairs of (needles, asked).
+        samples: Prompts per cell.
+        seed: Seed of the prompts.
+        digits: Digits of a number.
+        template: Wording of facts and questions.
+        cities: Names to draw from.
+    """
 
     lengths_tokens: tuple[int, ...]
     depths: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -43,13 +55,32 @@ class NeedleGrid:
     cities: tuple[str, ...] = CITIES
 
     def tasks(self) -> Iterator[NeedleTask]:
+        """Yields the cells of the grid in their order."""
         for (needles, asked), length, depth in itertools.product(self.counts, self.lengths_tokens, self.depths):
-            yield NeedleTask(length, depth, needles, asked, self.digits, self.template, self.cities)
+            yield NeedleTask(
+                length_tokens=length,
+                depth=depth,
+                needles=needles,
+                asked=asked,
+                digits=self.digits,
+                template=self.template,
+                cities=self.cities,
+            )
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """`right` of `answers` numbers, exact to the last digit; `depth` None is anywhere."""
+    """
+    The result of one cell.
+
+    Attributes:
+        needles: Needles in a prompt.
+        asked: Needles asked for.
+        length_tokens: Length of a prompt, in tokens.
+        depth: Depth of the asked needles, 0 to 1; None for anywhere.
+        right: Answers that are exact to the last digit.
+        answers: All answers.
+    """
 
     needles: int
     asked: int
@@ -60,22 +91,25 @@ class CellResult:
 
     @property
     def cell(self) -> tuple[int, int, int, float | None]:
+        """Returns (needles, asked, length_tokens, depth)."""
         return self.needles, self.asked, self.length_tokens, self.depth
 
     @property
     def accuracy(self) -> float:
+        """Returns the share of right answers."""
         return self.right / self.answers
 
 
-def left_padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) and the mask over them, padded on the left."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+def left_padded(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads token ids on the left; returns them and their mask, (B, T) each."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences])
+    mask = torch.tensor([[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences])
+    return ids, mask
 
 
 def check_context(model: Any, num_tokens: int, what: str) -> None:
-    """Raises `ValueError` where `num_tokens` are more positions than the model was made for."""
+    """Raises `ValueError` for more tokens than the model has positions; `what` they are begins the message."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and num_tokens > context:
         raise ValueError(f"{what}: {num_tokens} tokens, but max_position_embeddings is {context}; shorten the prompt")
@@ -83,14 +117,28 @@ def check_context(model: Any, num_tokens: int, what: str) -> None:
 
 @torch.no_grad()
 def generate_replies(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of one batch of texts."""
-    rows = [tokenizer(text, verbose=False).input_ids for text in texts]
-    check_context(model, max(map(len, rows)) + max_new_tokens, "needle prompts with their answers")
-    for row in rows:
-        check_token_ids(model, row, "needle prompts")
+    """
+    Continues a batch of texts greedily.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        texts: The texts, all in one batch.
+        max_new_tokens: The largest number of tokens to add to each.
+
+    Returns:
+        The continuations, without special tokens.
+
+    Raises:
+        ValueError: A text with its continuation does not fit the context, or has a token outside the vocabulary.
+    """
+    sequences = [tokenizer(text, verbose=False).input_ids for text in texts]
+    check_context(model, max(map(len, sequences)) + max_new_tokens, "needle prompts with their answers")
+    for sequence in sequences:
+        check_token_ids(model, sequence, "needle prompts")
     usable = range(model.config.vocab_size)  # a padding token added to the tokenizer alone has no embedding
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token in usable), 0)
-    ids, mask = left_padded(rows, pad)
+    ids, mask = left_padded(sequences, pad)
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -106,18 +154,29 @@ def answer_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], batch_size: int = 8
 ) -> list[list[str | None]]:
     """
-    The numbers that the model names for each prompt's asked cities, one city after another.
+    Asks for each prompt's cities, one after another; each question follows the answers before it, right or wrong.
 
-    Each question stands behind the answers given before it, right or wrong. None where the model names no number.
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Prompts of `make_prompts`.
+        batch_size: Prompts per batch.
+
+    Returns:
+        The numbers that the model answered for each prompt; None where an answer holds no number.
+
+    Raises:
+        ValueError: As `generate_replies`.
     """
     # One more than the number takes, so that a number that goes on is not taken for right.
     numbers = {needle.number for prompt in prompts for needle in prompt.asked}
-    room = 2 + max(len(tokenizer(f" {number}", add_special_tokens=False).input_ids) for number in numbers)
+    max_new_tokens = 2 + max(len(tokenizer(f" {number}", add_special_tokens=False).input_ids) for number in numbers)
     answers: list[list[str | None]] = [[] for _ in prompts]
     for batch in torch.arange(len(prompts)).split(batch_size):
         for _ in prompts[int(batch[0])].asked:
             texts = [prompts[i].transcript(answers[i]) for i in batch.tolist()]
-            for i, reply in zip(batch.tolist(), generate_replies(model, tokenizer, texts, room), strict=True):
+            replies = generate_replies(model, tokenizer, texts, max_new_tokens=max_new_tokens)
+            for i, reply in zip(batch.tolist(), replies, strict=True):
                 answers[i].append(read_number(reply))
     return answers
 
@@ -134,10 +193,24 @@ def run_grid(
     progress: Callable[[CellResult], None] | None = None,
 ) -> list[CellResult]:
     """
-    Measures every cell of the grid, in its order.
+    Measures every cell of a grid.
 
-    With a `path`, each finished cell is a JSON line there, and is not measured again. The first line holds `label`
-    (default: the model's name or path), the grid and the filler's digest; a file of other settings is a `ValueError`.
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        filler: The text that needles are placed in.
+        grid: What to measure.
+        batch_size: Prompts per batch.
+        path: A file for finished cells, one JSON line each, which are not measured again. Its first line holds the
+            label, the grid and the filler's digest.
+        label: Name of the model in that file. Defaults to the model's name or path.
+        progress: Called with each cell that was measured.
+
+    Returns:
+        One result per cell, in the order of the grid.
+
+    Raises:
+        ValueError: A prompt does not fit the context, or the file holds results of other settings.
     """
     for task in grid.tasks():
         check_context(model, task.length_tokens + 1, f"length_tokens={task.length_tokens} and an answer")
@@ -147,10 +220,10 @@ def run_grid(
     for task in grid.tasks():
         cell = (task.needles, task.asked, task.length_tokens, task.depth)
         if cell not in done:
-            prompts = make_prompts(task, tokenizer, filler, grid.samples, grid.seed)
-            answers = answer_prompts(model, tokenizer, prompts, batch_size)
+            prompts = make_prompts(task, tokenizer, filler, count=grid.samples, seed=grid.seed)
+            answers = answer_prompts(model, tokenizer, prompts, batch_size=batch_size)
             right = sum(score(given, prompt.asked) for given, prompt in zip(answers, prompts, strict=True))
-            done[cell] = CellResult(*cell, right, grid.samples * task.asked)
+            done[cell] = CellResult(*cell, right=right, answers=grid.samples * task.asked)
             if path:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(done[cell])) + "\n")
@@ -161,7 +234,7 @@ def run_grid(
 
 
 def _settings(model: Any, filler: str, grid: NeedleGrid, label: str | None) -> dict[str, Any]:
-    """What must be the same for two runs' cells to be of one table. Lengths, depths and counts may grow."""
+    """Returns what must be equal for cells of two runs to be of one table. Lengths, depths and counts may grow."""
     kept = ("samples", "seed", "digits", "template", "cities")
     settings = {name: value for name, value in asdict(grid).items() if name in kept}
     settings["cities"] = list(settings["cities"])
@@ -170,21 +243,21 @@ def _settings(model: Any, filler: str, grid: NeedleGrid, label: str | None) -> d
 
 
 def _read_results(path: Path, settings: dict[str, Any]) -> dict[tuple, CellResult]:
-    """Cells that `path` holds; begins the file if there is none, and cuts off a line that a stop left half-written."""
+    """Reads the cells in `path`. Creates the file if there is none, and cuts off a line that was half written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if not whole:
+    complete = [line for line in lines if line.endswith("\n")]
+    if not complete:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return {}
     try:
-        found, *rows = (json.loads(line) for line in whole)
+        found, *rows = (json.loads(line) for line in complete)
         results = [CellResult(**row) for row in rows]
         different = sorted(name for name in settings if found.get(name) != settings[name])
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of needle results ({error}); name another") from None
     if different:
         raise ValueError(f"{path}: holds results of another {', '.join(different)}; name another file or remove it")
-    if len(whole) < len(lines):
-        path.write_text("".join(whole), encoding="utf-8")
+    if len(complete) < len(lines):
+        path.write_text("".join(complete), encoding="utf-8")
     return {result.cell: result for result in results}

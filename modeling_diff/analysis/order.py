@@ -1,11 +1,11 @@
 """
 Many-shot in-context classification, and how much it depends on the order of the demonstrations.
 
-Demonstrations name a label for each of some words; the model is to say the label of one of these words again, so that
-what it is asked stands in its context and nothing must be known beforehand. The same demonstrations are given in many
-orders (arXiv:2410.05258, section 3.5).
+Demonstrations name a label for each of some words; the model is asked for the label of one of these words, so that
+the answer is in its context and no knowledge is needed. The same demonstrations are given in many orders
+(arXiv:2410.05258, section 3.5).
 
-S demonstrations, Q queries, L labels, R rows, T tokens, V vocabulary.
+Q queries, L labels, B batch, T tokens, V vocabulary.
 """
 
 import copy
@@ -28,9 +28,22 @@ from .tokens import check_token_ids
 @dataclass(frozen=True)
 class OrderTask:
     """
-    `shots` demonstrations over `labels` classes, `orders` orders of each of `sets` sets, `queries` questions in each.
+    A classification task and how often it is measured.
 
-    `random` orders put the classes anywhere; `alternate` ones take them in turn, as in the paper's second figure.
+    Attributes:
+        shots: Number of demonstrations.
+        labels: Number of classes, 2 to `shots`.
+        queries: Questions per order.
+        orders: Orders per set.
+        sets: Sets of demonstrations.
+        arrangement: "random" for classes anywhere, "alternate" to take them in turn, as in the paper's second figure.
+        seed: Seed of words, labels and orders.
+        demonstration: Wording with {word} and {label}.
+        question: Wording with {word}.
+        words: Distinct words to draw from, `shots` or more.
+
+    Raises:
+        ValueError: A field is out of range.
     """
 
     shots: int
@@ -66,7 +79,15 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class OrderResult:
-    """`accuracies[set][order]`; chance is 1 / labels."""
+    """
+    Accuracies over sets and orders; chance is 1 / labels.
+
+    Attributes:
+        shots: Number of demonstrations.
+        labels: Number of classes.
+        arrangement: "random" or "alternate".
+        accuracies: Shares of right answers, `accuracies[set][order]`.
+    """
 
     shots: int
     labels: int
@@ -75,21 +96,22 @@ class OrderResult:
 
     @property
     def accuracy(self) -> float:
+        """Returns the mean over orders and sets."""
         return statistics.fmean(statistics.fmean(orders) for orders in self.accuracies)
 
     @property
     def spread(self) -> float:
-        """Best minus worst order, mean over sets."""
+        """Returns best minus worst order, as a mean over sets."""
         return statistics.fmean(max(orders) - min(orders) for orders in self.accuracies)
 
     @property
     def std(self) -> float:
-        """Standard deviation over orders (of the population), mean over sets."""
+        """Returns the standard deviation over orders (of the population), as a mean over sets."""
         return statistics.fmean(statistics.pstdev(orders) for orders in self.accuracies)
 
 
 def draw_demonstrations(task: OrderTask, source: random.Random) -> Demonstrations:
-    """Labels are numbers of four digits, and as many words have each as division allows."""
+    """Draws words, and labels of four digits; every label has equally many words, as far as division allows."""
     labels = [str(number) for number in source.sample(range(1000, 10_000), task.labels)]
     words = source.sample(sorted(set(task.words)), task.shots)
     pairs = tuple((word, labels[i % task.labels]) for i, word in enumerate(words))
@@ -98,7 +120,7 @@ def draw_demonstrations(task: OrderTask, source: random.Random) -> Demonstration
 
 
 def arrange(drawn: Demonstrations, arrangement: str, source: random.Random) -> list[tuple[str, str]]:
-    """One order of the demonstrations."""
+    """Returns one order of the demonstrations."""
     pairs = source.sample(drawn.pairs, len(drawn.pairs))
     if arrangement == "random":
         return pairs
@@ -108,10 +130,10 @@ def arrange(drawn: Demonstrations, arrangement: str, source: random.Random) -> l
     return [group[i] for i in range(max(map(len, by_label))) for group in by_label if i < len(group)]
 
 
-def _common_length(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows have in common from the first on."""
-    shortest = min(map(len, rows))
-    return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+def _common_length(sequences: Sequence[list[int]]) -> int:
+    """Returns how many tokens all sequences have in common from the first on."""
+    shortest = min(map(len, sequences))
+    return next((i for i in range(shortest) if len({sequence[i] for sequence in sequences}) > 1), shortest)
 
 
 @torch.no_grad()
@@ -119,39 +141,62 @@ def label_log_probs(
     model: Any, tokenizer: Any, context: str, questions: Sequence[str], labels: Sequence[str], batch_size: int = 32
 ) -> torch.Tensor:
     """
-    Sums of the log-probabilities, in nats, of each label's tokens after `context` and each question: (Q, L) float32.
+    Computes the log-probability of each label after `context` and each question, summed over the label's tokens.
 
-    What all rows have in common is read once, and its cache repeated for `batch_size` rows at a time.
+    What all sequences have in common is read once, and its cache is repeated for each batch.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        context: The demonstrations.
+        questions: Questions to append.
+        labels: Labels to score.
+        batch_size: Sequences per batch.
+
+    Returns:
+        Log-probabilities in nats, (Q, L), float32.
+
+    Raises:
+        ValueError: A sequence does not fit the context, or has a token outside the vocabulary.
     """
     prompts = [context + question for question in questions]
-    rows = [tokenizer(f"{prompt} {label}", verbose=False).input_ids for prompt in prompts for label in labels]
-    bare = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts for _ in labels]
-    starts = [_common_length(pair) for pair in zip(bare, rows, strict=True)]
-    check_context(model, max(map(len, rows)), "demonstrations and a question")
-    for row in rows:
-        check_token_ids(model, row, "demonstrations and a question")
+    sequences = [tokenizer(f"{prompt} {label}", verbose=False).input_ids for prompt in prompts for label in labels]
+    unlabeled = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts for _ in labels]
+    starts = [_common_length(pair) for pair in zip(unlabeled, sequences, strict=True)]
+    check_context(model, max(map(len, sequences)), "demonstrations and a question")
+    for sequence in sequences:
+        check_token_ids(model, sequence, "demonstrations and a question")
     # The token before a label is read with the rest: it predicts the label's first.
-    shared = min(_common_length(rows), *starts) - 1
+    shared = min(_common_length(sequences), *starts) - 1
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([rows[0][:shared]], device=model.device), logits_to_keep=1, **cache_argument(cache))
+    model(torch.tensor([sequences[0][:shared]], device=model.device), logits_to_keep=1, **cache_argument(cache))
     sums: list[torch.Tensor] = []
-    for chosen in torch.arange(len(rows)).split(batch_size):
-        part = [(starts[i] - shared, rows[i][shared:]) for i in chosen.tolist()]
-        length = max(len(row) for _, row in part)
-        ids = torch.tensor([row + [0] * (length - len(row)) for _, row in part], device=model.device)  # (R, T)
+    for chosen in torch.arange(len(sequences)).split(batch_size):
+        batch = [(starts[i] - shared, sequences[i][shared:]) for i in chosen.tolist()]
+        length = max(len(tokens) for _, tokens in batch)
+        ids = torch.tensor([tokens + [0] * (length - len(tokens)) for _, tokens in batch], device=model.device)
         repeated = copy.deepcopy(cache)
-        repeated.batch_repeat_interleave(len(part))
-        log_probs = model(ids, **cache_argument(repeated)).logits.float().log_softmax(-1)  # (R, T, V)
-        chosen_log_probs = log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, T - 1)
-        sums += [chosen_log_probs[i, start - 1 : len(row) - 1].sum() for i, (start, row) in enumerate(part)]
+        repeated.batch_repeat_interleave(len(batch))
+        log_probs = model(ids, **cache_argument(repeated)).logits.float().log_softmax(-1)  # (B, T, V)
+        token_log_probs = log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T - 1)
+        sums += [token_log_probs[i, start - 1 : len(tokens) - 1].sum() for i, (start, tokens) in enumerate(batch)]
     return torch.stack(sums).view(len(questions), len(labels)).cpu()
 
 
 def measure_order(model: Any, tokenizer: Any, task: OrderTask) -> OrderResult:
     """
-    Accuracy of each order, by the label of the highest log-probability.
+    Measures the accuracy of each order; the answer is the label of highest log-probability.
 
-    Every model with the same tokenizer gets the same prompts. Raises `ValueError` where they do not fit the context.
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer. Models with the same tokenizer get the same prompts.
+        task: The task.
+
+    Returns:
+        Accuracies over sets and orders.
+
+    Raises:
+        ValueError: The tokenizer is None, or a prompt does not fit the context.
     """
     if tokenizer is None:
         raise ValueError("tokenizer: missing; load the model's own and pass it")
@@ -165,13 +210,29 @@ def measure_order(model: Any, tokenizer: Any, task: OrderTask) -> OrderResult:
         for _ in range(task.orders):
             pairs = arrange(drawn, task.arrangement, source)
             context = "".join(task.demonstration.format(word=word, label=label) for word, label in pairs)
-            chosen = label_log_probs(model, tokenizer, context, questions, drawn.labels).argmax(-1)
-            orders.append((chosen == truth).double().mean().item())
+            log_probs = label_log_probs(model, tokenizer, context, questions=questions, labels=drawn.labels)
+            orders.append((log_probs.argmax(-1) == truth).double().mean().item())
         accuracies.append(tuple(orders))
-    return OrderResult(task.shots, task.labels, task.arrangement, tuple(accuracies))
+    return OrderResult(
+        shots=task.shots, labels=task.labels, arrangement=task.arrangement, accuracies=tuple(accuracies)
+    )
 
 
 def measure_shots(model: Any, tokenizer: Any, task: OrderTask, shots: Sequence[int]) -> Iterator[OrderResult]:
-    """Many-shot: the same task with each number of demonstrations."""
+    """
+    Measures one task with different numbers of demonstrations.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        task: The task; its own number of shots is not used.
+        shots: Numbers of demonstrations.
+
+    Yields:
+        One result per number.
+
+    Raises:
+        ValueError: As `measure_order`.
+    """
     for count in shots:
         yield measure_order(model, tokenizer, replace(task, shots=count))

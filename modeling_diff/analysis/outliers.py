@@ -1,7 +1,7 @@
 """
-The largest activations, and attention on quantised scores (arXiv:2410.05258, section 3.7).
+The largest activations, and attention on quantized scores (arXiv:2410.05258, section 3.7).
 
-B batch, T queries, S keys, H query heads, K key-value heads, D head_dim, N rows.
+B batch, T queries, S keys, H query heads, K key-value heads, D head_dim.
 """
 
 import functools
@@ -26,7 +26,12 @@ BIN_SHIFT = 12
 
 
 class Magnitudes:
-    """Streamed statistics of |x|: the k largest, exactly, and the median, to 0.05 %, in memory that does not grow."""
+    """
+    Streamed statistics of |x| in constant memory: the largest values exactly, and the median to 0.05 %.
+
+    Args:
+        k: How many of the largest values to keep.
+    """
 
     def __init__(self, k: int = 100):
         self.k = k
@@ -34,7 +39,7 @@ class Magnitudes:
         self.bins = torch.zeros(1 << (31 - BIN_SHIFT), dtype=torch.int64)
 
     def update(self, values: torch.Tensor) -> None:
-        """Takes in finite values of any shape."""
+        """Adds finite values of any shape."""
         magnitudes = values.detach().float().abs().flatten()
         top = magnitudes.topk(min(self.k, len(magnitudes))).values.cpu()
         self.largest = torch.cat((self.largest, top)).sort(descending=True).values[: self.k]
@@ -43,40 +48,56 @@ class Magnitudes:
 
     @property
     def count(self) -> int:
+        """Returns the number of values."""
         return int(self.bins.sum())
 
     def top(self, rank: int) -> float:
-        """The value of this rank, counted from 1; NaN beyond what was seen or kept."""
+        """Returns the value of this rank, counted from 1; NaN beyond what was seen or kept."""
         return self.largest[rank - 1].item() if rank <= len(self.largest) else math.nan
 
     def median(self) -> float:
-        """The lower median."""
+        """Returns the lower median; NaN without values."""
         if not self.count:
             return math.nan
-        place = int((self.bins.cumsum(0) >= (self.count + 1) // 2).int().argmax())
-        edges = torch.tensor([place << BIN_SHIFT, ((place + 1) << BIN_SHIFT) - 1], dtype=torch.int32)
+        index = int((self.bins.cumsum(0) >= (self.count + 1) // 2).int().argmax())
+        edges = torch.tensor([index << BIN_SHIFT, ((index + 1) << BIN_SHIFT) - 1], dtype=torch.int32)
         return edges.view(torch.float32).mean().item()
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """Magnitudes of scaled scores before softmax, both maps' in DIFF, and of every layer's output."""
+    """
+    Magnitudes of activations.
+
+    Attributes:
+        attention_logits: Scaled scores before softmax, of both maps in DIFF.
+        hidden_states: Outputs of every layer.
+    """
 
     attention_logits: Magnitudes
     hidden_states: Magnitudes
 
 
-def measure_outliers(model: Any, rows: torch.Tensor, k: int = 100) -> Outliers:
+def measure_outliers(model: Any, input_ids: torch.Tensor, k: int = 100) -> Outliers:
     """
-    Over all positions of `rows` (N, T) of token ids, all heads and all layers.
+    Measures activations over all positions, heads and layers, one text at a time.
 
-    Raises `ValueError` for models whose maps are not known.
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: Texts without padding, (B, T).
+        k: How many of the largest values to keep.
+
+    Returns:
+        Magnitudes of attention logits and of hidden states.
+
+    Raises:
+        ValueError: The model's maps are not known.
     """
     attention_layers(model)
     found = Outliers(Magnitudes(k), Magnitudes(k))
 
     def visit(maps: LayerMaps) -> None:
-        for logits in (maps.first_logits, maps.second_logits):
+        for logits in (maps.positive_logits, maps.negative_logits):
             if logits is not None:
                 found.attention_logits.update(logits[logits.isfinite()])
 
@@ -85,29 +106,37 @@ def measure_outliers(model: Any, rows: torch.Tensor, k: int = 100) -> Outliers:
 
     handles = [layer.register_forward_hook(hook) for layer in decoder_of(model).layers]
     try:
-        for row in rows.to(model.device).split(1):
-            visit_maps(model, row, visit, logits=True)
+        for text in input_ids.to(model.device).split(1):
+            visit_maps(model, text, visit, logits=True)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def quantise(
+def quantize(
     scores: torch.Tensor, bits: int, over: Literal["row", "head"] = "row", visible: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Scores (..., T, S) rounded to 2^bits - 1 levels, symmetric about zero: the largest magnitude of a row, or of a
-    head's whole map, is the outermost. What is not `visible` has no part in it.
+    Rounds scores to 2^bits - 1 levels, symmetric about zero; the outermost is the largest magnitude.
+
+    Args:
+        scores: Attention scores, (..., T, S).
+        bits: Bits per score, at least 2.
+        over: Whether levels are chosen per "row" (query) or per "head".
+        visible: True where a score counts for the largest magnitude. Defaults to everywhere.
+
+    Returns:
+        Scores of the same shape.
     """
     magnitudes = scores.abs() if visible is None else scores.abs().masked_fill(~visible, 0)
     largest = magnitudes.amax(-1 if over == "row" else (-2, -1), keepdim=True)
-    # Where nothing is visible, any step will do that leaves what is hidden finite.
+    # Where nothing is visible, any step that leaves hidden scores finite will do.
     step = torch.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 1)
     return (scores / step).round() * step
 
 
-def quantised_attention_forward(
+def quantized_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -119,22 +148,33 @@ def quantised_attention_forward(
     over: Literal["row", "head"],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention (B, T, H, D) by definition, scores quantised in float32; `query` (B, H, T, D), `key` (B, K, S, D)."""
-    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+    """Computes attention (B, T, H, D) by definition with scores quantized in float32, as an attention interface."""
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(2, 3)).float() * scaling  # (B, H, T, S)
     visible = None if attention_mask is None else attention_mask == 0
-    scores = quantise(scores, bits, over, visible)
+    scores = quantize(scores, bits, over, visible)
     if attention_mask is not None:
         scores = scores + attention_mask
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
 
 
 @contextmanager
-def quantised_scores(model: Any, bits: int, over: Literal["row", "head"] = "row") -> Iterator[Any]:
+def quantized_scores(model: Any, bits: int, over: Literal["row", "head"] = "row") -> Iterator[Any]:
     """
-    Inside, the model's attention logits are quantised, whatever it is asked to do; afterwards it is as before.
+    Quantizes a model's attention logits within a context.
 
-    `bits` 2 to 24. Raises `ValueError` for models whose attention is not known.
+    Args:
+        model: A LLaMA-like or differential model.
+        bits: Bits per score, 2 to 24.
+        over: Whether levels are chosen per "row" (query) or per "head".
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: The model's attention is not known, or an argument is out of range.
     """
     if not 2 <= bits <= 24:
         raise ValueError(f"bits={bits}: 2 to 24, as scores are float32")
@@ -142,8 +182,8 @@ def quantised_scores(model: Any, bits: int, over: Literal["row", "head"] = "row"
         raise ValueError(f"over={over!r}: 'row' or 'head'")
     attention_layers(model)
     before = model.config._attn_implementation
-    name = f"quantised_{bits}_bits_over_{over}"
-    AttentionInterface.register(name, functools.partial(quantised_attention_forward, bits=bits, over=over))
+    name = f"quantized_{bits}_bits_over_{over}"
+    AttentionInterface.register(name, functools.partial(quantized_attention_forward, bits=bits, over=over))
     # Its mask is a float one that is always there.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     model.set_attn_implementation(name)
@@ -154,11 +194,24 @@ def quantised_scores(model: Any, bits: int, over: Literal["row", "head"] = "row"
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: torch.Tensor, batch_size: int = 4) -> float:
-    """Cross entropy in nats a token over `rows` (N, T) of token ids, in float32."""
-    check_token_ids(model, rows, "rows")
+def mean_loss(model: Any, input_ids: torch.Tensor, batch_size: int = 4) -> float:
+    """
+    Computes the mean cross entropy of the next token in float32.
+
+    Args:
+        model: A causal language model.
+        input_ids: Texts without padding, (B, T).
+        batch_size: Texts per batch.
+
+    Returns:
+        The loss in nats/token.
+
+    Raises:
+        ValueError: A token is outside the vocabulary.
+    """
+    check_token_ids(model, input_ids, "rows")
     total = 0.0
-    for part in rows.to(model.device).split(batch_size):
-        logits = model(input_ids=part).logits[:, :-1].float()
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-    return total / rows[:, 1:].numel()
+    for batch in input_ids.to(model.device).split(batch_size):
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / input_ids[:, 1:].numel()

@@ -51,7 +51,7 @@ THEME = (
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], published: Sequence[Sequence[str]] = ()) -> str:
-    """Cells are text; a second column of words stands on the left; `published` rows are set apart."""
+    """Renders a table. Cells are text; a second column of words is aligned left; `published` rows are set apart."""
 
     def line(cells: Sequence[str], tag: str, css: str = "") -> str:
         return f"<tr{css}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -63,13 +63,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], published: Seque
 
 
 def figure(draw: Draw, models: Sequence[dict[str, Any]], caption: str) -> str:
-    """The plot once for each theme, inline."""
+    """Renders a plot inline, once for each theme."""
     images = []
     for name, palette in (("light", LIGHT), ("dark", DARK)):
         buffer = io.BytesIO()
         drawn = draw(models, palette)
         drawn.savefig(buffer, format="png", dpi=144)
-        width = round(102 * drawn.get_size_inches()[0])  # pixels of the page, the same an inch in every plot
+        width = round(102 * drawn.get_size_inches()[0])  # pixels of the page, the same per inch in every plot
         data = base64.b64encode(buffer.getvalue()).decode()
         source = f"data:image/png;base64,{data}"
         images.append(f'<img class={name} width={width} alt="{html.escape(caption)}" src="{source}">')
@@ -77,11 +77,12 @@ def figure(draw: Draw, models: Sequence[dict[str, Any]], caption: str) -> str:
 
 
 def paragraph(text: str, css: str = "") -> str:
+    """Renders a paragraph of text."""
     return f"<p{f' class={css}' if css else ''}>{html.escape(text)}</p>"
 
 
 def page(title: str, sections: dict[str, str]) -> str:
-    """The whole document, from the HTML of each section by its heading. It needs no network and no other file."""
+    """Renders the document from the HTML of each section by its heading. It needs no network and no other file."""
     title = html.escape(title)
     links = "".join(f'<a href="#s{i}">{html.escape(name)}</a>' for i, name in enumerate(sections))
     body = "".join(

@@ -1,4 +1,4 @@
-"""A text as tokens: ids, whether a model knows them, how they are written, which of them a part of it became."""
+"""Tokens of a text: their ids, whether a model knows them, their labels, and those of a part of the text."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,19 @@ import torch
 
 
 def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids (1, T). ValueError for a missing tokenizer or a text without tokens."""
+    """
+    Tokenizes one text.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        text: The text.
+
+    Returns:
+        Token ids, (1, T).
+
+    Raises:
+        ValueError: The tokenizer is None, or the text is empty.
+    """
     if tokenizer is None:
         raise ValueError("tokenizer is None: a text needs the checkpoint's tokenizer; give token ids otherwise.")
     if not text.strip():
@@ -17,9 +29,9 @@ def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
 
 def token_fault(ids: torch.Tensor | Iterable[Any], vocab_size: int) -> str | None:
     """
-    What is wrong with token ids for an embedding of `vocab_size` rows, None if all are known.
+    Returns what is wrong with token ids for an embedding of `vocab_size` rows, or None.
 
-    Every command and measure asks here: PyTorch says no more than "index out of range", and on a GPU not even where.
+    Every command and measurement checks here: PyTorch only says "index out of range", and on a GPU not even where.
     """
     if isinstance(ids, torch.Tensor):
         ids = (int(extreme) for extreme in torch.aminmax(ids)) if ids.numel() else ()
@@ -33,13 +45,23 @@ def token_fault(ids: torch.Tensor | Iterable[Any], vocab_size: int) -> str | Non
 
 
 def check_token_ids(model: Any, ids: torch.Tensor | Iterable[Any], what: str) -> None:
-    """ValueError for ids that `model` has no embedding for; `what` they are begins the message."""
+    """Raises `ValueError` for ids that `model` has no embedding for; `what` they are begins the message."""
     if fault := token_fault(ids, model.config.vocab_size):
         raise ValueError(f"{what}: {fault}.")
 
 
 def token_labels(tokenizer: Any, input_ids: Sequence[int]) -> list[str]:
-    """Each token as text; as the tokenizer's own piece where it is part of a character; as its number without one."""
+    """
+    Labels tokens with their text.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer, or None.
+        input_ids: Token ids.
+
+    Returns:
+        Each token as text, as the tokenizer's own piece where it is part of a character, or as its number without a
+        tokenizer.
+    """
     if tokenizer is None:
         return [str(token) for token in input_ids]
     labels = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in input_ids]
@@ -49,15 +71,24 @@ def token_labels(tokenizer: Any, input_ids: Sequence[int]) -> list[str]:
 
 def token_span(tokenizer: Any, text: str, characters: tuple[int, int]) -> tuple[int, int]:
     """
-    First token, and one past the last, that characters [start, end) of a text became, special tokens counted.
+    Finds the tokens of a part of a text.
 
-    Raises ValueError for a tokenizer that does not tell, and for characters that became no token.
+    Args:
+        tokenizer: A fast tokenizer.
+        text: The whole text.
+        characters: The part, characters [start, end).
+
+    Returns:
+        Positions [start, end) of its tokens, special tokens counted.
+
+    Raises:
+        ValueError: The tokenizer is a slow one, or the characters are part of no token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not tell where tokens stand; load the fast one.")
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
     start, end = characters
-    touched = [place for place, (first, last) in enumerate(offsets) if first < end and last > start]
-    if not touched:
+    positions = [position for position, (first, last) in enumerate(offsets) if first < end and last > start]
+    if not positions:
         raise ValueError(f"characters={characters}: no token of the text stands there; it has {len(text)} characters.")
-    return touched[0], touched[-1] + 1
+    return positions[0], positions[-1] + 1

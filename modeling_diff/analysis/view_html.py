@@ -1,5 +1,5 @@
 """
-One self-contained HTML page to look at attention with: no server, no network, opens from disk.
+One self-contained HTML page that shows attention: no server, no network, opens from disk.
 
 B batch (1 here), H heads, M maps of a head (2 where the layer subtracts, else 1), T shown tokens.
 """
@@ -24,8 +24,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 PARTS = {"STYLE": "view.css", "NUMBERS": "view_numbers.js", "VIEW": "view.js", "PAGE": "view_page.js"}
 MAX_TOKENS = 512
 MAX_BYTES = 32_000_000
-QUANTISATION = (
-    "Maps are stored as 8 bits a weight, round(255 sqrt(w)): a weight w shown is within sqrt(w)/255 of the model's, "
+QUANTIZATION = (
+    "Maps are stored as 8 bits per weight, round(255 sqrt(w)): a weight w shown is within sqrt(w)/255 of the model's, "
     "0.002 at 0.25, and below 0.000004 it is 0. lambda is float32. Differences and means are computed in the page "
     "from these numbers."
 )
@@ -33,30 +33,50 @@ QUANTISATION = (
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer's maps as the page gets them: `quantise`d, the lower triangle row by row."""
+    """
+    One layer's maps as the page gets them.
+
+    Attributes:
+        layer: The layer, from 0.
+        heads: The heads, H of them.
+        is_differential: Whether a head has two maps.
+        maps: The lower triangles of `quantize`d maps row by row, (H, M, T (T + 1) / 2), uint8.
+        outside: `quantize`d weights on tokens before the first shown, (H, M, T), uint8.
+        diff_lambda: lambda, (H, T), float32; None where the layer subtracts nothing.
+    """
 
     layer: int
     heads: list[int]
     is_differential: bool
-    maps: numpy.ndarray  # (H, M, T (T + 1) / 2) uint8
-    outside: numpy.ndarray  # (H, M, T) uint8, weight on tokens before the first shown
-    diff_lambda: numpy.ndarray | None  # (H, T) float32
+    maps: numpy.ndarray
+    outside: numpy.ndarray
+    diff_lambda: numpy.ndarray | None
 
 
 @dataclass(frozen=True)
 class AttentionView:
-    """One model's attention over one text, ready to be written."""
+    """
+    One model's attention over one text, for `write_html`.
+
+    Attributes:
+        name: Name of the model.
+        tokens: The shown tokens as text.
+        start: Position of the first of them.
+        num_tokens: Tokens of the whole text.
+        layers: The shown layers.
+        left_out: Notes on what is not shown.
+    """
 
     name: str
     tokens: list[str]
-    start: int  # position of the first shown token
-    num_tokens: int  # of the whole text
+    start: int
+    num_tokens: int
     layers: list[StoredLayer]
     left_out: list[str] = field(default_factory=list)
 
 
-def quantise(weights: torch.Tensor) -> numpy.ndarray:
-    """Weights in [0, 1] as uint8, round(255 sqrt(w))."""
+def quantize(weights: torch.Tensor) -> numpy.ndarray:
+    """Returns weights in [0, 1] as uint8, round(255 sqrt(w))."""
     return (255 * weights.clamp(0, 1).sqrt()).round().to(torch.uint8).cpu().numpy()
 
 
@@ -73,11 +93,24 @@ def view_attention(
     max_bytes: int = MAX_BYTES,
 ) -> AttentionView:
     """
-    Collects the maps of one text (1, T) for a page; `labels` are its tokens as text.
+    Collects the maps of one text for a page. What does not fit is listed in the view and in the page.
 
-    At most `max_tokens` are shown, from position `start` on (by default the last ones): the model still reads them
-    all. Evenly spaced layers, then heads, are kept where all would be more than `max_bytes`. What was left out is
-    listed in the view, and in the page. Raises ValueError as `visit_maps` does, and for more than one text.
+    Args:
+        model: A LLaMA-like or differential model.
+        input_ids: One text, (1, T). The model reads all of it.
+        labels: Its tokens as text.
+        name: Name of the model.
+        layers: The layers. Defaults to all.
+        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all.
+        start: Position of the first token to show. Defaults to showing the last tokens.
+        max_tokens: The largest number of tokens to show.
+        max_bytes: The largest size of all maps, in bytes. Above it, evenly spaced layers are kept, then heads.
+
+    Returns:
+        The view.
+
+    Raises:
+        ValueError: There is more than one text, or `visit_maps` refuses an argument.
     """
     if input_ids.dim() != 2 or len(input_ids) != 1 or len(labels) != input_ids.shape[1]:
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} with {len(labels)} labels: give one text.")
@@ -103,11 +136,16 @@ def view_attention(
 def _chosen(
     model: nn.Module, layers: Sequence[int] | None, heads: Heads | None
 ) -> dict[int, tuple[AttentionLayer, list[int]]]:
-    """The chosen heads of each chosen layer; what is out of range is left for `visit_maps` to name."""
+    """Returns the chosen heads of each chosen layer; `visit_maps` names those that are out of range."""
     known = {layer.index: layer for layer in attention_layers(model)}
-    wanted = (heads if isinstance(heads, Mapping) else known) if layers is None else layers
+    if layers is not None:
+        wanted = list(layers)
+    elif isinstance(heads, Mapping):
+        wanted = list(heads)
+    else:
+        wanted = list(known)
     if not wanted or any(index not in known for index in wanted):
-        raise ValueError(f"layers={list(wanted)}: there are {len(known)} layers, counted from 0; choose among them.")
+        raise ValueError(f"layers={wanted}: there are {len(known)} layers, counted from 0; choose among them.")
     of_layer = {index: heads.get(index) if isinstance(heads, Mapping) else heads for index in wanted}
     return {
         index: (known[index], list(range(known[index].num_heads)) if chosen is None else list(chosen))
@@ -128,13 +166,14 @@ def _token_note(shown: range, num_tokens: int, max_tokens: int) -> list[str]:
 def _fit(
     chosen: dict[int, tuple[AttentionLayer, list[int]]], num_shown: int, max_bytes: int
 ) -> tuple[dict[int, list[int]], list[str]]:
-    """Evenly spaced layers, then evenly spaced heads of them, whose maps fit; and what had to go."""
+    """Keeps evenly spaced layers, then evenly spaced heads of them, whose maps fit; notes what was left out."""
     map_bytes = num_shown * (num_shown + 1) // 2
 
     def size(layers: Sequence[int], num_heads: int) -> int:
         return sum(min(num_heads, len(chosen[i][1])) * (1 + chosen[i][0].is_differential) for i in layers) * map_bytes
 
-    layers, num_heads = list(chosen), max(len(heads) for _, heads in chosen.values())
+    layers = list(chosen)
+    num_heads = max(len(heads) for _, heads in chosen.values())
     while len(layers) > 1 and size(layers, num_heads) > max_bytes:
         layers = _spread(list(chosen), len(layers) - 1)
     while num_heads > 1 and size(layers, num_heads) > max_bytes:
@@ -145,40 +184,42 @@ def _fit(
         notes.append(f"Layers {', '.join(map(str, dropped))}: every few are kept, {limit}. Means are over those kept.")
     kept = {layer: _spread(chosen[layer][1], num_heads) for layer in layers}
     if any(len(kept[layer]) < len(chosen[layer][1]) for layer in layers):
-        notes.append(f"All but {num_heads} heads of a layer, {limit}. Means are over those kept.")
+        notes.append(f"All but {num_heads} heads per layer, {limit}. Means are over those kept.")
     return kept, notes
 
 
 def _spread(items: list[int], count: int) -> list[int]:
-    """`count` of the items, evenly spaced, first and last among them; all if there are no more."""
+    """Returns `count` of the items, evenly spaced, with the first and the last; all if there are no more."""
     if count >= len(items):
         return items
-    return [items[round(place)] for place in numpy.linspace(0, len(items) - 1, count)]
+    return [items[round(index)] for index in numpy.linspace(0, len(items) - 1, count)]
 
 
 def _empty(maps: LayerMaps, num_shown: int) -> StoredLayer:
-    num_heads, num_maps = len(maps.heads), 1 if maps.second is None else 2
+    num_heads = len(maps.heads)
+    num_maps = 1 if maps.negative is None else 2
     return StoredLayer(
-        maps.layer,
-        maps.heads.tolist(),
-        maps.second is not None,
-        numpy.zeros((num_heads, num_maps, num_shown * (num_shown + 1) // 2), numpy.uint8),
-        numpy.zeros((num_heads, num_maps, num_shown), numpy.uint8),
-        None if maps.diff_lambda is None else numpy.zeros((num_heads, num_shown), numpy.float32),
+        layer=maps.layer,
+        heads=maps.heads.tolist(),
+        is_differential=maps.negative is not None,
+        maps=numpy.zeros((num_heads, num_maps, num_shown * (num_shown + 1) // 2), numpy.uint8),
+        outside=numpy.zeros((num_heads, num_maps, num_shown), numpy.uint8),
+        diff_lambda=None if maps.diff_lambda is None else numpy.zeros((num_heads, num_shown), numpy.float32),
     )
 
 
 def _store_rows(stored: StoredLayer, maps: LayerMaps, start: int) -> None:
-    both = [maps.first] if maps.second is None else [maps.first, maps.second]
-    weights = torch.stack([part[0] for part in both], dim=1)  # (H, M, Q, S)
-    quantised, outside = quantise(weights), quantise(weights[..., :start].sum(-1))
-    for row, position in enumerate(maps.queries.tolist()):
-        place = position - start
-        first = place * (place + 1) // 2
-        stored.maps[:, :, first : first + place + 1] = quantised[:, :, row, start : position + 1]
-        stored.outside[:, :, place] = outside[:, :, row]
+    pair = [maps.positive] if maps.negative is None else [maps.positive, maps.negative]
+    weights = torch.stack([part[0] for part in pair], dim=1)  # (H, M, Q, S)
+    quantized = quantize(weights)
+    outside = quantize(weights[..., :start].sum(-1))
+    for query, position in enumerate(maps.queries.tolist()):
+        row = position - start  # of the page
+        first = row * (row + 1) // 2
+        stored.maps[:, :, first : first + row + 1] = quantized[:, :, query, start : position + 1]
+        stored.outside[:, :, row] = outside[:, :, query]
         if stored.diff_lambda is not None:
-            stored.diff_lambda[:, place] = maps.diff_lambda[0, :, row, 0].float().cpu().numpy()
+            stored.diff_lambda[:, row] = maps.diff_lambda[0, :, query, 0].float().cpu().numpy()
 
 
 def write_html(
@@ -187,24 +228,34 @@ def write_html(
     """
     Writes one page with one model, or two side by side.
 
-    `mark` is a span of shown tokens (first, last), counted within the page, whose share of attention is shown from
-    the start. Raises ValueError for no view, or more than two.
+    Args:
+        views: One or two views.
+        path: The file to write. Missing folders are created.
+        title: Title of the page.
+        mark: First and last token of a marked span, counted from the first shown, whose share of attention the page
+            shows when it opens.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There is no view or more than two, or the mark is out of range.
     """
     if not 1 <= len(views) <= 2:
         raise ValueError(f"{len(views)} views: a page shows one model, or two side by side.")
     if mark is not None and not 0 <= mark[0] <= mark[1] < min(len(view.tokens) for view in views):
         raise ValueError(f"mark={mark}: first and last shown token, counted from 0.")
     payload = {
-        "quantisation": QUANTISATION,
+        "quantization": QUANTIZATION,
         "mark": mark,
         "models": [_payload(view) for view in views],
     }
     data = json.dumps(payload, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (TEMPLATES / "view.html").read_text(encoding="utf-8")
-    texts = {place: (TEMPLATES / name).read_text(encoding="utf-8") for place, name in PARTS.items()}
-    parts = texts | {"TITLE": html.escape(title), "DATA": data}
-    pieces = page.split("@@")  # text, place, text, place, ..., text: what is put in is not looked at again
-    pieces[1::2] = [parts[place] for place in pieces[1::2]]
+    parts = {name: (TEMPLATES / file).read_text(encoding="utf-8") for name, file in PARTS.items()}
+    parts |= {"TITLE": html.escape(title), "DATA": data}
+    pieces = page.split("@@")  # text, name, text, name, ..., text: what is inserted is not searched for names
+    pieces[1::2] = [parts[name] for name in pieces[1::2]]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(pieces), encoding="utf-8")

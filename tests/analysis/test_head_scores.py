@@ -30,15 +30,13 @@ from modeling_diff.analysis.head_scores import (
     RetrievalPrompt,
     greedy,
     repeated_tokens,
-    score_grid,
     score_heads,
     score_induction,
     score_patterns,
     score_retrieval,
-    score_table,
-    write_scores,
 )
 from modeling_diff.analysis.needles import library_text
+from modeling_diff.analysis.score_tables import score_grid, score_table, write_scores
 
 
 WORDS = range(1, VOCABULARY)
@@ -139,7 +137,7 @@ def test_the_reports_needles_begin_with_the_space_that_is_a_token(llama, monkeyp
         report_measurements, "score_heads", lambda model, rows, prompts, **rest: given.extend(prompts) or []
     )
     effort = report_measurements.Effort((128,), head_prompts=3)
-    report_measurements._heads(llama, tokenizer, library_text(20_000), texts(), effort)
+    report_measurements._heads(llama, tokenizer, library_text(20_000), input_ids=texts(), effort=effort)
     assert len(given) == 3
     for prompt in given:
         text = "".join(tokenizer.convert_ids_to_tokens(prompt.input_ids)).replace("\u2581", " ")
@@ -239,8 +237,8 @@ def test_pairs_show_which_roles_a_conversion_paired(llama_folder, scores, tmp_pa
         measure=False,
     )
     pairs = {(pair.layer, pair.head): pair for pair in paired_scores(scores, tmp_path / "chosen")}
-    assert pairs[0, 0].positive.first_token > 0.99 and pairs[0, 0].subtracted.previous_token > 0.99
-    assert (pairs[1, 1].positive.head, pairs[1, 1].subtracted.head) == (2, 3)  # neighbours, where nothing was chosen
+    assert pairs[0, 0].positive.first_token > 0.99 and pairs[0, 0].negative.previous_token > 0.99
+    assert (pairs[1, 1].positive.head, pairs[1, 1].negative.head) == (2, 3)  # neighbors, where nothing was chosen
 
 
 def test_default_pairs_of_grouped_heads_are_the_converters(tmp_path):

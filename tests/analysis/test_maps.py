@@ -103,7 +103,7 @@ def test_both_maps_and_lambda_equal_their_definition(variant):
     maps = collect_maps(model, ids, layers=[0], heads=[3, 0])[0]
     for place, head in enumerate((3, 0)):
         kv_head = head // 2
-        for m, computed in enumerate((maps.first, maps.second)):
+        for m, computed in enumerate((maps.positive, maps.negative)):
             key = 2 * kv_head + m if variant == "v1" else kv_head
             expected = map_by_definition(attention, hidden, 2 * head + m, key, attention.map_dim)
             torch.testing.assert_close(computed[0, place].double(), expected, **TOLERANCE)
@@ -133,9 +133,9 @@ def test_difference_equals_eager_attentions(variant, padding):
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_rows_sum_to_one_and_the_difference_to_one_minus_lambda(variant):
     for layer in collect_maps(diff_model(variant), tokens()):
-        ones = torch.ones(layer.first.shape[:3])
-        torch.testing.assert_close(layer.first.sum(-1), ones, **TOLERANCE)
-        torch.testing.assert_close(layer.second.sum(-1), ones, **TOLERANCE)
+        ones = torch.ones(layer.positive.shape[:3])
+        torch.testing.assert_close(layer.positive.sum(-1), ones, **TOLERANCE)
+        torch.testing.assert_close(layer.negative.sum(-1), ones, **TOLERANCE)
         torch.testing.assert_close(layer.difference().sum(-1), (1 - layer.diff_lambda[..., 0]), **TOLERANCE)
 
 
@@ -165,7 +165,7 @@ def test_maps_of_llama_like_models_equal_eager_attentions(model_class, config_cl
     model, ids = build(model_class, config_class, **overrides), tokens()
     maps = collect_maps(model, ids)
     for layer, attentions in zip(maps, eager_maps(model, ids), strict=True):
-        assert layer.second is None and layer.diff_lambda is None
+        assert layer.negative is None and layer.diff_lambda is None
         torch.testing.assert_close(layer.difference(), attentions, **TOLERANCE)
 
 
@@ -185,14 +185,14 @@ def test_chosen_queries_heads_and_layers_are_parts_of_the_whole():
     part = collect_maps(model, ids, heads={2: [3, 1], 0: [2]}, queries=[16, 4, 9], block=2)
     assert [layer.layer for layer in part] == [0, 2]
     assert part[1].heads.tolist() == [3, 1] and part[1].queries.tolist() == [16, 4, 9]
-    torch.testing.assert_close(part[1].second, whole[2].second[:, [3, 1]][:, :, [16, 4, 9]], **TOLERANCE)
+    torch.testing.assert_close(part[1].negative, whole[2].negative[:, [3, 1]][:, :, [16, 4, 9]], **TOLERANCE)
     torch.testing.assert_close(part[0].diff_lambda, whole[0].diff_lambda[:, [2]][:, :, [16, 4, 9]], **TOLERANCE)
 
 
 def test_logits_are_the_scores_before_softmax():
     model, ids = diff_model("v1"), tokens()
     (maps,) = collect_maps(model, ids, layers=[1], logits=True, block=5)
-    for attention, scores in ((maps.first, maps.first_logits), (maps.second, maps.second_logits)):
+    for attention, scores in ((maps.positive, maps.positive_logits), (maps.negative, maps.negative_logits)):
         torch.testing.assert_close(scores.softmax(-1), attention, **TOLERANCE)
         hidden_from_query = torch.ones(17, 17).triu(1).bool()
         assert (scores[..., hidden_from_query] == -torch.inf).all() and scores[
@@ -205,25 +205,25 @@ def test_padding_is_not_attended_to_and_has_rows_of_zero():
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     (maps,) = collect_maps(llama(), ids, attention_mask=mask, layers=[1])
-    assert maps.first[0, :, :, :4].eq(0).all() and maps.first[0, :, :4].eq(0).all()
-    torch.testing.assert_close(maps.first[0, :, 4:].sum(-1), torch.ones(4, 13), **TOLERANCE)
+    assert maps.positive[0, :, :, :4].eq(0).all() and maps.positive[0, :, :4].eq(0).all()
+    torch.testing.assert_close(maps.positive[0, :, 4:].sum(-1), torch.ones(4, 13), **TOLERANCE)
 
 
 def test_low_precision_models_give_float32_maps():
     (maps,) = collect_maps(diff_model("v2").bfloat16(), tokens(), layers=[0])
-    assert maps.first.dtype == maps.diff_lambda.dtype == torch.float32
-    torch.testing.assert_close(maps.first.sum(-1), torch.ones(2, 4, 17), **TOLERANCE)  # bfloat16 would miss by 1e-3
+    assert maps.positive.dtype == maps.diff_lambda.dtype == torch.float32
+    torch.testing.assert_close(maps.positive.sum(-1), torch.ones(2, 4, 17), **TOLERANCE)  # bfloat16 would miss by 1e-3
 
 
 @allow_peft
 def test_adapters_count():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model, ids = diff_model("v2"), tokens()
-    bare = collect_maps(model, ids)[0].first
+    bare = collect_maps(model, ids)[0].positive
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "lambda_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora).eval()
     maps = collect_maps(adapted, ids)
-    assert (maps[0].first - bare).abs().max() > 0.05
+    assert (maps[0].positive - bare).abs().max() > 0.05
     for layer, attentions in zip(maps, eager_maps(adapted.get_base_model(), ids), strict=True):
         torch.testing.assert_close(layer.difference(), attentions, **TOLERANCE)
 
@@ -312,7 +312,7 @@ def test_transformers_own_diffllama_is_refused_with_the_way_out():
 def test_backbones_and_heads_have_the_same_maps():
     model, ids = diff_model("v1"), tokens()
     with_head, without = collect_maps(model, ids), collect_maps(model.model, ids)
-    assert all(torch.equal(a.first, b.first) for a, b in zip(with_head, without, strict=True))
+    assert all(torch.equal(a.positive, b.positive) for a, b in zip(with_head, without, strict=True))
 
 
 MEMORY_SCRIPT = """

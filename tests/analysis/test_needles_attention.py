@@ -68,7 +68,8 @@ def test_llamas_shares_are_those_of_its_own_attentions(tokenizer, prompts):
         start, end = place_of_number(tokenizer, prompt)
         found.append(maps[..., LENGTH : LENGTH + 4, start:end].sum(-1).mean())
     model.float()
-    assert mass.answer("first") == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)  # float32 against float64
+    # float32 against float64
+    assert mass.answer("positive") == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
@@ -84,8 +85,8 @@ def test_diff_shares_are_those_of_the_eager_maps(tokenizer, prompts, variant):
         diff_lambda = both.diff_lambda if variant == "v1" else both.diff_lambda.transpose(1, 2).unsqueeze(-1)
         difference = (both.positive - diff_lambda * both.negative)[:, :, LENGTH : LENGTH + 4]
         views = {
-            "first": both.positive[:, :, LENGTH : LENGTH + 4],
-            "second": both.negative[:, :, LENGTH : LENGTH + 4],
+            "positive": both.positive[:, :, LENGTH : LENGTH + 4],
+            "negative": both.negative[:, :, LENGTH : LENGTH + 4],
             "clamped": difference.relu() / difference.relu().sum(-1, keepdim=True),
             "absolute": difference.abs() / difference.abs().sum(-1, keepdim=True),
             "signed": difference,

@@ -55,7 +55,7 @@ def right(facts, asked):
     return f" {facts[asked]}.\nThe magic"
 
 
-def neighbour(facts, asked):
+def neighbor(facts, asked):
     return f" {next(number for city, number in facts.items() if city != asked)}."
 
 
@@ -72,12 +72,12 @@ def test_accuracy_is_the_share_of_right_numbers(tokenizer, filler, choose, accur
 
 def test_another_citys_number_is_wrong(tokenizer, filler):
     grid = NeedleGrid((200,), (0.5,), ((3, 2), (6, 6)), samples=2)
-    results = run_grid(Reader(tokenizer, neighbour), tokenizer, filler, grid)
+    results = run_grid(Reader(tokenizer, neighbor), tokenizer, filler, grid)
     assert [result.accuracy for result in results] == [0.0, 0.0]
 
 
 def test_a_model_answers_behind_its_own_answers(tokenizer, filler):
-    model = Reader(tokenizer, neighbour)
+    model = Reader(tokenizer, neighbor)
     (prompt,) = make_prompts(NeedleTask(250, 0.5, 3, 2), tokenizer, filler, 1)
     ((first, _),) = answer_prompts(model, tokenizer, [prompt])
     assert first != prompt.asked[0].number

@@ -1,4 +1,4 @@
-"""The largest activations are found, and quantised scores are quantised as they should be."""
+"""The largest activations are found, and quantized scores are quantized as they should be."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from modeling_diff.analysis.outliers import (
     Magnitudes,
     mean_loss,
     measure_outliers,
-    quantise,
-    quantised_attention_forward,
-    quantised_scores,
+    quantize,
+    quantized_attention_forward,
+    quantized_scores,
 )
 
 
@@ -82,15 +82,15 @@ def test_levels_are_symmetric_and_reach_the_largest():
     scores = torch.tensor([[-4.0, 1.0, 2.1, 4.0], [0.0, 0.3, 0.0, -0.1], [0.0, 0.0, 0.0, 0.0]])
     third = 4 / 3
     expected = torch.tensor([[-4, third, 2 * third, 4], [0, 0.3, 0, -0.1], [0, 0, 0, 0]])
-    torch.testing.assert_close(quantise(scores, 3), expected)  # 7 levels; 4 / 3 and 0.1 apart
+    torch.testing.assert_close(quantize(scores, 3), expected)  # 7 levels; 4 / 3 and 0.1 apart
     by_head = torch.tensor([[-4, third, 2 * third, 4], [0, 0, 0, 0], [0, 0, 0, 0]])
-    torch.testing.assert_close(quantise(scores, 3, "head"), by_head)
-    assert quantise(scores, 2).unique().tolist() == pytest.approx([-4, 0, 0.3, 4])
+    torch.testing.assert_close(quantize(scores, 3, "head"), by_head)
+    assert quantize(scores, 2).unique().tolist() == pytest.approx([-4, 0, 0.3, 4])
 
 
 def test_what_is_hidden_does_not_stretch_the_levels():
     visible = torch.tensor([True, True, False])
-    assert quantise(torch.tensor([[0.6, 1.0, 90.0]]), 2, visible=visible)[0, :2].tolist() == [1.0, 1.0]
+    assert quantize(torch.tensor([[0.6, 1.0, 90.0]]), 2, visible=visible)[0, :2].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_many_bits_change_nothing(kind, over, rows):
     padded[1, :6], mask[1, :6] = 3, 0  # a token that is embedded, as an end of text is
     with torch.no_grad():
         before = model(padded, attention_mask=mask).logits
-        with quantised_scores(model, 24, over):
+        with quantized_scores(model, 24, over):
             inside = model(padded, attention_mask=mask).logits
         after = model(padded, attention_mask=mask).logits
     torch.testing.assert_close(inside[mask.bool()], before[mask.bool()], atol=1e-4, rtol=1e-4)  # 24 bits, float32
@@ -115,18 +115,18 @@ def test_many_bits_change_nothing(kind, over, rows):
 def test_few_bits_change_the_loss_and_the_model_comes_back(kind, rows):
     model = build(kind)
     name, before = model.config._attn_implementation, mean_loss(model, rows)
-    with quantised_scores(model, 2):
+    with quantized_scores(model, 2):
         assert abs(mean_loss(model, rows) - before) > 1e-3
-    with pytest.raises(RuntimeError), quantised_scores(model, 4):
+    with pytest.raises(RuntimeError), quantized_scores(model, 4):
         raise RuntimeError
     assert model.config._attn_implementation == name and mean_loss(model, rows) == before
 
 
-def test_quantised_attention_is_its_definition():
+def test_quantized_attention_is_its_definition():
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
     mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
-    output, _ = quantised_attention_forward(None, query, key, value, mask, 0.5, bits=4, over="row")
+    output, _ = quantized_attention_forward(None, query, key, value, mask, 0.5, bits=4, over="row")
     for head in range(4):
         for i in range(5):
             scores = [0.5 * float(query[0, head, i].double() @ key[0, head // 2, j].double()) for j in range(i + 1)]
@@ -137,10 +137,10 @@ def test_quantised_attention_is_its_definition():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_runs_on_quantised_scores(kind, rows):
+def test_generation_runs_on_quantized_scores(kind, rows):
     model = build(kind)
     before = model.generate(rows, max_new_tokens=4, do_sample=False)
-    with quantised_scores(model, 20):
+    with quantized_scores(model, 20):
         assert torch.equal(model.generate(rows, max_new_tokens=4, do_sample=False), before)
 
 
@@ -151,12 +151,12 @@ def test_mean_loss_is_transformers_own(rows):
 
 def test_bad_settings_are_refused(rows):
     model = build("llama")
-    with pytest.raises(ValueError, match="bits=1: 2 to 24"), quantised_scores(model, 1):
+    with pytest.raises(ValueError, match="bits=1: 2 to 24"), quantized_scores(model, 1):
         pass
-    with pytest.raises(ValueError, match="over='tensor'"), quantised_scores(model, 8, "tensor"):
+    with pytest.raises(ValueError, match="over='tensor'"), quantized_scores(model, 8, "tensor"):
         pass
     other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=1))
-    with pytest.raises(ValueError, match="model_type='gpt2': how it attends is not known"), quantised_scores(other, 8):
+    with pytest.raises(ValueError, match="model_type='gpt2': how it attends is not known"), quantized_scores(other, 8):
         pass
     with pytest.raises(ValueError, match="model_type='gpt2'"):
         measure_outliers(other, rows)

@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
-from modeling_diff.analysis.aggregate import attention_to_span, mean_maps, normalise, top_keys, weights_of
+from modeling_diff.analysis.aggregate import attention_to_span, mean_maps, normalize, top_keys, weights_of
 from modeling_diff.analysis.maps import collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels
-from modeling_diff.analysis.view_html import quantise, view_attention, write_html
+from modeling_diff.analysis.view_html import quantize, view_attention, write_html
 
 
 SIZES = {
@@ -39,15 +39,15 @@ def tokens(length=20, batch_size=1):
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
-@pytest.mark.parametrize("normalisation", ["none", "sum", "absolute"])
-def test_streamed_means_equal_means_of_whole_maps(variant, normalisation):
+@pytest.mark.parametrize("normalization", ["none", "sum", "absolute"])
+def test_streamed_means_equal_means_of_whole_maps(variant, normalization):
     model, ids = diff_model(variant), tokens(batch_size=2)
-    differences = [layer.first - layer.diff_lambda * layer.second for layer in collect_maps(model, ids)]
+    differences = [layer.positive - layer.diff_lambda * layer.negative for layer in collect_maps(model, ids)]
     weights = torch.stack(differences)  # (L, B, H, Q, S)
-    if normalisation != "none":
-        weights = weights / (weights if normalisation == "sum" else weights.abs()).sum(-1, keepdim=True)
+    if normalization != "none":
+        weights = weights / (weights if normalization == "sum" else weights.abs()).sum(-1, keepdim=True)
     for over, dims in (("heads", 2), ("layers", 0), ("both", (0, 2))):
-        mean = mean_maps(model, ids, over=over, normalisation=normalisation, block=7)
+        mean = mean_maps(model, ids, over=over, normalization=normalization, block=7)
         # The same sums of float32 numbers in another order; rows over a small sum of 1 - lambda are large.
         torch.testing.assert_close(mean, weights.mean(dims), atol=1e-5, rtol=1e-5)
 
@@ -67,7 +67,7 @@ def test_span_and_all_else_add_up():
     assert inside.tolist() == [0.5, 0.0] and elsewhere.tolist() == [0.5, 0.0]
     inside, elsewhere = attention_to_span(weights, [1, 2], "none")
     assert inside.tolist() == [0.0, 0.0] and elsewhere.tolist() == [0.5, 0.0]
-    assert normalise(weights, "sum")[0].tolist() == [1.0, -0.5, 0.5, 0.0]
+    assert normalize(weights, "sum")[0].tolist() == [1.0, -0.5, 0.5, 0.0]
     assert top_keys(weights, 3) == [[0, 1, 2], []]
 
 
@@ -87,7 +87,7 @@ def test_pages_store_maps_within_their_stated_precision(variant):
     (stored,) = view.layers
     assert stored.heads == [2, 0] and view.left_out == []
     for head in range(2):
-        for which, exact in enumerate((maps.first, maps.second)):
+        for which, exact in enumerate((maps.positive, maps.negative)):
             exact = exact[0, head].double().numpy()
             error = numpy.abs(stored_weights(stored, head, which) - exact)
             # Half a step of sqrt(w) is 0.5 / 255, and w is its square.
@@ -100,7 +100,7 @@ def test_long_texts_show_a_window_and_say_so():
     view = view_attention(diff_model(), ids, [str(i) for i in range(60)], "model", max_tokens=16)
     assert view.tokens == [str(i) for i in range(44, 60)] and view.start == 44
     assert "44 of 60 tokens" in view.left_out[0] and "44 to 59" in view.left_out[0]
-    exact = collect_maps(diff_model(), ids, layers=[0])[0].first[0, 1, 50]
+    exact = collect_maps(diff_model(), ids, layers=[0])[0].positive[0, 1, 50]
     inside = stored_weights(view.layers[0], 1, 0)[6]
     assert inside[:7] == pytest.approx(exact[44:51].numpy(), abs=0.004)
     assert (view.layers[0].outside[1, 0, 6] / 255.0) ** 2 == pytest.approx(exact[:44].sum().item(), abs=0.004)
@@ -133,8 +133,8 @@ def test_512_tokens_make_a_page_of_a_few_megabytes(tmp_path):
     assert write_html([view], tmp_path / "view.html").stat().st_size < 5e6  # 24 maps of 131 KB, in base64
 
 
-def test_quantisation_keeps_zero_and_one():
-    assert quantise(torch.tensor([0.0, 1.0, 0.25])).tolist() == [0, 255, 128]
+def test_quantization_keeps_zero_and_one():
+    assert quantize(torch.tensor([0.0, 1.0, 0.25])).tolist() == [0, 255, 128]
 
 
 class Letters:
@@ -169,7 +169,7 @@ def test_tokens_are_shown_as_text_or_as_pieces():
         (lambda: view_attention(diff_model(), tokens(641), ["x"] * 641, "m"), "max_position_embeddings=640"),
         (lambda: weights_of(collect_maps(llama(), tokens())[0], "negative"), "subtracts no map"),
         (lambda: weights_of(collect_maps(llama(), tokens())[0], "both"), "kind='both'"),
-        (lambda: normalise(torch.ones(2), "max"), "normalisation='max'"),
+        (lambda: normalize(torch.ones(2), "max"), "normalization='max'"),
         (lambda: attention_to_span(torch.ones(2, 3), [3]), "span=\\[3\\]"),
         (lambda: mean_maps(llama(), tokens(), over="texts"), "over='texts'"),
     ],
@@ -186,7 +186,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     model, ids, labels = diff_model(), tokens(), ["a$b", "\n", " ", *["word"] * 17]
     (maps,) = collect_maps(model, ids, layers=[1])
     figures = {
-        "map": map_figure({"one": maps.difference()[0, 0], "two": maps.first[0, 0]}, labels),
+        "map": map_figure({"one": maps.difference()[0, 0], "two": maps.positive[0, 0]}, labels),
         "heads": heads_figure(maps),
         "pair": pair_figure(maps, 2, labels),
         "scores": score_figure({"induction": torch.rand(3, 4), "retrieval": torch.full((3, 4), torch.nan)}, "model"),
@@ -205,7 +205,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     with pytest.raises(ValueError, match=r"\.png or \.svg"):
         save_figure(figures["map"], tmp_path / "map.jpg")
     with pytest.raises(ValueError, match="3 labels for 20 keys"):
-        map_figure({"one": maps.first[0, 0]}, ["a"] * 3)
+        map_figure({"one": maps.positive[0, 0]}, ["a"] * 3)
     with pytest.raises(ValueError, match="head=9"):
         pair_figure(maps, 9)
 

@@ -142,12 +142,12 @@ def test_pages_open_without_a_word_a_request_or_overflow(browser, pages, name):
 
 
 @pytest.mark.parametrize("kind", ["positive", "negative", "difference"])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_the_pages_means_equal_the_librarys(browser, pages, kind, normalised):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_pages_means_equal_the_librarys(browser, pages, kind, normalized):
     open_page(browser, pages / "one.html")
     script = "return panels[0].model.map('mean', 'mean', arguments[0], arguments[1]).then((map) => [...map.weights])"
-    shown = torch.tensor(browser.execute_script(script, kind, normalised)).view(NUM_TOKENS, NUM_TOKENS)
-    exact = mean_maps(diff_model(), tokens(), kind=kind, normalisation="absolute" if normalised else "none")[0]
+    shown = torch.tensor(browser.execute_script(script, kind, normalized)).view(NUM_TOKENS, NUM_TOKENS)
+    exact = mean_maps(diff_model(), tokens(), kind=kind, normalization="absolute" if normalized else "none")[0]
     torch.testing.assert_close(shown, exact, atol=2 * QUANTISED, rtol=0)
     assert not torch.equal(shown, exact)
 
@@ -211,7 +211,7 @@ def test_everything_is_reached_from_the_keyboard(browser, pages):
     press(browser, Keys.HOME, Keys.ARROW_RIGHT, "m", *[Keys.ARROW_RIGHT] * 3, "m", Keys.END)
     marked = browser.find_elements(By.CSS_SELECTOR, ".panel:nth-child(2) .marked")
     assert [span.text.strip() for span in marked] == ["w1", "w2", "w3", "w4"]
-    exact = collect_maps(diff_model(), tokens(), layers=[2], heads=[1])[0].second[0, 0]
+    exact = collect_maps(diff_model(), tokens(), layers=[2], heads=[1])[0].negative[0, 0]
     share, _ = attention_to_span(exact, [1, 2, 3, 4])
     said = panels[1].find_element(By.TAG_NAME, "output").text
     assert float(re.search(r"marked ([\d.]+) %", said).group(1)) == pytest.approx(100 * share[-1].item(), abs=1.5)
@@ -227,7 +227,7 @@ def test_every_control_can_be_tabbed_to(browser, pages):
         reached.add(browser.execute_script(
             "const e = document.activeElement; return e.id || e.ariaLabel || e.textContent || e.tagName"
         ))  # fmt: skip
-    assert {"normalise", "contrast", "link", "theme", "layer", "head", "tokens", "head 0", "A₁", "A₂"} <= reached
+    assert {"normalize", "contrast", "link", "theme", "layer", "head", "tokens", "head 0", "A₁", "A₂"} <= reached
 
 
 def test_models_are_changed_together_or_apart(browser, pages):
@@ -273,7 +273,7 @@ def test_the_theme_follows_the_system_and_the_button(browser, pages):
 def test_zero_is_the_ground_and_signs_have_hues_of_their_own(browser, pages, theme):
     open_page(browser, pages / "one.html")
     zero, plus, minus = browser.execute_script(
-        "return [0, 0.8, -0.8].map((share) => colourOf(share, 'positive', arguments[0], 0.5))", theme
+        "return [0, 0.8, -0.8].map((share) => colorOf(share, 'positive', arguments[0], 0.5))", theme
     )
     assert zero == ([255, 255, 255] if theme == "light" else [16, 20, 27])
     assert plus[2] > plus[0] + 30 and minus[0] > minus[2] + 30  # blue, and orange

@@ -1,7 +1,7 @@
 // What the page shows and how it is used. A panel is one model; tokens are counted from the first shown.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const state = { token: null, held: false, mark: data.mark, marking: null, normalise: false, contrast: 0.5, linked: true };
+const state = { token: null, held: false, mark: data.mark, marking: null, normalize: false, contrast: 0.5, linked: true };
 const KINDS = ["positive", "negative", "difference"];
 const panels = [];
 let theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
@@ -20,7 +20,7 @@ function element(tag, attributes = {}, ...children) {
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 const wordOf = (token) => visible(token).replace(/^ (?=[^ ])/, "").replace(/ {2,}/g, (run) => `␣${run.length}`).replace(/^ $/, "␣");
 const number = (weight) => (weight <= -0.00005 ? "−" : "") + Math.abs(weight).toFixed(Math.abs(weight) < 0.0995 ? 4 : 3);
-const css = (colour) => `rgb(${colour.map(Math.round).join()})`;
+const css = (color) => `rgb(${color.map(Math.round).join()})`;
 const shared = panelsAlike(data.models);
 
 function panelsAlike(models) {
@@ -141,9 +141,9 @@ class Panel {
   async compute() {
     this.fillControls();
     const version = ++this.version;
-    const map = await this.model.map(this.layer, this.head, this.shownKind, state.normalise);
+    const map = await this.model.map(this.layer, this.head, this.shownKind, state.normalize);
     const heads = await Promise.all([...this.headSelect.options].slice(0, -1).map((_, place) =>
-      this.model.map(this.layer, place, this.shownKind, state.normalise)));
+      this.model.map(this.layer, place, this.shownKind, state.normalize)));
     if (version !== this.version) return;
     Object.assign(this, { map, headMaps: heads, means: meanReceived(map) });
     this.top = map.top;
@@ -187,9 +187,9 @@ class Panel {
     const top = token === null ? Math.max(...this.means.map(Math.abs)) : this.top;
     this.spans.forEach((span, place) => {
       const weight = token !== null && place <= token ? row[place] : column[place];
-      const colour = colourOf(weight / top, this.hue(), theme, state.contrast);
-      span.style.backgroundColor = css(colour);
-      span.style.color = colour[0] * 0.3 + colour[1] * 0.59 + colour[2] * 0.11 > 130 ? "#14181f" : "#f4f6f8";
+      const color = colorOf(weight / top, this.hue(), theme, state.contrast);
+      span.style.backgroundColor = css(color);
+      span.style.color = color[0] * 0.3 + color[1] * 0.59 + color[2] * 0.11 > 130 ? "#14181f" : "#f4f6f8";
       span.className = (place === token ? "focus" : "") + (inMark(place) ? " marked" : "");
       span.setAttribute("aria-selected", place === token);
     });
@@ -220,7 +220,7 @@ class Panel {
     list.replaceChildren(...places.map((place) => {
       const bar = element("div");
       bar.style.width = `${(100 * Math.abs(weights[place])) / longest}%`;
-      bar.style.background = css(colourOf(weights[place] < 0 ? -0.45 : 0.45, this.hue(), theme, 0.5));
+      bar.style.background = css(colorOf(weights[place] < 0 ? -0.45 : 0.45, this.hue(), theme, 0.5));
       return element("li", {}, element("span", { class: "word" }, wordOf(this.model.tokens[place]),
         element("span", { class: "place" }, ` ${place + this.model.start}`)),
       element("div", { class: "length" }, bar), element("span", { class: "number" }, number(weights[place])));

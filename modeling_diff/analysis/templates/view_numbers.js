@@ -30,9 +30,9 @@ class Model {
     return { ...layer, maps, outside, lambda: lambda && new Float32Array(lambda.buffer) };
   }
 
-  // One head's map, added to `sum` with a factor; `normalise` brings every row's absolute weights, outside ones
+  // One head's map, added to `sum` with a factor; `normalize` brings every row's absolute weights, outside ones
   // included, to 1. Returns the weights outside, (T,).
-  addMap(layer, head, kind, normalise, factor, sum, outsideSum) {
+  addMap(layer, head, kind, normalize, factor, sum, outsideSum) {
     const size = this.size;
     const triangle = (size * (size + 1)) / 2;
     const numMaps = layer.differential ? 2 : 1;
@@ -46,7 +46,7 @@ class Model {
       let outside = WEIGHTS[layer.outside[firstOutside + row]];
       if (subtract) outside -= lambda * WEIGHTS[layer.outside[firstOutside + size + row]];
       let scale = factor;
-      if (normalise) {
+      if (normalize) {
         let total = Math.abs(outside);
         for (let key = 0; key <= row; key++) {
           const weight = WEIGHTS[layer.maps[first + at + key]];
@@ -63,7 +63,7 @@ class Model {
   }
 
   // Layer and head are places in the lists, or "mean".
-  async map(layerChoice, headChoice, kind, normalise) {
+  async map(layerChoice, headChoice, kind, normalize) {
     const places = layerChoice === "mean" ? this.layers.map((_, place) => place) : [layerChoice];
     const layers = await Promise.all(places.map((place) => this.layerAt(place)));
     const having = headChoice === "mean" ? layers : layers.filter((layer) => headChoice < layer.heads.length);
@@ -72,13 +72,13 @@ class Model {
     for (const layer of having) {
       const heads = headChoice === "mean" ? layer.heads.map((_, place) => place) : [headChoice];
       const factor = 1 / (having.length * heads.length);
-      for (const head of heads) this.addMap(layer, head, kind, normalise, factor, weights, outside);
+      for (const head of heads) this.addMap(layer, head, kind, normalize, factor, weights, outside);
     }
     return { weights, outside, size: this.size, top: topOf(weights, this.size) };
   }
 }
 
-// Where colours are full: four rows of five have no larger weight. The first rows, with few keys, would drown the rest.
+// Where colors are full: four rows of five have no larger weight. The first rows, with few keys, would drown the rest.
 function topOf(weights, size) {
   const largest = Array.from({ length: size }, (_, row) => {
     let most = 0;
@@ -122,7 +122,7 @@ function shareOfSpan(map, token, [first, last]) {
   return total ? inside / total : 0;
 }
 
-// --- colours ---
+// --- colors ---
 
 const SCALES = {
   light: {
@@ -138,7 +138,7 @@ const SCALES = {
 };
 
 // Zero is the background, and each sign has its own hue; `share` is in [-1, 1].
-function colourOf(share, hue, theme, contrast) {
+function colorOf(share, hue, theme, contrast) {
   const stops = SCALES[theme][share < 0 ? "negative" : hue];
   const place = Math.min(1, Math.abs(share)) ** contrast * (stops.length - 1);
   const below = Math.min(stops.length - 2, Math.floor(place));
@@ -162,15 +162,15 @@ function paint(map, top, pixels, hue, theme, contrast) {
     }
   }
   const steps = 255;
-  const table = Array.from({ length: 2 * steps + 1 }, (_, i) => colourOf(i / steps - 1, hue, theme, contrast));
+  const table = Array.from({ length: 2 * steps + 1 }, (_, i) => colorOf(i / steps - 1, hue, theme, contrast));
   const image = new ImageData(pixels, pixels);
   for (let y = 0, place = 0; y < pixels; y++) {
     const lastKey = Math.floor((y * map.size) / pixels);
     for (let x = 0; x < pixels; x++, place++) {
       const seen = Math.floor((x * map.size) / pixels) <= lastKey;
       const share = Math.max(-1, Math.min(1, strongest[place] / top));
-      const colour = seen ? table[Math.round((share + 1) * steps)] : SCALES[theme].masked;
-      image.data.set(colour, 4 * place);
+      const color = seen ? table[Math.round((share + 1) * steps)] : SCALES[theme].masked;
+      image.data.set(color, 4 * place);
       image.data[4 * place + 3] = 255;
     }
   }

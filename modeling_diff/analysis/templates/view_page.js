@@ -27,13 +27,13 @@ function drawMap(panel) {
     `${panel.headSelect.selectedOptions[0].text}, ${panel.shownKind}: ${model.size} tokens`);
 }
 
-function drawLabels(panel, context, width, colour) {
+function drawLabels(panel, context, width, color) {
   const { model, margin } = panel;
   const cell = (width - margin) / model.size;
   const words = margin > 40;
   const step = words ? Math.ceil(11 / cell) : labelStep(model.size, (width - margin) / 40);
   context.font = words ? '11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace' : "11px system-ui, sans-serif";
-  context.fillStyle = colour;
+  context.fillStyle = color;
   context.textBaseline = "middle";
   for (let place = 0; place < model.size; place += step) {
     const middle = margin + (place + 0.5) * cell;
@@ -60,8 +60,8 @@ function drawCross(panel, token) {
   context.clearRect(0, 0, width, width);
   const cell = (width - margin) / model.size;
   const style = getComputedStyle(document.documentElement);
-  const frame = (colour, x, y, w, h) => {
-    context.strokeStyle = style.getPropertyValue(colour);
+  const frame = (color, x, y, w, h) => {
+    context.strokeStyle = style.getPropertyValue(color);
     context.lineWidth = 1.5;
     context.strokeRect(x, y, w, h);
   };
@@ -84,7 +84,7 @@ function drawLegend() {
     const context = canvas.getContext("2d");
     for (let x = 0; x < 160; x++) {
       const share = signed ? (2 * x) / 159 - 1 : x / 159;
-      context.fillStyle = css(colourOf(share, hue, theme, state.contrast));
+      context.fillStyle = css(colorOf(share, hue, theme, state.contrast));
       context.fillRect(x, 0, 1, 1);
     }
     return canvas;
@@ -232,12 +232,12 @@ function begin() {
   for (const panel of panels) panel.layer = nearestLayer(panel.model, panels[0].model.layers[panels[0].layer].layer);
   main.className = panels.length > 1 ? "two" : "one";
   main.append(...panels.map((panel) => panel.node));
-  document.getElementById("quantisation").textContent = data.quantisation;
+  document.getElementById("quantization").textContent = data.quantization;
   const notes = data.models.flatMap((model) => model.leftOut.map((note) => `${model.name}: ${note}`));
   if (notes.length) document.getElementById("left-out").append(element("p", {}, element("b", {}, "Left out. "), notes.join(" ")));
   document.getElementById("link-label").hidden = panels.length === 1;
   document.getElementById("link").onchange = ({ target }) => { state.linked = target.checked; recompute(); };
-  document.getElementById("normalise").onchange = ({ target }) => { state.normalise = target.checked; recompute(); };
+  document.getElementById("normalize").onchange = ({ target }) => { state.normalize = target.checked; recompute(); };
   document.getElementById("contrast").onchange = ({ target }) => { state.contrast = Number(target.value); recompute(); };
   document.getElementById("theme").onclick = () => setTheme(theme === "dark" ? "light" : "dark");
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => setTheme(matches ? "dark" : "light"));
