@@ -12,7 +12,7 @@ STATUS = {
     "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens}. "
     "What that reached stands below; measure it on your own task before use.",
 }
-# As in modeling_diff.training, whose import brings the Trainer and peft: seconds that no conversion should wait for.
+# As in modeling_diff.diff_adapters, whose import brings torch and transformers: seconds that no help should wait for.
 NEW_MODULES = {"v1": '["diff_lambda", "sub_norm"]', "v2": '["lambda_proj"]'}
 LOAD = """\
 ```python

@@ -22,8 +22,8 @@ from conversion.healing.options import HealingOptions, HealOptimizer, HealStage
 from conversion.healing.streams import LayerStreams
 from conversion.healing.teacher import LiveTeacher, Teacher
 from conversion.healing.work import last_checkpoint
-from modeling_diff.training.lambda_values import differential_attentions, layer_lambda, trained_module, whole
-from modeling_diff.training.optimizer import DiffTrainer
+from modeling_diff.training.lambda_values import differential_attentions, full_tensor, layer_lambda, trained_module
+from modeling_diff.training.trainer import DiffTrainer
 
 
 class HealingTrainer(DiffTrainer):
@@ -161,7 +161,7 @@ class StopOnNonFinite(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
-        if bool(torch.isfinite(whole(norm))):
+        if bool(torch.isfinite(full_tensor(norm))):
             return
         kept = ""
         if last_checkpoint(self.checkpoints):

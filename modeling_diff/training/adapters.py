@@ -1,4 +1,4 @@
-"""Adapters: what peft is to know of these models, and the LoRA that is recommended for them."""
+"""Adapters: the recommended LoRA, a 4-bit base for it, and the check that an adapter belongs to a model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-# Left out of quantisation: what trains whole, also the heads that peft adds to it.
-NOT_QUANTISED = ["lm_head", "score", "qa_outputs", "lambda_proj"]
+# Never quantized: what `lora_config` trains in full, also the heads that PEFT adds to it.
+NOT_QUANTIZED = ["lm_head", "score", "qa_outputs", "lambda_proj"]
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TASK_TYPES = {
     "Model": "FEATURE_EXTRACTION",
@@ -29,20 +29,22 @@ def lora_config(
     model_or_config: PreTrainedModel | PretrainedConfig, servable: bool = False, **overrides: Any
 ) -> "LoraConfig":
     """
-    LoRA on every projection, with lambda, and V1's norm over heads, trained whole next to it (`modules_to_save`).
+    Configures LoRA on every projection; lambda, and V1's norm over heads, are trained in full (`modules_to_save`).
 
-    Without differential layers, as in a LLaMA, there is nothing to train whole, and nothing is named.
+    Without differential layers, as in a LLaMA, there is nothing to train in full, and `modules_to_save` is empty.
 
     Args:
         model_or_config: A model of this project or a LLaMA, or its config.
         servable: Whether vLLM is to serve the adapter next to the base. It takes LoRA alone: V2's `lambda_proj`
-            becomes a target, V1's lambda and norm stay as they are.
+            becomes a target, V1's lambda and norm are unchanged.
         overrides: LoraConfig's own arguments: `r` (16 here), `lora_alpha` (32), `use_dora`, `use_rslora`, ...
 
+    Returns:
+        PEFT's LoraConfig.
+
     Raises:
-        ValueError: The model is neither, its modules to train whole are quantized, or an override is
-            nothing that vLLM serves.
-        ImportError: peft is missing.
+        ValueError: The model is neither, modules to train in full are quantized, or vLLM does not serve an override.
+        ImportError: PEFT is missing.
     """
     try:
         from peft import LoraConfig
@@ -71,16 +73,19 @@ def lora_config(
     if servable:
         check_servable(lora)
     if isinstance(model_or_config, PreTrainedModel):
-        check_not_quantised(model_or_config, lora.modules_to_save or [])
+        check_not_quantized(model_or_config, lora.modules_to_save or [])
     return lora
 
 
 def check_servable(lora: "LoraConfig") -> None:
     """
-    Checks that an adapter holds nothing but what vLLM serves.
+    Checks that vLLM serves an adapter.
+
+    Args:
+        lora: The adapter's config.
 
     Raises:
-        ValueError: Names the first argument that it does not.
+        ValueError: It does not; names the first argument at fault.
     """
     for name, served in (("modules_to_save", [None, ["score"]]), ("use_dora", [False]), ("bias", ["none"])):
         if (found := getattr(lora, name)) not in served:
@@ -90,35 +95,49 @@ def check_servable(lora: "LoraConfig") -> None:
             )
 
 
-def check_not_quantised(model: PreTrainedModel, names: list[str]) -> None:
-    """Raises `ValueError` if a module of these names holds weights of bitsandbytes, which cannot be trained whole."""
+def check_not_quantized(model: PreTrainedModel, names: list[str]) -> None:
+    """Raises `ValueError` if a module of these names holds bitsandbytes weights, which cannot be trained in full."""
     for name, module in model.named_modules():
         weights = module.parameters() if name.rpartition(".")[2] in names else ()
         if any(not weight.is_floating_point() or hasattr(weight, "quant_state") for weight in weights):
             raise ValueError(
-                f"{name}: is quantised, and is to be trained whole; load the base with four_bit_config(), or with "
-                f"llm_int8_skip_modules={NOT_QUANTISED} in its BitsAndBytesConfig."
+                f"{name}: is quantized, and is to be trained in full; load the base with four_bit_config(), or with "
+                f"llm_int8_skip_modules={NOT_QUANTIZED} in its BitsAndBytesConfig."
             )
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> BitsAndBytesConfig:
     """
-    A base in NF4 for QLoRA, all but heads and what `lora_config` trains whole: 4-bit weights could not be trained.
+    Configures an NF4 base for QLoRA; heads and what `lora_config` trains in full are not quantized.
 
-    `overrides` are BitsAndBytesConfig's own arguments.
+    Args:
+        compute_dtype: Dtype of matrix products.
+        overrides: BitsAndBytesConfig's own arguments.
+
+    Returns:
+        transformers' BitsAndBytesConfig.
     """
     defaults = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": compute_dtype,
-        "llm_int8_skip_modules": list(NOT_QUANTISED),
+        "llm_int8_skip_modules": list(NOT_QUANTIZED),
     }
     return BitsAndBytesConfig(**(defaults | overrides))
 
 
 def check_adapter(model: PreTrainedModel, folder: Path | str) -> None:
-    """Raises `ValueError`, before anything is loaded, if the adapter in `folder` was trained on another model."""
+    """
+    Checks that a saved adapter was trained on a model like this one, before anything is loaded.
+
+    Args:
+        model: The base model.
+        folder: The folder that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: The adapter was trained on another model, or the folder holds no adapter.
+    """
     if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
         raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS[0]} there; give the folder that save_pretrained wrote.")
     check_adapter_fits(model, str(folder), *read_adapter(str(folder)))

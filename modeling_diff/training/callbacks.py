@@ -1,4 +1,4 @@
-"""What lambda does during training, in the Trainer's log."""
+"""Callbacks of the Trainer: lambda in its log, and an end to training once the loss is not finite."""
 
 import math
 from typing import Any
@@ -10,8 +10,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .cancelled import CancelledShare
-from .lambda_values import RunningLambda, differential_attentions, hold_lambda, layer_lambda, trained_module, whole
+from .cancellation import CancelledShare
+from .lambda_values import (
+    RunningLambda,
+    differential_attentions,
+    full_tensor,
+    hold_lambda,
+    layer_lambda,
+    trained_module,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -19,24 +26,28 @@ logger = logging.get_logger(__name__)
 
 class LambdaCallback(TrainerCallback, ExportableState):
     """
-    Adds lambda to every training log of a `DiffTrainer`: `log_history`, all that `report_to` names, and the console,
-    which leaves out what is of single layers.
+    Adds lambda to every training log of a `DiffTrainer`: to `log_history`, to the integrations of `report_to`, and to
+    the console, which leaves out single layers.
 
     | key | what |
     |---|---|
-    | `lambda/layer_<l>/mean` | lambda (V1), its mean over heads and tokens, padding too, since the last log (V2) |
+    | `lambda/layer_<l>/mean` | lambda (V1); its mean over heads and tokens, padding too, since the last log (V2) |
     | `lambda/layer_<l>/min`, `/max` | over the same tokens and heads (V2) |
-    | `lambda/layer_<l>/distance` | mean less what it was at the first step, also after a resume |
+    | `lambda/layer_<l>/distance` | mean minus its value at the first step, also after a resume |
     | `lambda/mean`, `lambda/min`, `lambda/max` | over layers |
     | `lambda/layer_<l>/cancelled`, `lambda/cancelled` | share of attention cancelled, see `CancelledShare` |
     | `lambda/grad_norm` | norm of all lambda parameters' gradients at the last step, after clipping |
 
-    V1's lambda is warned of once when it is negative: the maps are then averaged, not subtracted. With a `floor`, it
-    is put back there after every optimiser step that went below, unless it is frozen. V2's lambda is a sigmoid, and
-    needs no floor.
+    A negative lambda of V1 is warned of once: the maps are then added, not subtracted. With a plain Trainer, call
+    `attach(trainer)` instead of passing the callback in `callbacks`.
 
-    With a plain Trainer, call `attach(trainer)` instead of passing it in `callbacks`. When training begins, raises
-    `ValueError` for a model without differential layers, for a floor on V2, and under FSDP1.
+    Args:
+        floor: The smallest value of V1's lambda, to which it is raised after every optimizer step, unless it is
+            frozen. None for no floor. V2's lambda is a sigmoid and needs none.
+
+    Raises:
+        ValueError: The floor is not finite; or, when training begins, the model has no differential layer, the floor
+            is for V2, or FSDP1 is used.
     """
 
     def __init__(self, floor: float | None = None):
@@ -54,18 +65,26 @@ class LambdaCallback(TrainerCallback, ExportableState):
         self.grad_norm: torch.Tensor | None = None
 
     def attach(self, trainer: Trainer) -> "LambdaCallback":
-        """Among the Trainer's callbacks, before those that report. Returns itself."""
+        """
+        Inserts this callback into a Trainer's, before those that report.
+
+        Args:
+            trainer: The Trainer.
+
+        Returns:
+            The callback itself.
+        """
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [c for c in callbacks if c is not self and not isinstance(c, LayersOffConsole)]
         callbacks.insert(0, self)
-        console = [at for at, c in enumerate(callbacks) if isinstance(c, (PrinterCallback, ProgressCallback))]
+        console = [index for index, c in enumerate(callbacks) if isinstance(c, (PrinterCallback, ProgressCallback))]
         if console:
             callbacks.insert(console[0], LayersOffConsole())
         self.attached = True
         return self
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: a resumed run measures its distance from the first start."""
+        """Returns what a checkpoint keeps, so that a resumed run measures its distance from the first start."""
         return {"args": {"floor": self.floor}, "attributes": {"start": self.start}}
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
@@ -81,6 +100,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
         self.start = saved.get("attributes", {}).get("start", {})
 
     def watch(self, model: nn.Module) -> None:
+        """Registers forward hooks on a model's differential layers, instead of earlier ones."""
         attentions = differential_attentions(model)
         if not attentions:
             raise ValueError("model: no layer has differential attention, so there is no lambda to watch.")
@@ -98,7 +118,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
         self.parameters = [p for module in self.lambdas.values() for p in module.parameters() if p.requires_grad]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        norms = [whole(p.grad).detach().float().norm() for p in self.parameters if p.grad is not None]
+        norms = [full_tensor(p.grad).detach().float().norm() for p in self.parameters if p.grad is not None]
         self.grad_norm = torch.stack(norms).norm() if norms else None
         if not self.start:
             self.start = {str(layer): summary["mean"] for layer, summary in self.summaries().items()}
@@ -113,8 +133,8 @@ class LambdaCallback(TrainerCallback, ExportableState):
             elif not self.warned and (value := layer_lambda(diff_lambda)) < 0:
                 self.warned = True
                 logger.warning(
-                    f"lambda of layer {layer} is {value:.4f} at step {state.global_step + 1}: below 0 the second map "
-                    "is added, not subtracted. LambdaCallback(floor=0.02) holds it up where it trains."
+                    f"lambda of layer {layer} is {value:.4f} at step {state.global_step + 1}: below 0 the negative "
+                    "map is added, not subtracted. LambdaCallback(floor=0.02) keeps it positive where it trains."
                 )
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
@@ -136,16 +156,15 @@ class LambdaCallback(TrainerCallback, ExportableState):
         self.hooks = []
 
     def summaries(self) -> dict[int, dict[str, float]]:
-        """By layer, lambda's mean, and in V2 its extremes, since the last log."""
-        return {
-            layer: self.running[layer].summary()
-            if layer in self.running
-            else {"mean": layer_lambda(trained_module(module))}
-            for layer, module in self.lambdas.items()
-        }
+        """Returns lambda's mean by layer, and in V2 its extremes, since the last log."""
+        summaries = {layer: running.summary() for layer, running in self.running.items()}
+        for layer, module in self.lambdas.items():
+            if layer not in summaries:
+                summaries[layer] = {"mean": layer_lambda(trained_module(module))}
+        return summaries
 
     def metrics(self) -> dict[str, float]:
-        """What the next log is to hold."""
+        """Returns the entries of the next log."""
         values: dict[str, float] = {}
         summaries = self.summaries()
         for layer, summary in summaries.items():
@@ -165,7 +184,7 @@ class LambdaCallback(TrainerCallback, ExportableState):
 
 
 class LayersOffConsole(TrainerCallback):
-    """Just before what prints the log: lines with a hundred numbers and more hide the loss."""
+    """Removes single layers from the log just before it is printed: a hundred numbers would hide the loss."""
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
         for name in [name for name in logs if name.startswith("lambda/layer_")]:
@@ -174,9 +193,11 @@ class LayersOffConsole(TrainerCallback):
 
 class FiniteLossCallback(TrainerCallback):
     """
-    Stops training with a `ValueError` at the first logged loss or gradient norm that is NaN or infinite.
+    Stops training at the first logged loss or gradient norm that is NaN or infinite.
 
-    Needs `logging_nan_inf_filter=False`, and raises at the start otherwise: the Trainer would log other numbers.
+    Raises:
+        ValueError: A logged number is not finite; or, when training begins, `logging_nan_inf_filter` is not False:
+            the Trainer would log other numbers.
     """
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

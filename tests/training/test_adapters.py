@@ -409,7 +409,7 @@ def test_quantized_module_is_refused_before_it_is_trained_whole(tmp_path):
     tiny_model("v2", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"])
     base = DiffLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    with pytest.raises(ValueError, match=r"lm_head: is quantised.*llm_int8_skip_modules"):
+    with pytest.raises(ValueError, match=r"lm_head: is quantized.*llm_int8_skip_modules"):
         lora_config(base, modules_to_save=["lambda_proj", "lm_head"])
 
 

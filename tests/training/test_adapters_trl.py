@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion import convert_checkpoint
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.training import LambdaCallback, four_bit_config, lora_config, parameter_groups
-from modeling_diff.training.optimizer import DiffTrainerMixin
+from modeling_diff.training.trainer import DiffTrainerMixin
 
 
 trl = pytest.importorskip("trl", reason="trl is not installed")

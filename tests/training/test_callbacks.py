@@ -17,7 +17,7 @@ from modeling_diff.training import (
     hold_lambda,
     lora_config,
 )
-from modeling_diff.training.cancelled import visible
+from modeling_diff.training.cancellation import visible
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -1,7 +1,7 @@
 """
-How much of the first map the second takes away, measured inside a forward pass that training makes anyway.
+Cancellation: how much of the positive map the negative one takes away, measured inside a training step.
 
-B batch, T queries, S keys, H heads, d map_dim.
+B batch, T queries, S keys, H heads, K key-value heads, d map_dim.
 """
 
 from typing import Any
@@ -18,10 +18,18 @@ from .lambda_values import in_training, layer_lambda, trained_module
 
 class CancelledShare:
     """
-    Share of attention cancelled: sum over keys of min(A1, lambda A2), between 0 and lambda, as A1's rows sum to 1.
+    Share of attention cancelled in one layer: the sum over keys of min(A1, lambda A2).
 
-    Mean over heads and `num_queries` evenly spaced queries of the first sequence of the first batch after `measure`;
-    0 where lambda is negative. Uses what the projections have just given, so adapters count, and nothing is drawn.
+    It lies between 0 and lambda, as A1 sums to 1, and is 0 where lambda is negative. It is the mean over heads and
+    evenly spaced queries of the first sequence of the first batch after `measure`. It is computed from the outputs of
+    the projections in that forward pass, so adapters count.
+
+    Args:
+        attention: A differential attention module, which gets forward hooks (`hooks`).
+        num_queries: The largest number of queries.
+
+    Attributes:
+        value: The share, a scalar tensor; None before the first measurement.
     """
 
     def __init__(self, attention: Any, num_queries: int = 64):
@@ -34,10 +42,12 @@ class CancelledShare:
         self.hooks.append(attention.register_forward_hook(self.after_attention, with_kwargs=True))
 
     def measure(self) -> None:
-        """In the next forward pass of training."""
+        """Requests a measurement in the next forward pass of training."""
         self.due = True
 
     def keep(self, name: str) -> Any:
+        """Returns a forward hook that keeps the first sequence of a projection's output."""
+
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
             if self.due and in_training(module):
                 self.seen[name] = output.detach()[:1]
@@ -46,6 +56,7 @@ class CancelledShare:
 
     @torch.no_grad()
     def after_attention(self, attention: Any, inputs: tuple, settings: dict[str, Any], output: Any) -> None:
+        """Computes the share once all projections have been seen, as a forward hook."""
         if self.seen.keys() != set(self.names):
             return
         states = [self.seen[name].unflatten(-1, (-1, attention.map_dim)) for name in ("q_proj", "k_proj")]
@@ -54,28 +65,33 @@ class CancelledShare:
         cos, sin = (part[:1] for part in settings["position_embeddings"])
         query, key = apply_rotary_pos_emb(*states, cos, sin, unsqueeze_dim=2)  # (1, T, 2H, d), (1, T, 2K or K, d)
         num_tokens = query.shape[1]
-        asked = torch.linspace(0, num_tokens - 1, min(num_tokens, self.num_queries), device=query.device).long()
+        positions = torch.linspace(0, num_tokens - 1, min(num_tokens, self.num_queries), device=query.device).long()
         key = key.reshape(1, num_tokens, -1, attention.head_dim).transpose(1, 2)
-        mask = visible(settings.get("attention_mask"), asked, num_tokens)
-        first, second = attention_maps(query[:, asked].transpose(1, 2), key, mask, attention.scaling)
+        mask = visible(settings.get("attention_mask"), positions, num_tokens)
+        query = query[:, positions].transpose(1, 2)
+        positive, negative = attention_maps(query, key, mask, scaling=attention.scaling)
         if "lambda_proj" in self.seen:
-            diff_lambda = lambda_over_maps(self.seen["lambda_proj"][:, asked].to(first.dtype).sigmoid())
+            diff_lambda = lambda_over_maps(self.seen["lambda_proj"][:, positions].to(positive.dtype).sigmoid())
         else:
-            diff_lambda = first.new_tensor(layer_lambda(trained_module(attention.diff_lambda)))
-        self.value = torch.minimum(first, diff_lambda.clamp(min=0) * second).sum(-1).mean()
-        self.due, self.seen = False, {}
+            diff_lambda = positive.new_tensor(layer_lambda(trained_module(attention.diff_lambda)))
+        self.value = torch.minimum(positive, diff_lambda.clamp(min=0) * negative).sum(-1).mean()
+        self.due = False
+        self.seen = {}
 
 
 def visible(attention_mask: Any, queries: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
-    Which keys each of the queries sees in the first sequence, (1, 1, T, S), causal where no mask says more.
+    Returns which keys each query sees in the first sequence, (1, 1, T, S); causal where the mask does not say more.
 
-    `attention_mask` as any implementation gets it: of four dimensions, stretches for the kernels, or a `BlockMask`.
+    Args:
+        attention_mask: As any implementation gets it: of four dimensions, key ranges for kernels, or a `BlockMask`.
+        queries: Positions of the queries, (T,).
+        num_tokens: Length of the sequence.
     """
     keys = torch.arange(num_tokens, device=queries.device)
     if isinstance(attention_mask, BlockMask):
-        first = queries.new_zeros(())
-        return attention_mask.mask_mod(first, first, queries[:, None], keys)[None, None]
+        zero = queries.new_zeros(())  # the first sequence, and its first head
+        return attention_mask.mask_mod(zero, zero, queries[:, None], keys)[None, None]
     if attention_mask is not None and attention_mask.dim() == 4:
         if is_stretches(attention_mask):
             attention_mask = mask_of_stretches(attention_mask, num_tokens, num_tokens, is_causal=True)
