@@ -1,58 +1,40 @@
 """The story of a conversion: find the source, check it, settle every tensor and file, then write them in a stream."""
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from conversion.adapter import read_adapter
-from conversion.adapter_base import adapt_converted, check_nothing_else, is_converted
-from conversion.adapter_output import AdapterOutput
-from conversion.calibrate import CalibrationResult
-from conversion.calibrate import Progress as CalibrationProgress
-from conversion.calibrated import (
+from conversion.calibration.calibrate import Progress as CalibrationProgress
+from conversion.calibration.step import (
     Calibration,
-    calibrated_rules,
-    calibration_record,
+    calibrated_plan,
     calibration_work,
     log_estimate,
     prepare_calibration,
     run_calibration,
 )
-from conversion.checkpoint import CheckpointReader, check_target
-from conversion.choices import chosen, parse_size
-from conversion.companions import code_files, companion_files
+from conversion.checkpoint import check_target
+from conversion.checkpoint.output_folder import check_room, record_text, replace_text
+from conversion.checkpoint.writer import SMALL_FILES_BYTES
 from conversion.errors import ConversionError, typed
-from conversion.generation_settings import GENERATION, generation_settings
-from conversion.lambdas import not_differential
-from conversion.layout import HeadPairing
-from conversion.measurement import Measurement, measure_output, plan_measurement, planned_config
-from conversion.model_card import model_card, starting_lambdas
-from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions
-from conversion.output_config import check_loadable, output_config
-from conversion.source import SourceFolder, locate_source
-from conversion.source_config import SourceModel, check_against_weights, check_pairs, read_source_model
-from conversion.source_tensors import match_tensors
-from conversion.stream import RECORD, Plan, Progress, write_plan
-from conversion.target import check_room, record_text, replace_text
-from conversion.variants import UNCALIBRATED, check_uncalibrated, promise, rules_and_fields, variant_of_import
-from conversion.writer import SMALL_FILES_BYTES
-from modeling_diff import DiffLlamaConfig
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What was written, or would be: the record (conversion.json), notes for the user, bytes of weights."""
-
-    output: Path
-    record: Mapping[str, Any]
-    notes: Sequence[str]
-    num_bytes: int
+from conversion.evaluation.measurement import Measurement, measure_output, plan_measurement
+from conversion.hub.bundle import code_files
+from conversion.hub.model_card import model_card
+from conversion.mapping.heads import HeadPairing
+from conversion.mapping.lambdas import not_differential, starting_lambdas
+from conversion.mapping.stream import Plan, Progress, planned_config, write_plan
+from conversion.options import CALIBRATION_TOKENS, LAMBDA_FLOOR, CalibrationText, ConversionOptions, chosen, parse_size
+from conversion.planning.adapt_converted import adapt_converted, check_nothing_else, is_converted
+from conversion.planning.adapter_output import AdapterOutput
+from conversion.planning.plan import plan_conversion
+from conversion.planning.variants import UNCALIBRATED, check_uncalibrated, variant_of_import
+from conversion.record import RECORD, ConversionReport
+from conversion.source import Source, open_source
+from conversion.source.adapter import read_adapter
+from conversion.source.config import check_pairs, read_source_model
+from conversion.source.location import locate_source
 
 
 def convert_checkpoint(
@@ -131,132 +113,67 @@ def convert_checkpoint(
     if text is None and (changed := [name for name in given if given[name] != defaults[name]]):
         raise ConversionError(f"{typed(changed[0])} needs text to calibrate on; give it ({typed('calibration')})")
     max_shard_bytes = parse_size(max_shard_size)
-    found = locate_source(source, revision, allow_pickle)
-    model = read_source_model(found.folder, source_layout, backbone_only)
+    opened = open_source(
+        source,
+        revision=revision,
+        layout=source_layout,
+        backbone_only=backbone_only,
+        allow_pickle=allow_pickle,
+        adapter=adapter,
+    )
     if options.variant == "v1":
-        check_pairs(model.sizes.num_heads, model.sizes.num_kv_heads)
-    check_target(Path(output), source=found.folder, overwrite=overwrite)
-    next_to_weights = adapter is not None and Path(adapter).resolve() == found.folder.resolve()
-    reader = CheckpointReader(found.folder, allow_pickle=allow_pickle, with_adapter=next_to_weights)
+        check_pairs(opened.model.sizes.num_heads, opened.model.sizes.num_kv_heads)
+    check_target(Path(output), source=opened.folder, overwrite=overwrite)
     carried = None
     if adapter is not None:
-        lora = read_adapter(adapter, model, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
+        lora = read_adapter(adapter, opened.model, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
         carried = AdapterOutput(lora, merged=text is not None, base=str(output))
-    plan, notes = plan_conversion(found, model, reader, options, max_shard_bytes, adapter=carried)
-    ready = prepare_calibration(found, model, plan.reader, options, text) if text else None
+    plan, notes = plan_conversion(opened, options, max_shard_bytes, carried)
+    opened = replace(opened, reader=plan.reader)
+    ready = prepare_calibration(opened, options, text) if text else None
     if ready and dry_run:
         notes.append(ready.note)
-    if not ready and options.variant == "v1" and model.kind == "llama":
+    if not ready and options.variant == "v1" and opened.model.kind == "llama":
         notes.append(f"uncalibrated: {UNCALIBRATED}")
     work_bytes = ready.estimate.disk_bytes if ready else 0
     check_room(
         Path(output).resolve(), plan.num_bytes + SMALL_FILES_BYTES + work_bytes + sum(map(len, plan.blobs.values()))
     )
     text_path = None if held_out is None else Path(held_out)
-    measurement = plan_measurement(found, model, plan, Path(output), text_path) if measure else None
+    measurement = plan_measurement(opened, plan, text_path) if measure else None
     if dry_run:
-        return ConversionReport(Path(output), plan.record, notes, plan.num_bytes)
+        return ConversionReport(Path(output), plan.record, notes + _warnings(opened, plan), plan.num_bytes)
     if ready:
         before_calibration(ready)
     with calibration_work(Path(output)) if ready else nullcontext(Path()) as work_folder:
         if ready:
-            fitted = run_calibration(ready, model, plan.reader, options, work_folder, resume, calibration_progress)
-            plan, notes = plan_conversion(
-                found, model, reader, options, max_shard_bytes, (ready.text, fitted), carried
-            )
-        record = write_plan(plan, Path(output), found.folder, overwrite=overwrite, resume=resume, progress=progress)
+            fitted = run_calibration(ready, opened, options, work_folder, resume, calibration_progress)
+            plan = calibrated_plan(plan, ready.text, fitted)
+        plan = _with_card_and_code(opened, plan)
+        record = write_plan(plan, Path(output), opened.folder, overwrite=overwrite, resume=resume, progress=progress)
     if measurement:
-        record = _write_measured(measurement, found, model, plan, Path(output), record)
-    return ConversionReport(Path(output), record, notes, plan.num_bytes)
+        record = _write_measured(measurement, opened, plan, Path(output), record)
+    return ConversionReport(Path(output), record, notes + _warnings(opened, plan), plan.num_bytes)
 
 
-def plan_conversion(
-    found: SourceFolder,
-    model: SourceModel,
-    reader: CheckpointReader,
-    options: ConversionOptions,
-    max_shard_bytes: int,
-    calibrated: tuple[CalibrationText, CalibrationResult] | None = None,
-    adapter: AdapterOutput | None = None,
-) -> tuple[Plan, list[str]]:
-    """Everything that will be written, and notes for the user. ConversionError where source and options do not fit."""
-    check_against_weights(model.sizes, reader.tensors)
-    rules, fields = rules_and_fields(model, reader, options)
-    if calibrated:
-        rules = calibrated_rules(rules, calibrated[1])
-        lambda_init, epsilons = calibrated[1].lambda_init, calibrated[1].sub_norm_eps
-        fields |= {"lambda_init": list(lambda_init), "sub_norm_eps": list(epsilons)}
-    matched = match_tensors(
-        rules,
-        reader,
-        model.sizes.num_layers,
-        tied=model.config.tie_word_embeddings,
-        backbone_only=options.backbone_only,
-    )
-    files, notes = companion_files(found.folder)
-    notes += matched.notes
-    if model.raw.get("auto_map") and model.kind != "unilm":
-        notes.append(
-            "config.json names model code of its own (auto_map), which is not copied: converted is what transformers' "
-            "own class computes"
-        )
-    config, field_notes = output_config(model, fields, reader, options)
-    read = list(matched.reader.tensors.values())
-    record = {
-        "format": 1,
-        "source": {"name": found.name, "hub_id": found.hub_id, "revision": found.revision, "kind": model.kind},
-        "options": options.recorded(),
-        "layout": "paired",
-        "pairing": _pairing(config, options, calibrated is not None),
-        "calibration": calibration_record(*calibrated) if calibrated else None,
-        "promise": promise(model, options, {info.dtype for info in read}, calibrated is not None),
-        "measured": None,
-        "versions": versions(),
-        "left_out": list(matched.left_out),
-        "parameters": {
-            "source": sum(torch.Size(info.shape).numel() for info in read),
-            "output": sum(torch.Size(rule.shape).numel() for rule in rules),
-        },
-    }
-    if adapter is not None:
-        record["adapter"] = adapter.record
-        notes.append(adapter.note)
-    texts = {"config.json": config.to_json_string(), "README.md": model_card(found, config, record)}
-    check_loadable(texts["config.json"], rules)
-    if settings := generation_settings(found.folder, model.raw, config.to_diff_dict()):
-        texts[GENERATION] = settings
-        notes.append(f"config.json: its settings of generate are written to {GENERATION}")
-    plan = Plan(
-        matched.reader, rules, options.torch_dtype, options.allow_nonfinite, max_shard_bytes, record, texts,
-        files | code_files(),
-    )  # fmt: skip
-    warning = not_differential(starting_lambdas(config, record)) if model.kind == "llama" else None
-    plan = plan if adapter is None else adapter.place(plan)
-    return plan, notes + field_notes + ([warning] if warning else [])
+def _with_card_and_code(source: Source, plan: Plan) -> Plan:
+    card = model_card(source.folder, planned_config(plan), plan.record)
+    return replace(plan, texts={**plan.texts, "README.md": card}, files={**plan.files, **code_files()})
+
+
+def _warnings(source: Source, plan: Plan) -> list[str]:
+    """What the user should know of the lambdas that are written."""
+    if source.model.kind != "llama":
+        return []
+    warning = not_differential(starting_lambdas(planned_config(plan), plan.record))
+    return [warning] if warning else []
 
 
 def _write_measured(
-    measurement: Measurement,
-    found: SourceFolder,
-    model: SourceModel,
-    plan: Plan,
-    output: Path,
-    record: dict[str, Any],
+    measurement: Measurement, source: Source, plan: Plan, output: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
     """The record of a finished conversion with what was measured; so do conversion.json and the card have it."""
-    record = {**record, "measured": measure_output(measurement, found, model, output, record)}
+    record = {**record, "measured": measure_output(measurement, source, output, record)}
     replace_text(output / RECORD, record_text(record))
-    replace_text(output / "README.md", model_card(found, planned_config(plan), record))
+    replace_text(output / "README.md", model_card(source.folder, planned_config(plan), record))
     return record
-
-
-def versions() -> dict[str, str]:
-    """What a conversion was made with."""
-    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return packages | {"python": platform.python_version()}
-
-
-def _pairing(config: DiffLlamaConfig, options: ConversionOptions, calibrated: bool) -> str | None:
-    if config.variant == "v2":
-        return None
-    return "calibrated" if calibrated else "given" if options.pairings else "adjacent"

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from conversion.bundle import read_code
 from conversion.checkpoint import CheckpointReader
-from conversion.companions import read_object
-from conversion.export import read_our_config
-from conversion.lambdas import differential_layers, not_differential, read_lambdas
-from conversion.source_config import read_config, read_source_model
-from conversion.stream import RECORD
+from conversion.checkpoint.companions import read_object
+from conversion.hub.bundle import read_code
+from conversion.mapping.lambdas import differential_layers, not_differential, read_lambdas
+from conversion.record import RECORD
+from conversion.source.config import read_config, read_source_model
+from conversion.source.converted import read_our_config
 
 
 CALIBRATION_FIELDS = ("text", "tokens", "stages", "lambda_floor")  # what of its record fits on a line

@@ -8,8 +8,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from conversion.escaping import escape
-
 
 class ConversionError(Exception):
     """Bad input. The message is one line: file, tensor or field, what was found, what was expected, the way out."""
@@ -112,3 +110,14 @@ def memory_errors(what: object) -> Iterator[None]:
         if lacking := memory_error(error, what):
             raise lacking from error
         raise
+
+
+def escape(text: object) -> str:
+    """Returns the text on one line, with `\\x1b`, `\\n`, `\\u202e` in place of what cannot be seen.
+
+    Everything foreign passes through here before it is printed, logged, raised as an error or put into a card.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)

@@ -11,20 +11,22 @@ from typing import Any
 from transformers import TrainerCallback
 
 from conversion.checkpoint import CheckpointReader, check_target
-from conversion.choices import parse_size
-from conversion.companions import COMPANIONS, companion_files, matching_names, read_tokenizer
+from conversion.checkpoint.companions import COMPANIONS, companion_files, matching_names, read_tokenizer
+from conversion.checkpoint.file_identity import content_identity
+from conversion.checkpoint.kept_work import healing_folder
 from conversion.errors import ConversionError
-from conversion.export import read_our_config
-from conversion.file_identity import content_identity
 from conversion.healing.options import HealingOptions, HealStage, existing_paths
 from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
 from conversion.healing.run import HealingRun, train_student
 from conversion.healing.student import check_student
 from conversion.healing.teacher import find_teacher, weight_files
 from conversion.healing.work import least_bytes, opened, packed_rows, processes
-from conversion.kept_work import healing_folder
+from conversion.hub.bundle import code_files
+from conversion.hub.model_card import model_card
+from conversion.options import parse_size
 from conversion.record import read_record
-from conversion.source import SourceFolder
+from conversion.source.converted import read_our_config
+from conversion.source.location import SourceFolder
 from modeling_diff import DiffLlamaConfig
 
 
@@ -105,9 +107,16 @@ def heal_checkpoint(
             written = healed_config(config, healed.config, options.dtype)
             tensors = stored_tensors(reader, healed.state, options.dtype)
             record = write_healed(
-                output, folder, written, tensors, record, healed.lambdas, max_shard_bytes=max_shard_bytes,
+                output,
+                folder,
+                written,
+                tensors,
+                record,
+                card=model_card(folder, written, record, healed.lambdas),
+                code=code_files(),
+                max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-            )  # fmt: skip
+            )
             shutil.rmtree(work, ignore_errors=True)
         processes().wait_for_everyone()
     notes = [f"the teacher's logits stay in {run.cache_folder} for later runs"] if options.cached_logits else []

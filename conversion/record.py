@@ -1,14 +1,32 @@
 """conversion.json and the report of `verify --json`, read back: every field that is taken from them is checked."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from conversion.errors import ConversionError
-from conversion.small_files import quote, read_json
-from conversion.stream import RECORD
-from conversion.variants import PROMISES
+from conversion.checkpoint.json_files import quote, read_json
+from conversion.checkpoint.writer import RECORD
+from conversion.errors import ConversionError, file_errors
+
+
+PROMISES = {
+    "bit-exact": "the same logits to the last bit in float32 (both sdpa, or eager) as {source}, and the same tokens",
+    "equal": "the same function as {source} up to rounding",
+    "parity": "the source's size and its weights, paired; not its function: to be healed before use",
+}
+
+CALIBRATED = "the source's size; its attention fitted to the source's on text, near its function and not equal"
+
+VALUES_TEXT = {
+    "loss_nats": "loss {:.3f} nats/token",
+    "source_loss_nats": "the source's loss {:.3f}",
+    "kl_nats": "KL {:.4f} nats/token",
+    "greedy_agreement": "greedy agreement {:.1%}",
+}
 
 
 @dataclass(frozen=True)
@@ -134,3 +152,47 @@ def _unlike(value: Any, form: Any, place: str) -> Iterator[tuple[str, Any]]:
     # bool is an int in Python, and no number in a file
     elif not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
         yield place, value
+
+
+def versions() -> dict[str, str]:
+    """What a conversion was made with."""
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return packages | {"python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was written, or would be: the record (conversion.json), notes for the user, bytes of weights."""
+
+    output: Path
+    record: Mapping[str, Any]
+    notes: Sequence[str]
+    num_bytes: int
+
+
+def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
+    return sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with file_errors(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def measured_text(measured: Mapping[str, Any] | None) -> str | None:
+    """Returns what `measure_output` found as one sentence, the text named; None without a measurement."""
+    if not measured:
+        return None
+    values = measured.get("values") or {}
+    if not values:
+        return f"not measured: {measured.get('not_measured') or 'no reason is recorded'}"
+    if (difference := values.get("largest_difference")) is not None:
+        said = ["logits equal bit for bit" if difference == 0 else f"logits equal up to {difference:.2g}"]
+    else:
+        said = [form.format(values[name]) for name, form in VALUES_TEXT.items() if name in values]
+    said[-1] += f" on {measured.get('text')}, {measured.get('tokens') or 0:,} tokens"
+    lambdas = " ".join(f"{value:.3f}" for value in (measured.get("lambda") or {}).values())
+    return ", ".join(said) + (f"; lambda per layer {lambdas}" if lambdas else "")

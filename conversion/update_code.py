@@ -12,17 +12,17 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from conversion.bundle import PACKAGE_WINS, CheckpointCode, code_requirements, package_code, read_code
-from conversion.companions import read_object
+from conversion.checkpoint.companions import read_object
+from conversion.checkpoint.json_files import parse_json, read_small
+from conversion.checkpoint.output_folder import locked, sync_folder
 from conversion.errors import ConversionError, FilesError, file_errors, typed
-from conversion.hub import MAIN, UNTOUCHED, commit_files, remote_files
-from conversion.hub_address import HubAddress, parse_address
-from conversion.hub_errors import hub_errors
-from conversion.small_files import parse_json, read_small
-from conversion.source_config import INTERRUPTED_UPDATE, read_config
-from conversion.stream import RECORD
-from conversion.target import locked, sync_folder
-from conversion.upload_files import CARD
+from conversion.hub.bundle import PACKAGE_WINS, CheckpointCode, code_requirements, package_code, read_code
+from conversion.hub.commit import MAIN, UNTOUCHED, commit_files, remote_files
+from conversion.hub.errors import hub_errors
+from conversion.hub.upload_files import CARD
+from conversion.record import RECORD
+from conversion.source.config import INTERRUPTED_UPDATE, read_config
+from conversion.source.hub_address import HubAddress, parse_address
 from modeling_diff.configuration_diff_llama import AUTO_MAP
 
 

@@ -1,15 +1,16 @@
 """What was promised against what is there: files and tensors first, then what the model computes."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.behaviour import (
+from conversion.checkpoint import CheckpointReader
+from conversion.checkpoint.companions import read_tokenizer
+from conversion.data.held_out import HeldOut, read_held_out
+from conversion.evaluation.behavior import (
     Behaviour,
     cache_difference,
     cacheable_length,
@@ -22,48 +23,17 @@ from conversion.behaviour import (
     observe_logits,
     shuffled_pairs,
 )
-from conversion.bundle import read_code
-from conversion.checkpoint import CheckpointReader
-from conversion.companions import missing_code, read_tokenizer
-from conversion.errors import file_errors
-from conversion.export import read_our_config
-from conversion.held_out import HeldOut, read_held_out
-from conversion.lambdas import not_differential, read_lambdas
-from conversion.measurement import TOLERANCE
-from conversion.metrics import text_metrics, window_logits
-from conversion.original_model import load_converted, load_original
-from conversion.record import read_record
-from conversion.source import locate_source
-from conversion.source_config import read_source_model
+from conversion.evaluation.measurement import TOLERANCE
+from conversion.evaluation.metrics import text_metrics, window_logits
+from conversion.evaluation.verification import Check, VerificationReport
+from conversion.hub.bundle import missing_code, read_code
+from conversion.mapping.lambdas import not_differential, read_lambdas
+from conversion.record import _sha256, changed_files, read_record
+from conversion.source.config import read_source_model
+from conversion.source.converted import read_our_config
+from conversion.source.location import locate_source
+from conversion.source.model import load_converted, load_original
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at; `outcome` "measured" reports numbers about which nothing was promised."""
-
-    name: str
-    outcome: Literal["passed", "failed", "measured", "skipped"]
-    detail: str
-    values: Mapping[str, float] = field(default_factory=dict)
-    text: str = ""  # what text the values are of, where they are of one
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """All checks of one checkpoint."""
-
-    output: str
-    promise: str
-    checks: Sequence[Check]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.outcome != "failed" for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self) | {"passed": self.passed}
 
 
 def verify_checkpoint(
@@ -139,18 +109,6 @@ def _model_class(config: DiffLlamaConfig) -> type[DiffLlamaForCausalLM] | type[D
 
 def _full_name(name: str, config: DiffLlamaConfig) -> str:
     return f"model.{name}" if _model_class(config) is DiffLlamaModel else name
-
-
-def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
-    return sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with file_errors(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _behaviour(

@@ -35,7 +35,8 @@ def test_every_package_file_is_in_readme():
     subpackages = ("serving", "training", "analysis", "experiments")
     libraries = ("modeling_diff", *(f"modeling_diff/{name}" for name in subpackages))
     examples = ("examples/scripts", "examples/benchmarks", "examples/studies")
-    for package in (*libraries, "conversion", "conversion/healing", *examples):
+    rooms = [f"conversion/{path.parent.name}" for path in sorted((ROOT / "conversion").glob("*/__init__.py"))]
+    for package in (*libraries, "conversion", *rooms, *examples):
         listed = {line.split()[0] for line in blocks[f"{package}/"].splitlines()}
         files = {path.name for path in (ROOT / package).glob("*.py")}
         assert files - {"__init__.py"} <= listed, package

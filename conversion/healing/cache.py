@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from conversion.checkpoint.file_identity import content_identity
+from conversion.checkpoint.kept_work import folder_bytes
+from conversion.checkpoint.output_folder import check_space, locked
 from conversion.errors import file_errors
-from conversion.file_identity import content_identity
 from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets, chunks_of, next_tokens
 from conversion.healing.teacher import LiveTeacher, weight_files
-from conversion.kept_work import folder_bytes
-from conversion.target import check_space, locked
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from conversion.calibration_data import JSON_LINES, checked_ids, read_dataset, read_file
+from conversion.data.text import JSON_LINES, checked_ids, read_dataset, read_file
 from conversion.errors import ConversionError, file_errors
 
 

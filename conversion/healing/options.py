@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from conversion.choices import chosen, chosen_dtype
 from conversion.errors import ConversionError, typed
+from conversion.options import chosen, chosen_dtype
 
 
 class HealStage(StrEnum):

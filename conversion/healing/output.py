@@ -7,15 +7,12 @@ from typing import Any
 import torch
 
 from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
-from conversion.choices import DTYPES
-from conversion.companions import code_files, companion_files
-from conversion.convert import versions
+from conversion.checkpoint.companions import companion_files
 from conversion.errors import ConversionError
 from conversion.healing.options import HealingOptions
-from conversion.licences import llama_terms
-from conversion.model_card import CardFacts, render_card, source_metadata, starting_lambdas
-from conversion.source import SourceFolder
-from conversion.stream import RECORD
+from conversion.options import DTYPES
+from conversion.record import RECORD, versions
+from conversion.source.location import SourceFolder
 from modeling_diff import DiffLlamaConfig
 
 
@@ -54,24 +51,22 @@ def write_healed(
     config: DiffLlamaConfig,
     tensors: Mapping[str, torch.Tensor],
     record: Mapping[str, Any],
-    lambdas: Mapping[int, float],
     *,
+    card: str,
+    code: Mapping[str, Path],
     max_shard_bytes: int,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Writes the checkpoint with its `source`'s tokenizer; it appears whole or not at all. Returns its record."""
+    """Writes the checkpoint with the tokenizer of its `source`; it appears whole or not at all. Returns its record."""
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     shards = plan_shards(specs, max_shard_bytes)
     files, _ = companion_files(source)
-    metadata = source_metadata(source)
-    terms = llama_terms(metadata, source)
-    card = render_card(CardFacts(metadata, config, record, lambdas or starting_lambdas(config, record), terms))
     with CheckpointWriter(
         output, shards, source=source, overwrite=overwrite, resume=False, fingerprint=None
     ) as writer:
         for shard in shards:
             writer.write_shard(shard, tensors)
-        for name, path in (files | code_files()).items():
+        for name, path in {**files, **code}.items():
             writer.copy_file(path, name)
         writer.write_text("config.json", config.to_json_string())
         writer.write_text("README.md", card)

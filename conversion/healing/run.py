@@ -26,7 +26,7 @@ from conversion.healing.student import (
 from conversion.healing.teacher import Teacher, load_teacher
 from conversion.healing.trainer import HealingTrainer, MeasureAtStart, Progress, StopOnNonFinite, lambda_by_layer
 from conversion.healing.work import KEPT_CHECKPOINTS, TRAINER, last_checkpoint, processes
-from conversion.source import SourceFolder
+from conversion.source.location import SourceFolder
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.training.callbacks import LambdaCallback
 

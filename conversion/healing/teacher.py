@@ -10,16 +10,16 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
 from conversion.checkpoint import CheckpointReader
-from conversion.choices import DTYPES
-from conversion.companions import read_tokenizer
+from conversion.checkpoint.companions import read_tokenizer
 from conversion.errors import ConversionError
 from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, HealStage
 from conversion.healing.streams import LayerStreams, decoder_layers
 from conversion.healing.whole import check_whole
-from conversion.original_model import load_original
-from conversion.source import SourceFolder, locate_source
-from conversion.source_config import read_source_model
+from conversion.options import DTYPES
+from conversion.source.config import read_source_model
+from conversion.source.location import SourceFolder, locate_source
+from conversion.source.model import load_original
 from modeling_diff import DiffLlamaConfig
 
 

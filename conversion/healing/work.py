@@ -13,13 +13,13 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 
 from conversion.checkpoint import CheckpointReader
+from conversion.checkpoint.kept_work import folder_bytes, keep_note, read_state, state_to_go_on_from, write_state
+from conversion.checkpoint.output_folder import check_space, locked, parents_made
+from conversion.checkpoint.writer import SMALL_FILES_BYTES
 from conversion.errors import file_errors
 from conversion.healing.data import HELD_OUT_ROWS, map_rows, pack_rows, rows_to_read, split_rows
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, Trained
 from conversion.healing.output import stored_specs
-from conversion.kept_work import folder_bytes, keep_note, read_state, state_to_go_on_from, write_state
-from conversion.target import check_space, locked, parents_made
-from conversion.writer import SMALL_FILES_BYTES
 
 
 KEPT_CHECKPOINTS = 2
@@ -58,7 +58,7 @@ def opened(
     """
     The folder, empty and with room for `num_bytes`, or as an earlier run of the same identity left it.
 
-    `conversion.kept_work` says which, by `resume`. It is held against other runs, and stays behind only with a Trainer
+    `checkpoint.kept_work` says which, by `resume`. It is held against other runs, and stays only with a Trainer
     checkpoint in it, from which a run can continue.
     Raises FilesError for a folder of another run, naming what differs, for one in use, and for too little room.
     """

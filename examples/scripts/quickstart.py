@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from conversion import convert_checkpoint, verify_checkpoint
-from conversion.held_out import read_held_out
-from conversion.metrics import text_metrics, window_logits
+from conversion.data.held_out import read_held_out
+from conversion.evaluation.metrics import text_metrics, window_logits
 
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"

@@ -23,12 +23,12 @@ from tiny_llama_text import Recall
 from train_tiny_llama import recall_accuracy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from conversion.calibrate import Stage, calibrate
-from conversion.calibrated_model import calibrated_model
-from conversion.calibration_data import read_calibration
+from conversion.calibration.calibrate import Stage, calibrate
+from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.model import calibrated_model
 from conversion.convert import convert_checkpoint
-from conversion.local_fit import LocalFit
-from conversion.metrics import text_metrics
+from conversion.data.text import read_calibration
+from conversion.evaluation.metrics import text_metrics
 from modeling_diff import DiffLlamaForCausalLM
 from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
 

@@ -29,7 +29,7 @@ from train_tiny_llama import SIZES, recall_accuracy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conversion import convert_checkpoint
-from conversion.calibrate import Stage
+from conversion.calibration.calibrate import Stage
 from conversion.heal import heal_checkpoint
 from conversion.healing.options import HealingOptions
 from modeling_diff import DiffLlamaForCausalLM

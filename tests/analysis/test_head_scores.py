@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from conversion import convert_checkpoint
-from conversion.layout import HeadPairing
+from conversion.mapping.heads import HeadPairing
 from modeling_diff import DiffLlamaForCausalLM
 from modeling_diff.analysis import report_measurements
 from modeling_diff.analysis.ablation import ablated_heads, ablation_effects, loss_nats, mean_head_outputs

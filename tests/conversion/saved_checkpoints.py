@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.checkpoint.reader import CheckpointReader
+from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 from conversion.errors import ConversionError, FilesError
-from conversion.reader import CheckpointReader
-from conversion.writer import CheckpointWriter, TensorSpec, plan_shards
 
 
 TENSORS = {f"layer.{n}": torch.full((n + 1, 4), float(n)) for n in range(6)} | {

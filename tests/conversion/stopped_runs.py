@@ -21,12 +21,12 @@ from pathlib import Path
 from random_llamas import random_llama, saved, token_ids
 
 from conversion import convert_checkpoint
-from conversion.kept_work import kept_work
+from conversion.checkpoint.kept_work import kept_work
 
 
 # A fork server has all of it imported once and no threads: each run is a clean process, started in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["conversion.__main__", "conversion.heal", "stopped_runs"])
+PROCESSES.set_forkserver_preload(["conversion.cli", "conversion.heal", "stopped_runs"])
 ROW_TOKENS, NUM_ROWS = 64, 12
 SHARDS = ["--max-shard-size", "20KB"]
 COMMANDS = {
@@ -52,12 +52,12 @@ def make_inputs(folder: Path) -> Path:
 
 def run_command(inputs: Path, output: Path, arguments: list[str], log: Path) -> None:
     """The command line in this process; `log` gets a line when a piece of work is begun and when it is kept."""
-    from conversion import __main__ as command_line
-    from conversion import calibrate
-    from conversion.calibration_store import CalibrationStore
+    from conversion import cli as command_line
+    from conversion.calibration import calibrate
+    from conversion.calibration.store import CalibrationStore
+    from conversion.checkpoint.reader import CheckpointReader
+    from conversion.checkpoint.writer import CheckpointWriter
     from conversion.healing.trainer import HealingTrainer
-    from conversion.reader import CheckpointReader
-    from conversion.writer import CheckpointWriter
 
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from conversion import ConversionError, convert_checkpoint, export_checkpoint
-from conversion.architectures import OTHERS, SUPPORTED, unsupported
 from conversion.describe import describe_checkpoint
+from conversion.source.architectures import OTHERS, SUPPORTED, unsupported
 from modeling_diff import DiffLlamaForCausalLM
 
 

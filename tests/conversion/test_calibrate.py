@@ -9,13 +9,13 @@ import torch
 from planted import CONTEXT, HEADS, MAP_DIM, kl_nats, planted_llama, random_tokens
 from transformers import LlamaConfig
 
-from conversion.calibrate import DEFAULT_STAGES, Stage, calibrate
-from conversion.calibrated_model import calibrated_model
-from conversion.calibration_estimate import duration_text, estimate_calibration
+from conversion.calibration.calibrate import DEFAULT_STAGES, Stage, calibrate
+from conversion.calibration.estimate import duration_text, estimate_calibration
+from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.model import calibrated_model
+from conversion.calibration.streams import LlamaLayers, Streams
+from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, FilesError
-from conversion.layer_streams import LlamaLayers, Streams
-from conversion.local_fit import LocalFit
-from conversion.reader import CheckpointReader
 
 
 QUICK = LocalFit(steps=30, batch_tokens=8 * CONTEXT)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conversion.calibration_data import read_calibration
+from conversion.data.text import read_calibration
 from conversion.errors import ConversionError
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from saved_checkpoints import read_refusal, same
 
+from conversion.checkpoint.file_identity import content_identity, quick_identity
+from conversion.checkpoint.reader import CheckpointReader, count_nonfinite
+from conversion.checkpoint.safetensors_format import DTYPES
 from conversion.errors import ConversionError, FilesError
-from conversion.file_identity import content_identity, quick_identity
-from conversion.reader import CheckpointReader, count_nonfinite
-from conversion.safetensors_header import DTYPES
 
 
 TENSORS = {
@@ -349,7 +349,7 @@ def test_truncated_pickle_is_refused(tmp_path, keep):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
 def test_count_nonfinite_gives_number_and_first_place(dtype, monkeypatch):
-    monkeypatch.setattr("conversion.reader.CHUNK_ENTRIES", 5)
+    monkeypatch.setattr("conversion.checkpoint.reader.CHUNK_ENTRIES", 5)
     tensor = torch.ones(3, 4)
     assert count_nonfinite(tensor.to(dtype)) == (0, None)
     tensor[1, 3] = float("-inf")

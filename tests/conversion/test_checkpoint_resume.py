@@ -52,7 +52,7 @@ def test_a_stop_after_the_swap_leaves_no_work(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         remove(folder, **options)
 
-    monkeypatch.setattr("conversion.writer.shutil.rmtree", stop_once)
+    monkeypatch.setattr("conversion.checkpoint.writer.shutil.rmtree", stop_once)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out")
     assert swapped == [tmp_path / ".out.partial"]
@@ -145,7 +145,7 @@ def test_resume_after_a_stop_within_commit_writes_no_shard_again(tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("conversion.writer.swap_in", stop)
+        patch.setattr("conversion.checkpoint.writer.swap_in", stop)
         write(tmp_path / "out", resume=True)
     with writer_for(tmp_path / "out", resume=True) as writer:
         assert list(writer.pending()) == []

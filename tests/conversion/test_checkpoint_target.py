@@ -11,10 +11,10 @@ import pytest
 import torch
 from saved_checkpoints import TENSORS, names, refusal, snapshot, write, writer_for
 
-from conversion import target as target_module
+from conversion.checkpoint import output_folder as target_module
+from conversion.checkpoint.output_folder import check_room, check_space, check_target
+from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 from conversion.errors import FilesError
-from conversion.target import check_room, check_space, check_target
-from conversion.writer import CheckpointWriter, TensorSpec, plan_shards
 
 
 def test_target_that_is_a_file_or_under_one_is_refused(tmp_path):

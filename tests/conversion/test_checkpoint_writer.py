@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from saved_checkpoints import TENSORS, names, specs_of, write, writer_for
 
+from conversion.checkpoint.safetensors_format import DTYPES
+from conversion.checkpoint.writer import TensorSpec, plan_shards
 from conversion.errors import ConversionError, FilesError
-from conversion.safetensors_header import DTYPES
-from conversion.writer import TensorSpec, plan_shards
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,8 +171,8 @@ def test_copy_follows_no_link_out_of_the_source(tmp_path):
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from conversion.reader import CheckpointReader
-from conversion.writer import CheckpointWriter, TensorSpec, plan_shards
+from conversion.checkpoint.reader import CheckpointReader
+from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 
 def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,8 +14,8 @@ from healing_toys import CONTEXT, write_rows
 from random_llamas import random_diffllama, random_llama, saved
 from typer.testing import CliRunner
 
-from conversion.__main__ import app
-from conversion.calibration_estimate import CalibrationEstimate
+from conversion.calibration.estimate import CalibrationEstimate
+from conversion.cli import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_convert_verify_inspect_and_export(tmp_path, llama):
     assert description["lambda"] == {"0": 0.2, "1": pytest.approx(0.355509, abs=1e-6)}
     assert (description["heads"], description["map_dim"], description["conversion"]["options"]["seed"]) == (2, 8, 3)
     shown = run("inspect", tmp_path / "v1").stdout
-    assert "diff_llama" in shown and "conversion.source" in shown
+    assert "diff_llama" in shown and "conversion.source.location" in shown
     assert "…" not in shown and "{" not in shown, "nothing is cut off, and JSON is for --json"
     exported = run("export", tmp_path / "v1", tmp_path / "theirs", "--json")
     assert exported.exit_code == 0, exported.stderr
@@ -143,7 +143,7 @@ def test_verbose_shows_the_traceback(tmp_path):
 
 
 def test_unexpected_errors_are_one_line_too(tmp_path, llama, monkeypatch):
-    monkeypatch.setattr("conversion.__main__.convert_checkpoint", lambda *a, **k: {}["surprise"])
+    monkeypatch.setattr("conversion.cli.convert_checkpoint", lambda *a, **k: {}["surprise"])
     result = run("convert", llama, tmp_path / "out")
     assert result.exit_code == 1 and "unexpected KeyError" in result.stderr and "Traceback" not in result.stderr
 
@@ -157,7 +157,7 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
             (tmp_path / f".out.{kept}" / "work").write_bytes(bytes(1_234_567))
         raise KeyboardInterrupt
 
-    place = "conversion.heal" if command == "heal" else "conversion.__main__"
+    place = "conversion.heal" if command == "heal" else "conversion.cli"
     monkeypatch.setattr(f"{place}.{command}_checkpoint", interrupted)
     arguments = ["from", str(tmp_path / "out"), *(["--data", "some text"] if command == "heal" else [])]
     result = run(command, *arguments)
@@ -186,10 +186,14 @@ def test_long_calibration_is_asked_about_on_a_terminal_alone(
 ):
     rows = write_rows(tmp_path / "rows.jsonl", num_rows=32)
     estimate = CalibrationEstimate(1.0, 1.0, 1, 1, seconds)
-    monkeypatch.setattr("conversion.calibrated.estimate_calibration", lambda *arguments, **options: estimate)
-    monkeypatch.setattr("conversion.display.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: terminal)))
+    monkeypatch.setattr("conversion.calibration.step.estimate_calibration", lambda *arguments, **options: estimate)
+    monkeypatch.setattr(
+        "conversion.console.display.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: terminal))
+    )
     questions = []
-    monkeypatch.setattr("conversion.display.typer.confirm", lambda *question, **options: questions.append(question))
+    monkeypatch.setattr(
+        "conversion.console.display.typer.confirm", lambda *question, **options: questions.append(question)
+    )
     command = ["convert", llama, tmp_path / "v1", "--variant", "v1", "--calibration", rows, "--stages", "copy"]
     result = run(*command, "--calibration-tokens", 512, *options)
     assert "about 1 hour on this machine's" in result.stderr, "printed in any case, before the work"
@@ -208,7 +212,7 @@ def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
 def test_a_stopped_run_ends_though_a_thread_would_not(stop):
     """As one whose start the signal has interrupted, before it was told whom to wait for."""
     script = (
-        "import os, signal, sys, threading; from conversion import __main__ as cli\n"
+        "import os, signal, sys, threading; from conversion import cli\n"
         "def app():\n"
         "    threading.Thread(target=threading.Event().wait).start()\n"
         f"    print('shown'); {stop}\n"
@@ -224,10 +228,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
     """By what training imports: PEFT, and with it bitsandbytes."""
     pytest.importorskip("peft")
     script = (
-        "from conversion import __main__ as cli\n"
-        "def imports():\n"
-        "    import conversion.heal, peft\n"
-        "cli.app = imports; cli.main()"
+        "from conversion import cli\ndef imports():\n    import conversion.heal, peft\ncli.app = imports; cli.main()"
     )
     process = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
@@ -237,7 +238,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
 
 def test_commands_do_not_wait_for_what_only_training_needs():
     script = (
-        "import sys, conversion.__main__\n"
+        "import sys, conversion.cli\n"
         "print([name for name in ('transformers.trainer', 'peft', 'bitsandbytes') if name in sys.modules])"
     )
     process = subprocess.run(
@@ -250,7 +251,7 @@ def test_commands_do_not_wait_for_what_only_training_needs():
 def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama, name):
     """Stopped for certain while writing, by itself at the first progress report; then again within the clean-up."""
     script = (
-        "import os, shutil, signal, sys; from conversion import __main__ as cli; original = cli.convert_checkpoint\n"
+        "import os, shutil, signal, sys; from conversion import cli; original = cli.convert_checkpoint\n"
         f"stop = lambda *a: os.kill(os.getpid(), signal.{name})\n"
         "remove = shutil.rmtree; shutil.rmtree = \\\n"
         "    lambda *a, **k: [stop(), remove(*a, **k), stop()] if sys.exception() else remove(*a, **k)\n"

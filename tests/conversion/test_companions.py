@@ -6,11 +6,11 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from conversion import ConversionError
-from conversion.behaviour import encode_texts
-from conversion.companions import companion_files, read_tokenizer
-from conversion.licences import licence_warnings, llama_terms
-from conversion.source import TEXT_PATTERNS
-from conversion.upload_files import UploadFolder, read_upload_folder
+from conversion.checkpoint.companions import companion_files, read_tokenizer
+from conversion.evaluation.behavior import encode_texts
+from conversion.hub.licenses import licence_warnings, llama_terms
+from conversion.hub.upload_files import UploadFolder, read_upload_folder
+from conversion.source.location import TEXT_PATTERNS
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"

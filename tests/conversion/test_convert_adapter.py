@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
-from conversion.__main__ import app
+from conversion.cli import app
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

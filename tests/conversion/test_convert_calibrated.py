@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
-from conversion.calibrate import calibrate
-from conversion.calibrated_model import calibrated_model
-from conversion.calibration_data import read_calibration
+from conversion.calibration.calibrate import calibrate
+from conversion.calibration.model import calibrated_model
+from conversion.data.text import read_calibration
 from conversion.describe import describe_checkpoint
 from conversion.errors import FilesError
 
@@ -146,7 +146,9 @@ def test_second_calibration_of_one_target_is_refused(llama, text, tmp_path):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_full_disk_is_found_before_anything_is_fitted(llama, text, tmp_path, monkeypatch, dry_run):
-    monkeypatch.setattr("conversion.target.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(
+        "conversion.checkpoint.output_folder.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20)
+    )
     reached = []
     options = {"dry_run": dry_run, "calibration_progress": lambda *at: reached.append(at)}
     with pytest.raises(FilesError, match=r"0\.034 GB are needed, 0\.001 GB are free"):

@@ -12,7 +12,7 @@ from random_llamas import FLAVOURS, SMALL, random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError, convert_checkpoint
-from conversion.layout import HeadPairing
+from conversion.mapping.heads import HeadPairing
 from modeling_diff import DiffLlamaForCausalLM
 
 

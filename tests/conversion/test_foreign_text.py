@@ -12,10 +12,10 @@ from random_llamas import random_llama, saved
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from conversion.__main__ import app
-from conversion.errors import ConversionError
-from conversion.escaping import code_span, escape, markdown
-from conversion.hub import plan_upload
+from conversion.cli import app
+from conversion.errors import ConversionError, escape
+from conversion.hub.markdown import code_span, markdown
+from conversion.push import plan_upload
 
 
 # A window title, a cleared screen, lines as ours, a right-to-left override, markup, HTML, half of a character.

@@ -14,10 +14,10 @@ from saved_checkpoints import names, refusal, snapshot
 from transformers import TrainerCallback
 
 from conversion import ConversionError, FilesError, convert_checkpoint
+from conversion.checkpoint.reader import CheckpointReader
+from conversion.checkpoint.writer import SMALL_FILES_BYTES
 from conversion.healing.options import HealingOptions
 from conversion.healing.work import least_bytes
-from conversion.reader import CheckpointReader
-from conversion.writer import SMALL_FILES_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from saved_checkpoints import names
 from transformers import TrainerCallback
 
 from conversion import FilesError
-from conversion.kept_work import kept_work
+from conversion.checkpoint.kept_work import kept_work
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -173,7 +173,7 @@ def test_stopped_while_the_output_is_written_goes_on_without_a_step(toys, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        patch.setattr("conversion.writer.swap_in", stop)
+        patch.setattr("conversion.checkpoint.writer.swap_in", stop)
         heal(toys, tmp_path / "out")
     assert names(tmp_path) == [".out.healing"]
     (note,) = caught.value.__notes__

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion import target as target_module
-from conversion.writer import CheckpointWriter, TensorSpec, plan_shards
+from conversion.checkpoint import output_folder as target_module
+from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 
 
 TENSORS = {f"layer.{n}": torch.full((64, 16), float(n)) for n in range(5)}
 # A fork server has torch imported once and no threads: each victim is a clean process, started in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "conversion.writer"])
+PROCESSES.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "conversion.checkpoint.writer"])
 
 
 class Slow:

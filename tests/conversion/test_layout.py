@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 from random_llamas import FLAVOURS, SMALL, random_llama
 from transformers import LlamaConfig
 
-from conversion.layout import (
-    HeadPairing,
-    Sizes,
-    halves_layout,
-    interleaved_layout,
-    llama_tensors,
-    mirrored_layout,
-    paired_layout,
-)
-from conversion.rules import diffllama_export_rules, diffllama_rules, llama_v1_rules, llama_v2_rules
+from conversion.mapping.heads import HeadPairing, Sizes
+from conversion.mapping.layout import halves_layout, interleaved_layout, llama_tensors, mirrored_layout, paired_layout
+from conversion.mapping.rules import diffllama_export_rules, diffllama_rules, llama_v1_rules, llama_v2_rules
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 

@@ -7,7 +7,7 @@ from llama_config_reads import config_reads, fields_in_a_run, fields_in_code
 from random_llamas import random_llama, saved
 from transformers import GenerationConfig, LlamaConfig
 
-from conversion.config_fields import ATTENTION_FIELDS, KEPT_FIELDS, NEUTRAL_VALUES, RESTATED_FIELDS
+from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS, NEUTRAL_VALUES, RESTATED_FIELDS
 
 
 PLACED = {*KEPT_FIELDS, *RESTATED_FIELDS, *ATTENTION_FIELDS, *NEUTRAL_VALUES}

@@ -10,10 +10,12 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from conversion import ConversionError, convert_checkpoint, measurement
-from conversion.__main__ import app
+from conversion import ConversionError, convert_checkpoint
+from conversion.cli import app
 from conversion.describe import describe_checkpoint
-from conversion.escaping import markdown
+from conversion.evaluation import measurement
+from conversion.hub.markdown import markdown
+from conversion.record import measured_text
 
 
 COPY = {"variant": "v1", "uncalibrated": True}
@@ -70,7 +72,7 @@ def test_numbers_are_shown_recorded_and_written_on_the_card(llama, rows, tmp_pat
     shown = run("convert", llama, tmp_path / "v1", "--variant", "v1", "--uncalibrated", "--held-out", rows)
     assert shown.exit_code == 0, shown.stderr
     found = record_of(tmp_path / "v1")["measured"]
-    said = measurement.measured_text(found)
+    said = measured_text(found)
     assert f"measured: {said}" in shown.stdout and "on rows.jsonl, 120 tokens; lambda per layer 0.050 0.050" in said
     assert (
         f"KL {found['values']['kl_nats']:.4f} nats/token, greedy agreement {found['values']['greedy_agreement']:.1%}"
@@ -104,7 +106,7 @@ def test_v2_is_checked_for_its_bits(llama, tmp_path, options, said):
     found = report.record["measured"]
     assert (found["values"]["largest_difference"] == 0) == (said == "bit for bit")
     assert found["values"]["largest_difference"] < 1e-4
-    assert f"logits equal {said}" in measurement.measured_text(found)
+    assert f"logits equal {said}" in measured_text(found)
 
 
 def test_import_is_compared_with_transformers_own_class(tmp_path):
@@ -135,7 +137,7 @@ def test_broken_promise_is_an_error(llama, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_measured_says_why(llama, tmp_path, options, said):
     report = convert_checkpoint(llama, tmp_path / "out", **options)
-    assert measurement.measured_text(report.record["measured"]) == said
+    assert measured_text(report.record["measured"]) == said
     assert markdown(said) in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -144,7 +146,7 @@ def test_large_models_on_a_cpu_only_say_how(llama, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(measurement.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measurement, "load_in_float32", None)
     report = convert_checkpoint(llama, tmp_path / "v1", **COPY, held_out=rows)
-    said = measurement.measured_text(report.record["measured"])
+    said = measured_text(report.record["measured"])
     assert "`diff-llama verify OUTPUT --against SOURCE`" in said and "are many for a CPU" in said
 
 
@@ -164,7 +166,7 @@ def test_failing_to_measure_does_not_undo_a_finished_conversion(llama, tmp_path,
     monkeypatch.setattr(measurement, "load_in_float32", fail)
     report = convert_checkpoint(llama, tmp_path / "v2", "v2")
     said = f"not measured: {type(error).__name__} when source and conversion were run"
-    assert measurement.measured_text(report.record["measured"]) == said
+    assert measured_text(report.record["measured"]) == said
     assert str(error) in caplog.text, "the details are for the user's eyes, and are not published"
     assert (tmp_path / "v2" / "model.safetensors").is_file()
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from conversion.data.held_out import STANDARD_NAME, STANDARD_TEXT, WINDOW_TOKENS, WINDOWS, read_held_out
 from conversion.errors import ConversionError
-from conversion.held_out import STANDARD_NAME, STANDARD_TEXT, WINDOW_TOKENS, WINDOWS, read_held_out
-from conversion.metrics import text_metrics
+from conversion.evaluation.metrics import text_metrics
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.pairing import PairCosts, match_heads
+from conversion.calibration.pairing import PairCosts, match_heads
 
 
 def all_pairings(num_kv_heads):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from conversion.calibration.refit import NormalEquations, ridge_refit
 from conversion.errors import ConversionError
-from conversion.refit import NormalEquations, ridge_refit
 
 
 def gathered(features, targets, weights):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from saved_checkpoints import read_refusal, same
 
+from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
-from conversion.reader import CheckpointReader
 
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}

@@ -16,13 +16,13 @@ from random_llamas import random_llama, saved
 from saved_checkpoints import read_refusal
 
 from conversion import ConversionError, convert_checkpoint
-from conversion.card_metadata import read_metadata
-from conversion.companions import companion_files
+from conversion.checkpoint.companions import companion_files
+from conversion.checkpoint.json_files import CHUNK_CHARS, LIMITS, MAX_NESTING, parse_json, read_small
 from conversion.describe import describe_checkpoint
 from conversion.errors import MemoryLimitError, memory_error
-from conversion.small_files import CHUNK_CHARS, LIMITS, MAX_NESTING, parse_json, read_small
-from conversion.source import TEXT_PATTERNS
-from conversion.upload_files import read_upload_folder
+from conversion.hub.card_metadata import read_metadata
+from conversion.hub.upload_files import read_upload_folder
+from conversion.source.location import TEXT_PATTERNS
 
 
 SMALLEST = min(limit for _, limit in LIMITS)
@@ -234,7 +234,7 @@ def test_secret_in_any_text_stops_a_push(source, secret, name):
 
 LITTLE_MEMORY = """
 import resource, sys
-import conversion.__main__ as cli
+import conversion.cli as cli
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

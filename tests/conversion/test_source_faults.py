@@ -8,7 +8,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from random_llamas import SMALL, random_llama, saved
 from safetensors.torch import load_file, save_file
 
-from conversion import ConversionError, convert_checkpoint, source
+from conversion import ConversionError, convert_checkpoint
+from conversion.source import location as source
 
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}

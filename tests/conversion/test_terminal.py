@@ -10,7 +10,7 @@ import pytest
 from random_llamas import random_llama, saved
 from rich.progress import Progress
 
-from conversion import terminal
+from conversion.console import terminal
 
 
 ROOT = Path(__file__).parents[2]

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from conversion import (
     ConversionError,
     FilesError,
-    bundle,
     convert_checkpoint,
     update_checkpoint_code,
     verify_checkpoint,
 )
-from conversion.__main__ import app
-from conversion.companions import code_files
+from conversion.checkpoint.output_folder import locked
+from conversion.cli import app
 from conversion.describe import describe_checkpoint
-from conversion.hub import plan_upload
-from conversion.target import locked
+from conversion.hub import bundle
+from conversion.hub.bundle import code_files
+from conversion.push import plan_upload
 from modeling_diff.diff_transformers_compat import NEWEST_TESTED_TRANSFORMERS, OLDEST_TORCH, OLDEST_TRANSFORMERS
 
 

@@ -9,10 +9,10 @@ from random_llamas import random_llama, saved
 from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint
-from conversion.__main__ import app
-from conversion.choices import chosen_dtype, parse_size
+from conversion.cli import app
 from conversion.errors import typed
 from conversion.healing.options import HealingOptions
+from conversion.options import chosen_dtype, parse_size
 
 
 COMMANDS = ["convert", "verify", "export", "inspect", "push", "heal"]

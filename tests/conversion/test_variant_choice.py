@@ -4,7 +4,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from random_llamas import random_diffllama, random_llama, saved
 
-from conversion import ConversionError, convert_checkpoint, source
+from conversion import ConversionError, convert_checkpoint
+from conversion.source import location as source
 
 
 @pytest.fixture

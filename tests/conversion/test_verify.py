@@ -282,8 +282,8 @@ def test_reports_that_verify_did_not_print_are_refused_in_one_line(tmp_path, cha
 
 def test_kl_and_agreement_are_what_they_are_called():
     """Two tokens, worked by hand: KL((3/4, 1/4) || (1/2, 1/2)) = ln 2 - H(1/4)."""
-    from conversion.behaviour import Behaviour, generation_agreement
-    from conversion.metrics import text_metrics
+    from conversion.evaluation.behavior import Behaviour, generation_agreement
+    from conversion.evaluation.metrics import text_metrics
 
     original = Behaviour([torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()], [[1, 2, 3, 4]])
     other = Behaviour([torch.tensor([[0.5, 0.5 + 1e-6], [0.5 + 1e-6, 0.5]]).log()], [[1, 2, 9, 4]])

@@ -8,10 +8,10 @@ import torch
 from random_llamas import LONGROPE, SMALL, random_llama, saved
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
-from conversion.behaviour import cache_difference, cacheable_length, compare_logits
+from conversion.evaluation.behavior import cache_difference, cacheable_length, compare_logits
 from conversion.healing.options import HealingOptions
 from conversion.healing.teacher import find_teacher, load_teacher
-from conversion.source_config import read_source_model
+from conversion.source.config import read_source_model
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

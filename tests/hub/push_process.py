@@ -28,7 +28,7 @@ def run_step(
     """
     from typer.testing import CliRunner
 
-    from conversion.__main__ import app
+    from conversion.cli import app
 
     if fresh:
         hub.forget()

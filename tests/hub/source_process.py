@@ -16,7 +16,7 @@ from loopback_hub import LoopbackHub
 def run_step(hub: LoopbackHub, source: str, **options) -> dict:
     """The files that came down, or the error; the commit; and the files that were asked for."""
     from conversion.errors import ConversionError
-    from conversion.source import locate_source
+    from conversion.source.location import locate_source
 
     hub.requests.clear()
     report: dict = {}

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from conversion.card_metadata import metadata_block, read_metadata
-from conversion.hub import plan_upload
-from conversion.model_card import source_metadata
+from conversion.hub.card_metadata import metadata_block, read_metadata
+from conversion.hub.model_card import source_metadata
+from conversion.push import plan_upload
 
 
 # What YAML 1.1 or 1.2 readers take for something else than text.

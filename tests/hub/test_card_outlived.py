@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 import modeling_diff
 from conversion import convert_checkpoint
-from conversion.hub import plan_upload
-from conversion.model_card import GENERATED
+from conversion.hub.model_card import GENERATED
+from conversion.push import plan_upload
 from modeling_diff import diff_saved_card
 
 

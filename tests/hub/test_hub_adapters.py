@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import modeling_diff
-from conversion.model_card_text import FINE_TUNE, NEW_MODULES
+from conversion.hub.card_text import FINE_TUNE, NEW_MODULES
 
 
 pytest.importorskip("peft", reason="peft is not installed")

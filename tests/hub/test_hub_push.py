@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import modeling_diff
 from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
+from conversion.hub.upload_files import read_upload_folder
 from conversion.record import read_record
-from conversion.upload_files import read_upload_folder
 
 
 REPO = "me/Llama-tiny-diff"

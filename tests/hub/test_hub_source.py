@@ -11,8 +11,8 @@ from huggingface_hub import constants
 
 from conversion import ConversionError, push_checkpoint
 from conversion.checkpoint import CheckpointReader
-from conversion.hub_address import HubAddress, parse_address
-from conversion.source import locate_source
+from conversion.source.hub_address import HubAddress, parse_address
+from conversion.source.location import locate_source
 
 
 HERE = Path(__file__).parent
@@ -184,7 +184,7 @@ def test_record_names_the_commit_of_its_own_repository_only(tmp_path, monkeypatc
         (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
-    monkeypatch.setattr("conversion.source.snapshot_download", download)
+    monkeypatch.setattr("conversion.source.location.snapshot_download", download)
     recorded = {"hub_id": "owner/name", "revision": "c0ffee"}
     for source in ("owner/name", "owner/name@v2", "owner/other"):
         locate_source(source, recorded=recorded)

@@ -16,7 +16,7 @@ from old_code import old_code, with_old_code
 from packaging.version import Version
 
 import modeling_diff
-from conversion.companions import code_files
+from conversion.hub.bundle import code_files
 
 
 ROADS = ("folder", "hub")

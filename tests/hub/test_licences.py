@@ -2,7 +2,7 @@
 
 import pytest
 
-from conversion.licences import licence_warnings, llama_terms, private_reason
+from conversion.hub.licenses import licence_warnings, llama_terms, private_reason
 
 
 # Quoted from section 1.b of each text: words to display, how names begin, the model that the Notice names.

@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard
 
 import modeling_diff
 from conversion import convert_checkpoint, push_checkpoint
-from conversion.export import read_our_config
-from conversion.held_out import STANDARD_NAME
-from conversion.hub import plan_upload
-from conversion.licences import llama_terms
-from conversion.model_card import GENERATED, CardFacts, lambda_plot, render_card, source_metadata
+from conversion.data.held_out import STANDARD_NAME
+from conversion.hub.licenses import llama_terms
+from conversion.hub.model_card import GENERATED, CardFacts, lambda_plot, render_card, source_metadata
+from conversion.push import plan_upload
 from conversion.record import read_record
+from conversion.source.converted import read_our_config
 from modeling_diff.training import lora_config
 
 

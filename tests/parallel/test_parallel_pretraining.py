@@ -9,7 +9,7 @@ import torch
 from ranks_pretraining import EXAMPLES, LAMBDAS, LOSSES, MODELS, arguments_for
 from transformers import AutoTokenizer
 
-from conversion.companions import called_code
+from conversion.hub.bundle import called_code
 from modeling_diff import DiffLlamaForCausalLM
 from modeling_diff.training.pretraining_data import PackedRows, text_files
 

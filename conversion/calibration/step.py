@@ -1,0 +1,172 @@
+"""Calibration as a step of a conversion: what it is asked, where it keeps its work, and what becomes of its result."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.calibration.calibrate import (
+    DEFAULT_STAGES,
+    CalibrationResult,
+    Progress,
+    Stage,
+    calibrate,
+    check_tokens,
+    lambdas_to_try,
+)
+from conversion.calibration.estimate import CalibrationEstimate, duration_text, estimate_calibration
+from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.store import has_results
+from conversion.checkpoint.companions import read_tokenizer
+from conversion.checkpoint.kept_work import calibration_folder, keep_note
+from conversion.checkpoint.output_folder import locked, parents_made
+from conversion.data.text import read_calibration
+from conversion.errors import ConversionError
+from conversion.mapping.stream import Plan, planned_config
+from conversion.options import CalibrationText, ConversionOptions
+from conversion.record import CALIBRATED
+from conversion.source import Source
+
+
+logger = logging.getLogger(__name__)
+ROW_TOKENS = 1024  # or what the model can read, if that is less
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One that can be begun: the text with as many tokens as its whole rows hold, the rows (R, T), what it takes."""
+
+    text: CalibrationText
+    rows: torch.Tensor
+    estimate: CalibrationEstimate
+
+    @property
+    def note(self) -> str:
+        gigabyte = 10**9
+        return (
+            f"calibration on {self.text.tokens} tokens: about {duration_text(self.estimate.seconds)} on this "
+            f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
+            f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
+        )
+
+
+def prepare_calibration(source: Source, options: ConversionOptions, text: CalibrationText) -> Calibration:
+    """Reads the text. ConversionError for text, options or a source with which the calibration would fail."""
+    model = source.model
+    if model.kind != "llama" or options.variant != "v1" or options.pairings:
+        raise ConversionError(
+            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
+            "and where pairings are given"
+        )
+    if not getattr(model.config, "is_causal", True):
+        raise ConversionError(
+            "config.json: is_causal is false, and calibration fits causal attention alone; leave it out "
+            "(--uncalibrated), or convert to v2, which is exact (--variant v2)"
+        )
+    for layer in options.differential_layers(model.sizes.num_layers):
+        lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
+    row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)
+    rows = read_calibration(text.path, read_tokenizer(source.folder), text.tokens, row_tokens, model.sizes.vocab_size)
+    check_tokens(model.config, rows, _stages(text))
+    estimate = estimate_calibration(model.config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
+    return Calibration(replace(text, tokens=rows.numel()), rows, estimate)
+
+
+def log_estimate(calibration: Calibration) -> None:
+    """Logs what the calibration will take, before it is begun."""
+    logger.info(calibration.note)
+
+
+def run_calibration(
+    calibration: Calibration,
+    source: Source,
+    options: ConversionOptions,
+    work_folder: Path,
+    resume: bool | None,
+    progress: Progress,
+) -> CalibrationResult:
+    """Fits the layers, on a GPU if there is one."""
+    return calibrate(
+        source.reader,
+        source.model.config,
+        calibration.rows,
+        stages=_stages(calibration.text),
+        lambda_init=_lambda_choice(options),
+        norm=options.norm,
+        layers=options.differential_layers(source.model.sizes.num_layers),
+        dtype=options.torch_dtype,
+        seed=options.seed,
+        device=_device(),
+        local=LocalFit(lambda_floor=calibration.text.lambda_floor),
+        work_folder=work_folder,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def calibrated_plan(plan: Plan, text: CalibrationText, result: CalibrationResult) -> Plan:
+    """Returns the plan with the attention of the calibrated layers as fitted, in config and record as well."""
+    rules = [
+        replace(rule, build=lambda *_, name=rule.target: result[name]) if rule.target in result.names else rule
+        for rule in plan.rules
+    ]
+    config = planned_config(plan)
+    config.lambda_init = list(result.lambda_init)
+    config.sub_norm_eps = list(result.sub_norm_eps)
+    record = {
+        **plan.record,
+        "pairing": "calibrated",
+        "calibration": calibration_record(text, result),
+        "promise": {**plan.record["promise"], "text": CALIBRATED},
+    }
+    return replace(plan, rules=rules, texts={**plan.texts, "config.json": config.to_json_string()}, record=record)
+
+
+def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict[str, Any]:
+    """For conversion.json: the text by name, and what every stage reached in every layer."""
+    return {
+        "text": text.path.name,
+        "tokens": text.tokens,
+        "lambda_floor": text.lambda_floor,
+        "stages": [str(stage) for stage in _stages(text)],
+        "pairings": [
+            {"query_heads": pairing.query_heads, "kv_heads": pairing.kv_heads} for pairing in result.pairings
+        ],
+        "layers": list(result.records),
+    }
+
+
+@contextmanager
+def calibration_work(output: Path) -> Iterator[Path]:
+    """Where a calibration keeps its finished layers: held against other runs, removed when all is written.
+
+    Whatever stops the run leaves them there. FilesError if another run has the folder.
+    """
+    folder = calibration_folder(output.resolve())
+    with parents_made(folder), locked(folder):
+        try:
+            yield folder
+        except BaseException as error:
+            if has_results(folder):
+                keep_note(error, folder)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stages(text: CalibrationText) -> tuple[Stage, ...]:
+    return DEFAULT_STAGES if text.stages is None else tuple(Stage(stage) for stage in text.stages)
+
+
+def _lambda_choice(options: ConversionOptions) -> Any:
+    return "grid" if options.lambda_init is None else options.lambda_init
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,213 @@
+"""
+One decoder layer at a time, and the two streams between layers: the hidden states of the original and of the
+converted model on the calibration tokens.
+
+R rows, T tokens a row, C hidden, H LLaMA heads, K LLaMA KV heads, d map_dim.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from conversion.checkpoint.reader import CheckpointReader
+from conversion.errors import ConversionError
+from conversion.mapping.heads import HeadPairing
+from conversion.mapping.layout import paired_layout
+from modeling_diff import DiffLlamaConfig
+from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
+
+
+NEUTRAL_EPS = 1000.0  # in units of the heads' mean square; the norm then turns no output by more than 0.05 %
+STRICT_EPS = 1e-5
+ROLES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values", "o_proj": "outputs"}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Differential attention of one layer: `tensors` by name below `self_attn`, and what the config says of it."""
+
+    pairing: HeadPairing
+    lambda_init: float
+    sub_norm_eps: float
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor], **changes: Any) -> "LayerWeights":
+        """With `tensors` laid over those that are there, and other values of `changes`."""
+        return replace(self, tensors={**self.tensors, **tensors}, **changes)
+
+
+class LlamaLayers:
+    """A LLaMA checkpoint of which one layer is in memory at a time, in float32 on `device`."""
+
+    def __init__(self, reader: CheckpointReader, config: PreTrainedConfig, device: torch.device):
+        self.reader, self.device = reader, device
+        self.config: Any = deepcopy(config)  # Any: LlamaConfig declares as optional what it always fills in
+        self.config._attn_implementation = "sdpa"
+        self.rotary = LlamaRotaryEmbedding(self.config).to(device)  # type: ignore[arg-type]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states (R, T, C) before the first layer, of tokens (R, T)."""
+        name = "model.embed_tokens.weight"
+        table = self.reader.read(name if name in self.reader.tensors else "lm_head.weight")  # tied: one of the two
+        return nn.functional.embedding(tokens.cpu(), table).to(self.device, torch.float32)
+
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """The layer's tensors by their names below `model.layers.N`, without rotary buffers."""
+        prefix = f"model.layers.{index}."
+        names = [name for name in self.reader.tensors if name.startswith(prefix) and "rotary_emb" not in name]
+        return {name.removeprefix(prefix): self.reader.read(name).to(self.device, torch.float32) for name in names}
+
+    def layer(self, index: int, tensors: Mapping[str, torch.Tensor]) -> LlamaDecoderLayer:
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(self.config, index)
+        layer.load_state_dict(dict(tensors), assign=True)
+        return layer.requires_grad_(False).eval()
+
+    def diff_layer(
+        self, index: int, tensors: Mapping[str, torch.Tensor], weights: LayerWeights
+    ) -> DiffLlamaDecoderLayer:
+        """The converted layer: LLaMA's `tensors` but for the attention, which is `weights`."""
+        with torch.device("meta"):
+            layer = DiffLlamaDecoderLayer(diff_config(self.config, weights, self.config.num_hidden_layers), index)
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("self_attn.")}
+        attention = {f"self_attn.{name}": tensor.clone() for name, tensor in weights.tensors.items()}
+        layer.load_state_dict(rest | attention, assign=True)
+        return layer.requires_grad_(False).eval()
+
+    def run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """(R, T, C) -> (R, T, C) after `layer`, float32; a differential layer turns its maps by the same angles."""
+        positions = torch.arange(states.shape[1], device=states.device)[None]
+        with precision(self.device):
+            return layer(states, position_embeddings=self.rotary(states, positions), position_ids=positions).float()
+
+    def attention_maps(self, layer: LlamaDecoderLayer, states: torch.Tensor) -> torch.Tensor:
+        """LLaMA's maps (R, H, T, T) for states (R, T, C) before the layer."""
+        num_tokens = states.shape[1]
+        mask = torch.full((num_tokens, num_tokens), -torch.inf, device=states.device).triu(1)[None, None]
+        positions = torch.arange(num_tokens, device=states.device)[None]
+        config, layer.self_attn.config = layer.self_attn.config, deepcopy(self.config)
+        layer.self_attn.config._attn_implementation = "eager"
+        try:
+            normed = layer.input_layernorm(states)
+            rotated = self.rotary(states, positions)
+            return layer.self_attn(normed, position_embeddings=rotated, attention_mask=mask)[1].float()
+        finally:
+            layer.self_attn.config = config
+
+
+def precision(device: torch.device) -> AbstractContextManager:
+    """bfloat16 products on a GPU, float32 on a CPU; the streams and all statistics are float32 or wider."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlamaConfig:
+    """A V1 config from which one layer with these weights can be built."""
+    built = DiffLlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=config.num_attention_heads // 2,
+        num_key_value_heads=config.num_key_value_heads // 2,
+        head_dim=2 * config.head_dim,
+        hidden_act=config.hidden_act,
+        rms_norm_eps=config.rms_norm_eps,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=deepcopy(config.rope_parameters),
+        lambda_init=[weights.lambda_init] * num_layers,
+        sub_norm_eps=weights.sub_norm_eps,
+    )
+    built._attn_implementation = "sdpa"
+    return built
+
+
+def copied_weights(
+    tensors: Mapping[str, torch.Tensor], pairing: HeadPairing, map_dim: int, lambda_init: float, seed: int
+) -> LayerWeights:
+    """
+    LLaMA's attention tensors, rows and columns in the order of `pairing`, with a norm of weight 1.
+
+    The lambda vectors are random with q2 = q1 and k2 = k1: exponentials cancel exactly, and their gradients do not.
+    """
+    layout = paired_layout(pairing, map_dim)
+    attention = {}
+    for name, tensor in tensors.items():
+        if name.startswith("self_attn."):
+            projection, kind = name.removeprefix("self_attn.").split(".")
+            moved = tensor if (projection, kind) == ("o_proj", "bias") else layout[ROLES[projection]](tensor)
+            attention[f"{projection}.{kind}"] = moved
+    device = attention["q_proj.weight"].device
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("lambda_q", "lambda_k"):
+        drawn = (0.1 * torch.randn(map_dim, generator=generator)).to(device)
+        attention[f"diff_lambda.{name}1"], attention[f"diff_lambda.{name}2"] = drawn, drawn.clone()
+    attention["sub_norm.weight"] = torch.ones(2 * map_dim, device=device)
+    return LayerWeights(pairing, lambda_init, STRICT_EPS, attention)
+
+
+def chunks(num_rows: int, num_tokens: int, max_chunk_tokens: int = 8192) -> Iterator[slice]:
+    """Slices of rows that hold about `max_chunk_tokens` together."""
+    step = max(1, max_chunk_tokens // num_tokens)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
+    """Within the `with`, the function given tells the first argument of the last call of `module`."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen[:] = [args[0]]
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        yield lambda: seen[0]
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Streams:
+    """
+    What enters the current layer, and what LLaMA makes of it: all (R, T, C), float32.
+
+    The converted model should end up where LLaMA does, so each layer is fitted on `converted` against LLaMA's
+    `after_attention` and `after_layer`: what earlier layers got wrong is part of the error.
+    """
+
+    original: torch.Tensor
+    converted: torch.Tensor
+    after_attention: torch.Tensor
+    after_layer: torch.Tensor
+
+    @classmethod
+    def start(cls, embedded: torch.Tensor) -> "Streams":
+        return cls(embedded, embedded.clone(), torch.empty_like(embedded), torch.empty_like(embedded))
+
+    def look_ahead(self, llama: LlamaLayers, layer: LlamaDecoderLayer, index: int) -> None:
+        """Fills in where LLaMA's stream is after this layer's attention and after the layer."""
+        with torch.no_grad(), inputs_of(layer.post_attention_layernorm) as after_attention:
+            for rows in chunks(*self.original.shape[:2]):
+                self.after_layer[rows] = llama.run(layer, self.original[rows])
+                self.after_attention[rows] = after_attention()
+        if not self.after_layer.isfinite().all():
+            row, token = (~self.after_layer.isfinite()).any(-1).nonzero()[0].tolist()
+            raise ConversionError(
+                f"layer {index}: LLaMA's own activations are NaN or Inf on the calibration text (first in row {row}, "
+                f"token {token}); look for NaN in its weights, or convert without calibration"
+            )
+
+    def advance(self, llama: LlamaLayers, converted_layer: nn.Module) -> None:
+        """Moves both streams behind this layer."""
+        with torch.no_grad():
+            for rows in chunks(*self.converted.shape[:2]):
+                self.converted[rows] = llama.run(converted_layer, self.converted[rows])
+        self.original, self.after_layer = self.after_layer, self.original

@@ -1,0 +1,1 @@
+"""Text as token ids: one reader, and the standard held-out text."""

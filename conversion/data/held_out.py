@@ -1,0 +1,62 @@
+"""The text on which a conversion is measured: a standard one, which comes with this package, or the user's own."""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from conversion.data.text import Tokenizer, read_documents, token_ids
+from conversion.errors import ConversionError
+
+
+STANDARD_TEXT = Path(__file__).with_name("held_out.txt")
+STANDARD_NAME = "the standard held-out text (heads of Python library files)"
+WINDOWS = 16
+WINDOW_TOKENS = 256
+# The standard text has 37,000 to 51,000 tokens in the vocabularies of LLaMA 3 and of tiny-llama.
+READ_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Token ids (1, T) of evenly spaced windows, each behind a bos if there is one, and what text they are of."""
+
+    name: str
+    windows: list[torch.Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(ids.numel() for ids in self.windows)
+
+
+def read_held_out(
+    tokenizer: Tokenizer | None, vocab_size: int, max_positions: int, text: Path | None = None
+) -> HeldOut:
+    """Returns 16 windows of 256 tokens of the standard text, or of `text`; fewer where it, or the model, is shorter.
+
+    Args:
+        text: Text, JSON lines or a datasets folder, as for a calibration.
+
+    Raises:
+        ConversionError: A text that cannot be read, is too short, or has tokens that the model does not know.
+    """
+    path = text or STANDARD_TEXT
+    bos = tokenizer.bos_token_id if tokenizer is not None else None
+    body = min(WINDOW_TOKENS, max_positions) - (bos is not None)
+    ids = torch.tensor(list(islice(token_ids(path, read_documents(path), tokenizer, vocab_size), READ_TOKENS)))
+    if len(ids) < 2 or body < 2:
+        raise ConversionError(
+            f"{path}: {len(ids)} tokens, windows of {body}, expected two at least; give a longer text"
+        )
+    largest = max(int(ids.max()), bos or 0)
+    if largest >= vocab_size:
+        raise ConversionError(
+            f"{path}: the source's tokenizer gives token {largest}, but config.json says vocab_size {vocab_size}; get "
+            "the tokenizer that belongs to it"
+        )
+    count = max(1, min(WINDOWS, len(ids) // body))
+    starts = [number * (len(ids) // count) for number in range(count)]
+    head = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+    windows = [torch.cat((head, ids[start : start + body]))[None] for start in starts]
+    return HeldOut(STANDARD_NAME if text is None else path.name, windows)

@@ -1,0 +1,1 @@
+"""What a model computes and how near it is to another one."""

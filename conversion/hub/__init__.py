@@ -1,0 +1,1 @@
+"""What goes to the Hub with a checkpoint: files, model code, model card, licenses."""

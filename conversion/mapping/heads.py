@@ -1,0 +1,70 @@
+"""Which heads a LLaMA has, and which of them make up one differential head."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeadPairing:
+    """Which LLaMA heads make up the differential heads of one layer.
+
+    `query_heads[2 i + m]` is the LLaMA head that becomes map m of head i, `kv_heads[2 g + m]` the KV head whose keys
+    become map m's keys of KV head g and whose values become half m of its value. `query_heads` must read the KV
+    heads that `kv_heads` puts at their place. ValueError otherwise.
+    """
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, heads in (("query_heads", self.query_heads), ("kv_heads", self.kv_heads)):
+            if len(heads) % 2 or not heads or sorted(heads) != list(range(len(heads))):
+                raise ValueError(f"{name} must list an even number of heads, each once, got {heads}")
+        if len(self.query_heads) % len(self.kv_heads):
+            raise ValueError(f"{len(self.query_heads)} query heads cannot share {len(self.kv_heads)} KV heads evenly")
+        group = len(self.query_heads) // len(self.kv_heads)
+        for place, head in enumerate(self.query_heads):
+            expected = self.kv_heads[2 * (place // 2 // group) + place % 2]
+            if head // group != expected:
+                raise ValueError(f"query head {head} at place {place} reads KV head {head // group}, not {expected}")
+
+    @classmethod
+    def adjacent(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
+        """The default without calibration: KV heads 2g and 2g + 1, their query heads j with one another."""
+        group = num_heads // num_kv_heads
+        places = range(num_heads // 2)
+        heads = ((2 * (i // group) + m) * group + i % group for i in places for m in (0, 1))
+        return cls(tuple(heads), tuple(range(num_kv_heads)))
+
+    @classmethod
+    def halves(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
+        """The order of transformers' own `diffllama`: map h pairs with map h + H / 2, KV heads likewise."""
+        query_heads = (i + m * num_heads // 2 for i in range(num_heads // 2) for m in (0, 1))
+        kv_heads = (g + m * num_kv_heads // 2 for g in range(num_kv_heads // 2) for m in (0, 1))
+        return cls(tuple(query_heads), tuple(kv_heads))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the table needs to know of a model; head counts are LLaMA's (twice ours in V1)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    map_dim: int
+    lm_head: bool = True  # False: tied to the embedding, or a model without a head
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """The shape that a row of `TENSORS` spells."""
+        width = {
+            "V": self.vocab_size,
+            "C": self.hidden_size,
+            "I": self.intermediate_size,
+            "Q": self.num_heads * self.map_dim,
+            "K": self.num_kv_heads * self.map_dim,
+        }
+        return tuple(width[letter] for letter in letters)

@@ -1,0 +1,151 @@
+"""Pure tensor rules: what a checkpoint's tensors are called, and what becomes of each; knows no files and no models.
+
+V vocabulary, C hidden, I intermediate, H LLaMA heads (= maps of one side), G LLaMA KV heads, d map_dim.
+`TENSORS` is the one table of names; a layout says what becomes of the rows and columns that attention cares about.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from conversion.mapping.heads import HeadPairing, Sizes
+
+
+# name, shape in the letters above (Q = H d, K = G d), role; a bias has the rows of its weight
+TENSORS = (
+    ("model.embed_tokens.weight", "VC", "keep"),
+    ("model.layers.{layer}.input_layernorm.weight", "C", "keep"),
+    ("model.layers.{layer}.self_attn.q_proj.weight", "QC", "queries"),
+    ("model.layers.{layer}.self_attn.q_proj.bias", "Q", "queries"),
+    ("model.layers.{layer}.self_attn.k_proj.weight", "KC", "keys"),
+    ("model.layers.{layer}.self_attn.k_proj.bias", "K", "keys"),
+    ("model.layers.{layer}.self_attn.v_proj.weight", "KC", "values"),
+    ("model.layers.{layer}.self_attn.v_proj.bias", "K", "values"),
+    ("model.layers.{layer}.self_attn.o_proj.weight", "CQ", "outputs"),
+    ("model.layers.{layer}.self_attn.o_proj.bias", "C", "keep"),
+    ("model.layers.{layer}.post_attention_layernorm.weight", "C", "keep"),
+    ("model.layers.{layer}.mlp.gate_proj.weight", "IC", "keep"),
+    ("model.layers.{layer}.mlp.gate_proj.bias", "I", "keep"),
+    ("model.layers.{layer}.mlp.up_proj.weight", "IC", "keep"),
+    ("model.layers.{layer}.mlp.up_proj.bias", "I", "keep"),
+    ("model.layers.{layer}.mlp.down_proj.weight", "CI", "keep"),
+    ("model.layers.{layer}.mlp.down_proj.bias", "C", "keep"),
+    ("model.norm.weight", "C", "keep"),
+    ("lm_head.weight", "VC", "keep"),
+)
+
+
+def llama_tensors(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
+    """Every tensor a LLaMA of these sizes has, in file order: name, shape, role, layer."""
+    for template, letters, role in TENSORS:
+        if template == TENSORS[1][0]:
+            for layer in range(sizes.num_layers):
+                yield from _layer_tensors(sizes, layer)
+        if "{layer}" not in template and (sizes.lm_head or template != "lm_head.weight"):
+            yield template, sizes.shape(letters), role, None
+
+
+def _layer_tensors(sizes: Sizes, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    for template, letters, role in TENSORS:
+        has_bias = sizes.mlp_bias if ".mlp." in template else sizes.attention_bias
+        if "{layer}" in template and (has_bias or not template.endswith(".bias")):
+            yield template.format(layer=layer), sizes.shape(letters), role, layer
+
+
+class Transform(Protocol):
+    """A rule for one tensor, which knows its own inverse and the shape it makes."""
+
+    def __call__(self, tensor: torch.Tensor, /) -> torch.Tensor: ...
+    def shape(self, shape: tuple[int, ...], /) -> tuple[int, ...]: ...
+    def inverse(self) -> "Transform": ...
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The tensor as it is."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def inverse(self) -> "Keep":
+        return self
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Times a factor, in float64: rounded once, by whoever stores it, and not beyond what a narrow dtype holds."""
+
+    factor: float
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() * self.factor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def inverse(self) -> "Scale":
+        return Scale(1 / self.factor)
+
+
+@dataclass(frozen=True)
+class TakeBlocks:
+    """Blocks of `width` along `axis` in the order listed: a permutation, or a mirror where blocks repeat.
+
+    The inverse of a mirror takes the first of each block's copies.
+    """
+
+    axis: int
+    width: int
+    order: tuple[int, ...]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.order == tuple(range(tensor.shape[self.axis] // self.width)):
+            return tensor
+        blocks = tensor.unflatten(self.axis, (-1, self.width))
+        return blocks.index_select(self.axis, torch.tensor(self.order)).flatten(self.axis, self.axis + 1)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[: self.axis], len(self.order) * self.width, *shape[self.axis + 1 :])
+
+    def inverse(self) -> "TakeBlocks":
+        first_place = {block: place for place, block in reversed(list(enumerate(self.order)))}
+        return TakeBlocks(self.axis, self.width, tuple(first_place[block] for block in range(len(first_place))))
+
+
+def paired_layout(pairing: HeadPairing, map_dim: int) -> dict[str, Transform]:
+    """LLaMA -> V1: rows of q, k, v and the columns of o move together."""
+    return {
+        "queries": TakeBlocks(0, map_dim, pairing.query_heads),
+        "keys": TakeBlocks(0, map_dim, pairing.kv_heads),
+        "values": TakeBlocks(0, map_dim, pairing.kv_heads),
+        "outputs": TakeBlocks(1, map_dim, pairing.query_heads),
+    }
+
+
+def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[str, Transform]:
+    """LLaMA -> V2: each query twice, o over 1 - sigmoid(lambda_bias), which is 1 + exp(lambda_bias)."""
+    return {
+        "queries": TakeBlocks(0, map_dim, tuple(head for head in range(num_heads) for _ in (0, 1))),
+        "outputs": Scale(1 + math.exp(lambda_bias)),
+    }
+
+
+def halves_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
+    """transformers' `diffllama` -> V1: its o_proj already reads [v1; v2] head by head."""
+    return paired_layout(HeadPairing.halves(num_heads, num_kv_heads), map_dim) | {"outputs": Keep()}
+
+
+def interleaved_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
+    """The authors' V1 flash files -> V1: ours but for rotary pairs (2j, 2j + 1), here (j, j + d / 2)."""
+
+    def split_pairs(maps: int) -> TakeBlocks:
+        rows = torch.arange(maps * map_dim).view(maps, map_dim // 2, 2).transpose(1, 2)
+        return TakeBlocks(0, 1, tuple(rows.flatten().tolist()))
+
+    return {"queries": split_pairs(num_heads), "keys": split_pairs(num_kv_heads)}

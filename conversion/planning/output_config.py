@@ -1,0 +1,99 @@
+"""The config.json of a converted checkpoint: LLaMA's fields from the source, ours from the rules, and built once."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from conversion.checkpoint import CheckpointReader
+from conversion.checkpoint.json_files import parse_json, quote
+from conversion.errors import ConversionError
+from conversion.mapping.rules import Rule
+from conversion.options import ConversionOptions
+from conversion.source.config import SourceModel
+from conversion.source.config_fields import KEPT_FIELDS, not_kept
+from conversion.source.model import BUILD_ERRORS, build_on_meta, default_dtype, one_line
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
+
+
+MAX_NOTES = 8  # of one kind; a config can have thousands of fields that nobody reads
+
+
+def output_config(
+    model: SourceModel, ours: Mapping[str, Any], reader: CheckpointReader, options: ConversionOptions
+) -> tuple[DiffLlamaConfig, list[str]]:
+    """Makes the config of the output.
+
+    Args:
+        model: The source, whose LLaMA fields are kept as they are.
+        ours: The fields that LLaMA does not have.
+        reader: The source's tensors.
+        options: `dtype` and `backbone_only` matter here.
+
+    Returns:
+        The config, and notes for the user on fields that are not kept or mean something unusual.
+
+    Raises:
+        ConversionError: The fields do not go together.
+    """
+    shared, notes = _shared_fields(model)
+    architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"
+    dtype = options.torch_dtype or default_dtype(model.config, reader)
+    try:
+        return DiffLlamaConfig(**{**shared, **ours}, architectures=[architecture], dtype=dtype), notes
+    except BUILD_ERRORS as error:
+        raise ConversionError(f"config.json: no differential model can have it: {one_line(error)}") from error
+
+
+def check_loadable(text: str, rules: Iterable[Rule]) -> None:
+    """Builds the model of a config.json on the meta device, as `from_pretrained` will.
+
+    Args:
+        text: The file that will be written.
+        rules: One for each tensor that will be written.
+
+    Raises:
+        ConversionError: The model cannot be built, or has other tensors than those that will be written.
+    """
+    raw = parse_json(text.encode(), "config.json of the output")
+    backbone = raw["architectures"] == ["DiffLlamaModel"]
+    model_class = DiffLlamaModel if backbone else DiffLlamaForCausalLM
+    try:
+        model = build_on_meta(lambda: model_class(DiffLlamaConfig.from_dict(raw)))
+    except BUILD_ERRORS as error:
+        raise ConversionError(f"config.json: no differential model can be built with it: {one_line(error)}") from error
+    prefix = "model." if backbone else ""
+    needed = {prefix + name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    written = {rule.target: rule.shape for rule in rules}
+    differing = sorted(name for name in needed.keys() | written.keys() if needed.get(name) != written.get(name))
+    if differing:
+        name = differing[0]
+        raise ConversionError(
+            f"config.json: it makes tensor {name} {needed.get(name, 'unknown')}, which would be written as "
+            f"{written.get(name, 'nothing')}; a hidden_act with weights of its own cannot be converted"
+        )
+
+
+def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
+    """LLaMA's fields as they are, and notes on fields of the source that have no place here."""
+    shared = {name: value for name, value in model.config.to_dict().items() if name in KEPT_FIELDS}
+    unread = [
+        _printable(name) for name in not_kept(model.raw, DiffLlamaConfig().to_dict() | GenerationConfig().to_dict())
+    ]
+    notes = [f"config.json: {name} is not kept" for name in unread[:MAX_NOTES]]
+    if rest := len(unread[MAX_NOTES:]):
+        notes.append(f"config.json: {rest} more fields that LLaMA does not read are not kept")
+    if shared.get("is_causal", True):
+        shared.pop("is_causal", None)  # the default; written out, it would be an argument of every attention call
+    else:
+        notes.append("config.json: is_causal is false: every token attends to all others, in the output as in LLaMA")
+    if shared.get("attention_dropout"):
+        notes.append(
+            f"config.json: attention_dropout {shared['attention_dropout']} becomes 0, undefined on differences"
+        )
+    shared["attention_dropout"] = 0.0
+    return shared, notes
+
+
+def _printable(name: str) -> str:
+    return name if name.isidentifier() and name.isascii() else quote(name)

@@ -1,0 +1,135 @@
+"""What a source becomes: the rules of its tensors, the config fields that LLaMA does not have, what is promised."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from conversion.checkpoint import CheckpointReader
+from conversion.errors import ConversionError
+from conversion.mapping.rules import Rule, diffllama_rules, llama_v1_rules, llama_v2_rules, unilm_rules
+from conversion.options import ConversionOptions
+from conversion.record import PROMISES
+from conversion.source.config import SourceKind, SourceModel
+
+
+LAMBDA_STD = 0.1  # the paper's
+# Measured by examples/scripts/quickstart.py on examples/assets/tiny-llama.
+UNCALIBRATED = (
+    "the plain copy subtracts attention maps that were trained to be added, and loses most of the function (held-out "
+    "loss of examples/assets/tiny-llama: 5.06 nats after 3.18, and no recall of the context); heal it before use"
+)
+
+
+def check_uncalibrated(variant: str | None, calibrated: bool, uncalibrated: bool) -> None:
+    """ConversionError where `uncalibrated` is said of what is calibrated, or of V2."""
+    if uncalibrated and calibrated:
+        raise ConversionError("--uncalibrated and --calibration exclude each other; leave one of them out")
+    if uncalibrated and variant == "v2":
+        raise ConversionError("--uncalibrated belongs to variant v1; v2 is exact without calibration, leave it out")
+
+
+def variant_of_import(kind: SourceKind, variant: Literal["v1"] | None) -> Literal["v1"]:
+    """Returns "v1", which every source is that is differential already.
+
+    Raises:
+        ConversionError: A LLaMA, of which both variants can be made, for V1 with calibration or without.
+    """
+    if kind != "llama":
+        return "v1"
+    if variant is None:
+        raise ConversionError(
+            "--variant is missing, expected v2 or v1: v2 computes the LLaMA's function to the last bit and adds query "
+            "weights, take it to use or train the model at once; v1, the paper's, keeps the LLaMA's size and cache "
+            "and only comes near its function, take it where size or that architecture matters, with --calibration "
+            "TEXT"
+        )
+    raise ConversionError(
+        f"--variant v1 needs --calibration TEXT, on which its layers are fitted; without, {UNCALIBRATED}. Pass "
+        "--uncalibrated if that is wanted, or choose --variant v2, which loses nothing"
+    )
+
+
+def rules_and_fields(
+    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
+) -> tuple[list[Rule], dict[str, Any]]:
+    """The tensors' rules and the config fields that LLaMA does not have."""
+    if model.kind == "llama":
+        return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
+    if options != replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None):
+        raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
+    if model.kind == "unilm":
+        ours = {name: getattr(model.config, name) for name in ("lambda_init", "lambda_init_std", "sub_norm_eps")}
+        return unilm_rules(model.sizes), ours
+    config = model.config
+    fields = _pair_fields(model) | {"lambda_init_std": config.lambda_std_dev, "sub_norm_eps": config.rms_norm_eps}
+    return diffllama_rules(model.sizes), fields
+
+
+def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule], dict[str, Any]]:
+    sizes = model.sizes
+    layers = options.differential_layers(sizes.num_layers)
+    lambda_init = options.lambda_init_list(sizes.num_layers)
+    weights = options.norm_weights(lambda_init)
+    rules = llama_v1_rules(sizes, options.layer_pairings(sizes), layers, weights, LAMBDA_STD, options.seed)
+    fields = _pair_fields(model) | {
+        "lambda_init": lambda_init,
+        "lambda_init_std": LAMBDA_STD,
+        "sub_norm_eps": options.sub_norm_eps(),
+        "differential_layers": None if len(layers) == sizes.num_layers else layers,
+    }
+    return rules, fields
+
+
+def _pair_fields(model: SourceModel) -> dict[str, Any]:
+    """Two LLaMA heads make one of ours, twice as wide."""
+    sizes = model.sizes
+    return {
+        "variant": "v1",
+        "num_attention_heads": sizes.num_heads // 2,
+        "num_key_value_heads": sizes.num_kv_heads // 2,
+        "head_dim": 2 * sizes.map_dim,
+    }
+
+
+def _llama_v2(
+    model: SourceModel, reader: CheckpointReader, options: ConversionOptions
+) -> tuple[list[Rule], dict[str, Any]]:
+    sizes = model.sizes
+    layers = options.differential_layers(sizes.num_layers)
+    bias = None
+    if options.lambda_start != 0.5:
+        logit = torch.logit(torch.tensor(options.lambda_start, dtype=torch.float64))
+        # Rounded first: o_proj is scaled by what the stored bias gives, not by what was asked for. One for all layers,
+        # so that all of the dtypes it is stored in can hold it.
+        for dtype in [options.torch_dtype] if options.torch_dtype else _query_dtypes(reader):
+            logit = logit.to(dtype)
+        bias = logit.item()
+    fields = {
+        "variant": "v2",
+        "lambda_bias": bias is not None,
+        "differential_layers": None if len(layers) == sizes.num_layers else layers,
+    }
+    return llama_v2_rules(sizes, layers, bias), fields
+
+
+def _query_dtypes(reader: CheckpointReader) -> list[torch.dtype]:
+    return [info.dtype for name, info in reader.tensors.items() if name.endswith("q_proj.weight")]
+
+
+def promise(model: SourceModel, options: ConversionOptions, stored: Collection[torch.dtype]) -> dict[str, str]:
+    """For conversion.json: of the source, or of what `dtype` makes of it if that cannot hold all that was `stored`."""
+    asked = options.torch_dtype
+    narrowed = asked is not None and any(torch.promote_types(dtype, asked) != asked for dtype in stored)
+    source = f"the source rounded to {options.dtype}" if narrowed else "the source"
+    kind = _promise_kind(model, options)
+    return {"kind": kind, "text": PROMISES[kind].format(source=source)}
+
+
+def _promise_kind(model: SourceModel, options: ConversionOptions) -> str:
+    if model.kind != "llama":
+        return "equal"
+    if options.variant == "v1":
+        return "parity"
+    return "bit-exact" if options.lambda_start == 0.5 else "equal"
