@@ -126,7 +126,11 @@ def convert_checkpoint(
     check_target(Path(output), source=opened.folder, overwrite=overwrite)
     carried = None
     if adapter is not None:
-        lora = read_adapter(adapter, opened.model, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
+        if opened.model.kind != "llama":
+            raise ConversionError(
+                f"--adapter {adapter}: adapters are carried over from a LLaMA, and this is {opened.model.kind}"
+            )
+        lora = read_adapter(adapter, opened.model.sizes, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
         carried = AdapterOutput(lora, merged=text is not None, base=str(output))
     plan, notes = plan_conversion(opened, options, max_shard_bytes, carried)
     opened = replace(opened, reader=plan.reader)

@@ -11,6 +11,7 @@ from conversion.checkpoint.companions import read_object
 from conversion.hub.bundle import read_code
 from conversion.mapping.lambdas import differential_layers, not_differential, read_lambdas
 from conversion.record import RECORD
+from conversion.source.architectures import plain_config
 from conversion.source.config import read_config, read_source_model
 from conversion.source.converted import read_our_config
 
@@ -33,7 +34,7 @@ def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[
     path = Path(folder)
     raw = read_config(path)
     ours = raw["model_type"] == "diff_llama"
-    config: Any = read_our_config(path) if ours else read_source_model(path, backbone_only=True).config
+    config: Any = read_our_config(path) if ours else plain_config(read_source_model(path, backbone_only=True).config)
     reader = CheckpointReader(path, allow_pickle=allow_pickle)
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in reader.tensors.values())
     description: dict[str, Any] = {

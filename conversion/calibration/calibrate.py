@@ -37,6 +37,7 @@ from conversion.calibration.streams import STRICT_EPS, LayerWeights, LlamaLayers
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.mapping.heads import HeadPairing
+from conversion.source.architectures import plain_config
 from conversion.source.config import check_pairs
 from modeling_diff.analysis.tokens import token_fault
 from modeling_diff.configuration_diff_llama import paper_lambda_init
@@ -105,8 +106,9 @@ def calibrate(
     Raises ConversionError for heads that do not pair, tokens that are too few or unknown, activations not finite.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
+    config = plain_config(config)
     stages = tuple(stage for stage in Stage if stage in stages or stage is Stage.COPY)
-    check_pairs(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
+    check_pairs(config.num_attention_heads, config.num_key_value_heads)
     check_tokens(config, tokens, stages)
     options: dict[str, Any] = {"stages": stages, "lambda": lambda_init, "norm": norm, "seed": seed}
     options |= {

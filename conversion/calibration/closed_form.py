@@ -185,12 +185,18 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
     The norm divides a head's output by its length and so forgets it. The least important of the D directions of a
     value is given up for a carrier: the combination of the layer's input that comes closest to a constant. Averaged
     by any map it stays constant, it outweighs the rest in the head's length, and the norm is nearly linear. By how
-    much it should outweigh depends on how constant it is, and is tried out on a sample.
+    much it should outweigh depends on how constant it is, and is tried out on a sample. With a bias it is constant.
     """
     values = weights.tensors["v_proj.weight"]  # (K D, C)
+    bias = weights.tensors.get("v_proj.bias")
     head_dim = len(weights.tensors["sub_norm.weight"])
     moments = _second_moments(problem, weights, head_dim)
-    carrier = _constant_direction(problem, weights)  # (C,)
+    if bias is None:
+        carrier = _constant_direction(problem, weights)  # (C,)
+    else:
+        values = torch.cat((values, bias[:, None]), dim=1)  # (K D, C + 1)
+        carrier = torch.zeros_like(values[0], dtype=torch.float64)
+        carrier[-1] = 1
     linear = _linear_outputs(problem, weights)  # (C, H D): o_proj if there were no norm
     rows = values.unflatten(0, (-1, head_dim))
     group = linear.shape[1] // head_dim // len(rows)
@@ -203,7 +209,10 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
             level = (share * power) ** 0.5
             new_rows.append(torch.cat((basis.t() @ rows[head].double(), level * carrier[None])))
         new = torch.stack(new_rows).flatten(0, 1).to(values.dtype)
-        return calibrate_norm(problem, weights.replaced(tensors={"v_proj.weight": new}))
+        tensors = {"v_proj.weight": new}
+        if bias is not None:
+            tensors = {"v_proj.weight": new[:, :-1].contiguous(), "v_proj.bias": new[:, -1].clone()}
+        return calibrate_norm(problem, weights.replaced(tensors=tensors))
 
     tried = [carried(share) for share in CARRIER_SHARES]
     best = min(tried, key=lambda weights: problem.residual(refit_outputs(problem, weights, problem.sample_rows)))
@@ -235,7 +244,9 @@ def _linear_outputs(problem: LayerProblem, weights: LayerWeights) -> torch.Tenso
     old = weights.tensors["o_proj.weight"]
     sums = NormalEquations(old.shape[1], old.shape[0], old.device)
     for seen, targets, token_weights in problem.attend(weights, problem.training_rows, "sub_norm"):
-        sums.add(seen.reshape(len(token_weights), -1), targets, token_weights)
+        sums.add(
+            seen.reshape(len(token_weights), -1), targets - weights.tensors.get("o_proj.bias", 0.0), token_weights
+        )
     return sums.solve(1e-3).t()
 
 

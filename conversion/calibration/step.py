@@ -31,6 +31,7 @@ from conversion.mapping.stream import Plan, planned_config
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.record import CALIBRATED
 from conversion.source import Source
+from conversion.source.architectures import plain_config
 
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)
     rows = read_calibration(text.path, read_tokenizer(source.folder), text.tokens, row_tokens, model.sizes.vocab_size)
-    check_tokens(model.config, rows, _stages(text))
-    estimate = estimate_calibration(model.config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
+    config = plain_config(model.config)
+    check_tokens(config, rows, _stages(text))
+    estimate = estimate_calibration(config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
     return Calibration(replace(text, tokens=rows.numel()), rows, estimate)
 
 

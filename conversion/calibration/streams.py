@@ -19,14 +19,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.mapping.heads import HeadPairing
-from conversion.mapping.layout import paired_layout
+from conversion.mapping.layout import TENSORS, Keep, paired_layout
+from conversion.source.architectures import plain_config
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
 
 NEUTRAL_EPS = 1000.0  # in units of the heads' mean square; the norm then turns no output by more than 0.05 %
 STRICT_EPS = 1e-5
-ROLES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values", "o_proj": "outputs"}
+ROLES = {name.partition(".self_attn.")[2]: role for name, _, role, _ in TENSORS if ".self_attn." in name}
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class LayerWeights:
 
 
 class LlamaLayers:
-    """A LLaMA checkpoint of which one layer is in memory at a time, in float32 on `device`."""
+    """A checkpoint of a LLaMA or a relative, of which one layer is in memory at a time, in float32 on `device`."""
 
     def __init__(self, reader: CheckpointReader, config: PreTrainedConfig, device: torch.device):
         self.reader, self.device = reader, device
-        self.config: Any = deepcopy(config)  # Any: LlamaConfig declares as optional what it always fills in
+        self.config: Any = plain_config(config)  # Any: LlamaConfig declares as optional what it always fills in
         self.config._attn_implementation = "sdpa"
-        self.rotary = LlamaRotaryEmbedding(self.config).to(device)  # type: ignore[arg-type]
+        self.rotary = LlamaRotaryEmbedding(self.config.rotary_config()).to(device)  # type: ignore[arg-type]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states (R, T, C) before the first layer, of tokens (R, T)."""
@@ -66,7 +67,7 @@ class LlamaLayers:
 
     def layer(self, index: int, tensors: Mapping[str, torch.Tensor]) -> LlamaDecoderLayer:
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, index)
+            layer = DiffLlamaDecoderLayer(self.config, index)  # as the source computes it
         layer.load_state_dict(dict(tensors), assign=True)
         return layer.requires_grad_(False).eval()
 
@@ -108,7 +109,7 @@ def precision(device: torch.device) -> AbstractContextManager:
 
 
 def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlamaConfig:
-    """A V1 config from which one layer with these weights can be built."""
+    """A V1 config from which one layer with these weights can be built, of a plain `config`."""
     built = DiffLlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -119,7 +120,9 @@ def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlam
         hidden_act=config.hidden_act,
         rms_norm_eps=config.rms_norm_eps,
         attention_bias=config.attention_bias,
+        attention_out_bias=config.attention_out_bias,
         mlp_bias=config.mlp_bias,
+        use_qk_norm=config.use_qk_norm,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=deepcopy(config.rope_parameters),
         lambda_init=[weights.lambda_init] * num_layers,
@@ -141,9 +144,8 @@ def copied_weights(
     attention = {}
     for name, tensor in tensors.items():
         if name.startswith("self_attn."):
-            projection, kind = name.removeprefix("self_attn.").split(".")
-            moved = tensor if (projection, kind) == ("o_proj", "bias") else layout[ROLES[projection]](tensor)
-            attention[f"{projection}.{kind}"] = moved
+            below = name.removeprefix("self_attn.")
+            attention[below] = layout.get(ROLES[below], Keep())(tensor)
     device = attention["q_proj.weight"].device
     generator = torch.Generator().manual_seed(seed)
     for name in ("lambda_q", "lambda_k"):

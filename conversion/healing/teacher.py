@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaForCausalLM
 
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
@@ -97,7 +96,7 @@ def find_teacher(
             )
     _check_tokenizers(source, found.folder, folder)
     CheckpointReader(found.folder, allow_pickle=allow_pickle)
-    check_whole(found.folder, LlamaForCausalLM, config)
+    check_whole(found.folder, model.architecture.model_class, config)
     return found
 
 

@@ -55,8 +55,10 @@ class Sizes:
     num_kv_heads: int
     map_dim: int
     lm_head: bool = True  # False: tied to the embedding, or a model without a head
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
 
     def shape(self, letters: str) -> tuple[int, ...]:
         """The shape that a row of `TENSORS` spells."""
@@ -66,5 +68,6 @@ class Sizes:
             "I": self.intermediate_size,
             "Q": self.num_heads * self.map_dim,
             "K": self.num_kv_heads * self.map_dim,
+            "D": self.map_dim,
         }
         return tuple(width[letter] for letter in letters)

@@ -1,6 +1,6 @@
 """Pure tensor rules: what a checkpoint's tensors are called, and what becomes of each; knows no files and no models.
 
-V vocabulary, C hidden, I intermediate, H LLaMA heads (= maps of one side), G LLaMA KV heads, d map_dim.
+V vocabulary, C hidden, I intermediate, H LLaMA heads (= maps of one side), G LLaMA KV heads, d or D map_dim.
 `TENSORS` is the one table of names; a layout says what becomes of the rows and columns that attention cares about.
 """
 
@@ -14,45 +14,44 @@ import torch
 from conversion.mapping.heads import HeadPairing, Sizes
 
 
-# name, shape in the letters above (Q = H d, K = G d), role; a bias has the rows of its weight
+# name, shape in the letters above (Q = H d, K = G d), role, the size in `Sizes` without which it is not there; a bias
+# has the rows of its weight
 TENSORS = (
-    ("model.embed_tokens.weight", "VC", "keep"),
-    ("model.layers.{layer}.input_layernorm.weight", "C", "keep"),
-    ("model.layers.{layer}.self_attn.q_proj.weight", "QC", "queries"),
-    ("model.layers.{layer}.self_attn.q_proj.bias", "Q", "queries"),
-    ("model.layers.{layer}.self_attn.k_proj.weight", "KC", "keys"),
-    ("model.layers.{layer}.self_attn.k_proj.bias", "K", "keys"),
-    ("model.layers.{layer}.self_attn.v_proj.weight", "KC", "values"),
-    ("model.layers.{layer}.self_attn.v_proj.bias", "K", "values"),
-    ("model.layers.{layer}.self_attn.o_proj.weight", "CQ", "outputs"),
-    ("model.layers.{layer}.self_attn.o_proj.bias", "C", "keep"),
-    ("model.layers.{layer}.post_attention_layernorm.weight", "C", "keep"),
-    ("model.layers.{layer}.mlp.gate_proj.weight", "IC", "keep"),
-    ("model.layers.{layer}.mlp.gate_proj.bias", "I", "keep"),
-    ("model.layers.{layer}.mlp.up_proj.weight", "IC", "keep"),
-    ("model.layers.{layer}.mlp.up_proj.bias", "I", "keep"),
-    ("model.layers.{layer}.mlp.down_proj.weight", "CI", "keep"),
-    ("model.layers.{layer}.mlp.down_proj.bias", "C", "keep"),
-    ("model.norm.weight", "C", "keep"),
-    ("lm_head.weight", "VC", "keep"),
+    ("model.embed_tokens.weight", "VC", "keep", ""),
+    ("model.layers.{layer}.input_layernorm.weight", "C", "keep", ""),
+    ("model.layers.{layer}.self_attn.q_proj.weight", "QC", "queries", ""),
+    ("model.layers.{layer}.self_attn.q_proj.bias", "Q", "queries", "attention_bias"),
+    ("model.layers.{layer}.self_attn.k_proj.weight", "KC", "keys", ""),
+    ("model.layers.{layer}.self_attn.k_proj.bias", "K", "keys", "attention_bias"),
+    ("model.layers.{layer}.self_attn.q_norm.weight", "D", "keep", "qk_norm"),
+    ("model.layers.{layer}.self_attn.k_norm.weight", "D", "keep", "qk_norm"),
+    ("model.layers.{layer}.self_attn.v_proj.weight", "KC", "values", ""),
+    ("model.layers.{layer}.self_attn.v_proj.bias", "K", "values", "attention_bias"),
+    ("model.layers.{layer}.self_attn.o_proj.weight", "CQ", "outputs", ""),
+    ("model.layers.{layer}.self_attn.o_proj.bias", "C", "keep", "attention_out_bias"),
+    ("model.layers.{layer}.post_attention_layernorm.weight", "C", "keep", ""),
+    ("model.layers.{layer}.mlp.gate_proj.weight", "IC", "keep", ""),
+    ("model.layers.{layer}.mlp.gate_proj.bias", "I", "keep", "mlp_bias"),
+    ("model.layers.{layer}.mlp.up_proj.weight", "IC", "keep", ""),
+    ("model.layers.{layer}.mlp.up_proj.bias", "I", "keep", "mlp_bias"),
+    ("model.layers.{layer}.mlp.down_proj.weight", "CI", "keep", ""),
+    ("model.layers.{layer}.mlp.down_proj.bias", "C", "keep", "mlp_bias"),
+    ("model.norm.weight", "C", "keep", ""),
+    ("lm_head.weight", "VC", "keep", "lm_head"),
 )
 
 
 def llama_tensors(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
     """Every tensor a LLaMA of these sizes has, in file order: name, shape, role, layer."""
-    for template, letters, role in TENSORS:
-        if template == TENSORS[1][0]:
+    present = [row for row in TENSORS if not row[3] or getattr(sizes, row[3])]
+    of_layers = [row for row in present if "{layer}" in row[0]]
+    for template, letters, role, _ in present:
+        if template == of_layers[0][0]:
             for layer in range(sizes.num_layers):
-                yield from _layer_tensors(sizes, layer)
-        if "{layer}" not in template and (sizes.lm_head or template != "lm_head.weight"):
+                for name, shape, part, _ in of_layers:
+                    yield name.format(layer=layer), sizes.shape(shape), part, layer
+        if "{layer}" not in template:
             yield template, sizes.shape(letters), role, None
-
-
-def _layer_tensors(sizes: Sizes, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    for template, letters, role in TENSORS:
-        has_bias = sizes.mlp_bias if ".mlp." in template else sizes.attention_bias
-        if "{layer}" in template and (has_bias or not template.endswith(".bias")):
-            yield template.format(layer=layer), sizes.shape(letters), role, layer
 
 
 class Transform(Protocol):

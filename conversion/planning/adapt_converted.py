@@ -15,7 +15,7 @@ from conversion.mapping.rules import Rule, llama_v1_rules, llama_v2_rules
 from conversion.planning.adapter_output import AdapterOutput, adapter_files
 from conversion.record import RECORD
 from conversion.source.adapter import read_adapter
-from conversion.source.config import SourceModel, read_config
+from conversion.source.config import read_config
 from conversion.source.model import CONFIG_ERRORS
 from modeling_diff import DiffLlamaConfig
 
@@ -66,9 +66,9 @@ def adapt_converted(
         config = DiffLlamaConfig.from_dict(read_config(base))
     except CONFIG_ERRORS as error:
         raise ConversionError(f"{base / 'config.json'}: {' '.join(str(error).split())}") from error
-    model = SourceModel("llama", {}, config, _llama_sizes(config))
-    found = read_adapter(adapter, model, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
-    rules = _rules(base, config, model.sizes, read_object(base / RECORD))
+    sizes = _llama_sizes(config)
+    found = read_adapter(adapter, sizes, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
+    rules = _rules(base, config, sizes, read_object(base / RECORD))
     real = check_target(output, source=base, overwrite=overwrite)
     files = adapter_files(found, rules, str(base))
     if not dry_run:
@@ -93,7 +93,9 @@ def _llama_sizes(config: Any) -> Sizes:
         num_kv_heads=maps * config.num_key_value_heads,
         map_dim=config.map_dim,
         attention_bias=config.attention_bias,
+        attention_out_bias=config.attention_out_bias,
         mlp_bias=config.mlp_bias,
+        qk_norm=config.use_qk_norm,
     )
 
 

@@ -78,7 +78,9 @@ def map_sizes(config: Any) -> Sizes:
         map_dim=config.map_dim,
         lm_head=not config.tie_word_embeddings,
         attention_bias=config.attention_bias,
+        attention_out_bias=config.attention_out_bias,
         mlp_bias=config.mlp_bias,
+        qk_norm=config.use_qk_norm,
     )
 
 
@@ -97,8 +99,14 @@ def _refuse_unsayable(config: Any) -> None:
             f"config.json: differential_layers is {config.differential_layers}, and transformers' DiffLlama subtracts "
             "in every layer; it cannot be exported"
         )
-    if config.mlp_bias:
-        raise ConversionError("config.json: mlp_bias is true, and transformers' DiffLlama has none")
+    for field in ("mlp_bias", "use_qk_norm"):
+        if getattr(config, field):
+            raise ConversionError(f"config.json: {field} is true, and transformers' DiffLlama has none")
+    if config.attention_out_bias != config.attention_bias:
+        raise ConversionError(
+            f"config.json: attention_out_bias is {config.attention_out_bias} next to attention_bias "
+            f"{config.attention_bias}, and transformers' DiffLlama has one for both; it cannot be exported"
+        )
     for layer in layers:
         if not math.isclose(config.lambda_init[layer], paper_lambda_init(layer), rel_tol=1e-6):
             raise ConversionError(

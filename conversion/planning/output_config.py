@@ -10,8 +10,9 @@ from conversion.checkpoint.json_files import parse_json, quote
 from conversion.errors import ConversionError
 from conversion.mapping.rules import Rule
 from conversion.options import ConversionOptions
+from conversion.source.architectures import shared_fields
 from conversion.source.config import SourceModel
-from conversion.source.config_fields import KEPT_FIELDS, not_kept
+from conversion.source.config_fields import not_kept
 from conversion.source.model import BUILD_ERRORS, build_on_meta, default_dtype, one_line
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
@@ -76,16 +77,13 @@ def check_loadable(text: str, rules: Iterable[Rule]) -> None:
 
 def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
     """LLaMA's fields as they are, and notes on fields of the source that have no place here."""
-    shared = {name: value for name, value in model.config.to_dict().items() if name in KEPT_FIELDS}
-    unread = [
-        _printable(name) for name in not_kept(model.raw, DiffLlamaConfig().to_dict() | GenerationConfig().to_dict())
-    ]
+    shared = shared_fields(model.config)
+    ours = DiffLlamaConfig().to_dict() | GenerationConfig().to_dict()
+    unread = [_printable(name) for name in not_kept(model.raw, ours, model.architecture.own_fields)]
     notes = [f"config.json: {name} is not kept" for name in unread[:MAX_NOTES]]
     if rest := len(unread[MAX_NOTES:]):
         notes.append(f"config.json: {rest} more fields that LLaMA does not read are not kept")
-    if shared.get("is_causal", True):
-        shared.pop("is_causal", None)  # the default; written out, it would be an argument of every attention call
-    else:
+    if "is_causal" in shared:
         notes.append("config.json: is_causal is false: every token attends to all others, in the output as in LLaMA")
     if shared.get("attention_dropout"):
         notes.append(

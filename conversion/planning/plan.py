@@ -34,6 +34,7 @@ def plan_conversion(
         model.sizes.num_layers,
         tied=model.config.tie_word_embeddings,
         backbone_only=options.backbone_only,
+        fixed_fields=model.architecture.fixed,
     )
     files, notes = companion_files(source.folder)
     notes += matched.notes
@@ -51,6 +52,7 @@ def plan_conversion(
             "hub_id": source.location.hub_id,
             "revision": source.location.revision,
             "kind": model.kind,
+            "model_type": model.config.model_type,
         },
         "options": options.recorded(),
         "layout": "paired",

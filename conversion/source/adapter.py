@@ -19,7 +19,6 @@ from conversion.checkpoint.safetensors_format import quote
 from conversion.errors import ConversionError
 from conversion.mapping.heads import Sizes
 from conversion.mapping.layout import llama_tensors
-from conversion.source.config import SourceModel
 
 
 CONFIG = "adapter_config.json"
@@ -70,13 +69,13 @@ class Adapter:
 
 
 def read_adapter(
-    folder: str | Path, model: SourceModel, *, allow_pickle: bool = False, allow_nonfinite: bool = False
+    folder: str | Path, sizes: Sizes, *, allow_pickle: bool = False, allow_nonfinite: bool = False
 ) -> Adapter:
     """Reads a LoRA and checks that it is one of this LLaMA.
 
     Args:
         folder: What PEFT's save_pretrained wrote.
-        model: The LLaMA.
+        sizes: The LLaMA's.
         allow_pickle: Whether adapter_model.bin is read where there are no safetensors.
         allow_nonfinite: Whether NaN and infinite numbers are taken.
 
@@ -84,8 +83,6 @@ def read_adapter(
         ConversionError: The folder holds no such adapter, or one of a kind that cannot be carried over.
     """
     folder = Path(folder)
-    if model.kind != "llama":
-        raise ConversionError(f"--adapter {folder}: adapters are carried over from a LLaMA, and this is {model.kind}")
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ConversionError(
@@ -97,7 +94,7 @@ def read_adapter(
     _check_config(folder / CONFIG, config)
     path, stored = _load(folder, allow_pickle)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
-    _check_tensors(path, tensors, config, model.sizes)
+    _check_tensors(path, tensors, config, sizes)
     for name, tensor in tensors.items():
         count, first = count_nonfinite(tensor)
         if count and not allow_nonfinite:

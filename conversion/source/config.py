@@ -13,14 +13,19 @@ from conversion.checkpoint.json_files import quote, read_json
 from conversion.checkpoint.safetensors_format import TensorInfo
 from conversion.errors import ConversionError
 from conversion.mapping.heads import Sizes
-from conversion.source.architectures import unsupported
+from conversion.source.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    SourceKind,
+    check_windows,
+    shared_fields,
+    unsupported,
+)
 from conversion.source.config_fields import KEPT_FIELDS, check_neutral
 from conversion.source.model import original_config
 from conversion.source.rope import PRETRAINED, SPELLINGS, check_rotary, with_pretrained_length
 from conversion.source.tensors import LAYER
 
-
-SourceKind = Literal["llama", "diffllama", "unilm"]
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 WHOLE_NUMBERS = (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", PRETRAINED)
@@ -38,10 +43,17 @@ TASK_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswerin
 class SourceModel:
     """A source's config, checked: as it stands in the file, as transformers' model reads it, the sizes it means."""
 
-    kind: SourceKind
     raw: Mapping[str, Any]
     config: PreTrainedConfig
     sizes: Sizes
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.config.model_type]
+
+    @property
+    def kind(self) -> SourceKind:
+        return self.architecture.kind
 
 
 def read_source_model(
@@ -50,21 +62,28 @@ def read_source_model(
     """Reads and checks config.json of a source folder; no weights are read.
 
     `layout` "unilm" means the authors' tensor names and rotary order, described by a config.json of our own type.
-    Raises ConversionError for everything that is not a LLaMA or a transformers DiffLlama through and through.
+    Raises ConversionError for everything that is not a model of `ARCHITECTURES` through and through.
     """
     raw = read_config(folder)
-    kind = _check_kind(raw, layout)
-    check_neutral(raw)
+    architecture = _check_architecture(raw, layout)
+    check_neutral(raw, architecture.own_fields)
     _check_fields(raw)
     if not backbone_only and any(head in str(raw.get("architectures")) for head in TASK_HEADS):
         raise ConversionError(
             f"config.json: architectures is {raw['architectures']}, a task head, expected a language model; "
             "convert the backbone alone with --backbone-only"
         )
-    maps = _check_heads(raw, kind)
+    maps = _check_heads(raw, architecture)
     raw = with_pretrained_length(raw)
     check_rotary(raw, maps.map_dim)
-    config: Any = original_config(raw, kind)
+    config: Any = original_config(raw)
+    check_windows(config)
+    if architecture.kind == "unilm" and (config.use_qk_norm or config.attention_out_bias != config.attention_bias):
+        raise ConversionError(
+            "config.json: use_qk_norm is true, or attention_out_bias is not attention_bias, which the authors' layout "
+            "(unilm) has no tensors for; correct it"
+        )
+    fields = shared_fields(config)
     sizes = Sizes(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -74,10 +93,12 @@ def read_source_model(
         num_kv_heads=maps.num_kv_heads,
         map_dim=maps.map_dim,
         lm_head=not (config.tie_word_embeddings or backbone_only),
-        attention_bias=config.attention_bias,
-        mlp_bias=getattr(config, "mlp_bias", False),
+        attention_bias=fields["attention_bias"],
+        attention_out_bias=fields.get("attention_out_bias", fields["attention_bias"]),
+        mlp_bias=fields.get("mlp_bias", False),
+        qk_norm=fields.get("use_qk_norm", False),
     )
-    return SourceModel(kind, raw, config, sizes)
+    return SourceModel(raw, config, sizes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,7 +132,7 @@ def _without_config(folder: Path) -> str:
     return "expected a folder written by save_pretrained"
 
 
-def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> SourceKind:
+def _check_architecture(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> Architecture:
     model_type = raw["model_type"]
     if raw.get("quantization_config") is not None:
         raise ConversionError(
@@ -123,15 +144,14 @@ def _check_kind(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]) -> Sou
                 f"config.json: model_type is {model_type!r}; the authors' layout (unilm) needs a config.json of type "
                 '"diff_llama", variant "v1", that describes the model'
             )
-        return "unilm"
-    if model_type == "diffllama" or model_type == "llama":
-        return "diffllama" if model_type == "diffllama" else "llama"
-    if model_type == "diff_llama":
+    elif model_type == "diff_llama":
         raise ConversionError(
             "config.json: model_type is 'diff_llama', which is converted already; load it with from_pretrained, or "
             "use `export` for transformers' own diffllama"
         )
-    raise unsupported(raw)
+    if model_type not in ARCHITECTURES:
+        raise unsupported(model_type)
+    return ARCHITECTURES[model_type]
 
 
 def check_sizes(raw: Mapping[str, Any]) -> None:
@@ -177,20 +197,25 @@ class Maps:
     map_dim: int
 
 
-def _check_heads(raw: Mapping[str, Any], kind: SourceKind) -> Maps:
+def _check_heads(raw: Mapping[str, Any], architecture: Architecture) -> Maps:
     heads = raw["num_attention_heads"]
-    kv_heads = raw.get("num_key_value_heads") or heads
+    kv_heads, head_dim = (
+        raw.get(name, getattr(architecture.config_class, name, None)) for name in ("num_key_value_heads", "head_dim")
+    )
+    kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise ConversionError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if raw.get("head_dim") is None and raw["hidden_size"] % heads:
+    if head_dim is None and raw["hidden_size"] % heads:
         raise ConversionError(
             f"config.json: hidden_size {raw['hidden_size']} is not a multiple of num_attention_heads {heads} and "
             "there is no head_dim; write head_dim into the file"
         )
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    maps = Maps(2 * heads, 2 * kv_heads, head_dim // 2) if kind == "unilm" else Maps(heads, kv_heads, head_dim)
+    head_dim = head_dim or raw["hidden_size"] // heads
+    maps = Maps(heads, kv_heads, head_dim)
+    if architecture.kind == "unilm":
+        maps = Maps(2 * heads, 2 * kv_heads, head_dim // 2)
     if maps.map_dim % 2:
         raise ConversionError(f"config.json: heads are {maps.map_dim} wide, expected an even width (rotary embedding)")
     return maps

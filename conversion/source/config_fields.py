@@ -1,6 +1,6 @@
 """What transformers' LLaMA reads of a config.json, and what becomes of each field; all other fields change nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from conversion.checkpoint.json_files import quote
@@ -96,12 +96,22 @@ NEUTRAL_VALUES: Mapping[str, tuple[tuple[Any, ...], str]] = {
 FULL_ATTENTION = ("full_attention", "attention")  # today's name and the one before
 
 
-def check_neutral(raw: Mapping[str, Any]) -> None:
-    """Raises ConversionError for a field that changes what LLaMA computes and that the output could not say."""
+def check_neutral(raw: Mapping[str, Any], own_fields: Collection[str] = ()) -> None:
+    """Checks fields that change what LLaMA computes.
+
+    Args:
+        raw: The source's config.json.
+        own_fields: Fields that mean something in the source's architecture, which are checked elsewhere.
+
+    Raises:
+        ConversionError: The output could not say what one of them says.
+    """
     for field, (values, reason) in NEUTRAL_VALUES.items():
-        if field in raw and not any(raw[field] == value and type(raw[field]) is type(value) for value in values):
+        if field not in raw or field in own_fields:
+            continue
+        if not any(raw[field] == value and type(raw[field]) is type(value) for value in values):
             raise ConversionError(f"config.json: {field} is {quote(raw[field])}: {reason}")
-    layer_types = raw.get("layer_types")
+    layer_types = None if "layer_types" in own_fields else raw.get("layer_types")
     if layer_types is not None and (
         not isinstance(layer_types, list) or any(kind not in FULL_ATTENTION for kind in layer_types)
     ):
@@ -110,7 +120,7 @@ def check_neutral(raw: Mapping[str, Any]) -> None:
         )
 
 
-def not_kept(raw: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Names of the source's fields that mean nothing to LLaMA and are in none of `ours`, sorted."""
-    neutral = NEUTRAL_VALUES.keys() | {"layer_types"}
+def not_kept(raw: Mapping[str, Any], ours: Mapping[str, Any], own_fields: Collection[str] = ()) -> list[str]:
+    """Names of the source's fields that mean nothing to its architecture and are in none of `ours`, sorted."""
+    neutral = NEUTRAL_VALUES.keys() | {"layer_types"} | set(own_fields)
     return sorted(raw.keys() - KEPT_FIELDS - RESTATED_FIELDS - neutral - ours.keys())

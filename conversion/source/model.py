@@ -6,49 +6,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.json_files import quote
 from conversion.errors import ConversionError
+from conversion.source.architectures import ARCHITECTURES, Architecture
 from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff import DiffLlamaForCausalLM
 
 
 # What building a config raises for values of the wrong type or that do not go together, and what a model adds to it.
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 BUILD_ERRORS = (*CONFIG_ERRORS, AssertionError, RuntimeError, ImportError, IndexError)
-CONFIG_CLASSES: Mapping[str, Any] = {
-    "llama": LlamaConfig,
-    "diffllama": transformers.DiffLlamaConfig,
-    "unilm": DiffLlamaConfig,
-}
-MODEL_CLASSES: Mapping[str, Any] = {"llama": LlamaForCausalLM, "diffllama": transformers.DiffLlamaForCausalLM}
 
 
-def original_config(raw: Mapping[str, Any], kind: str) -> PreTrainedConfig:
+def original_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The config that transformers makes of the file, without its choice of attention.
 
     Args:
-        raw: The source's config.json.
-        kind: One of `CONFIG_CLASSES`.
+        raw: The source's config.json, of one of `ARCHITECTURES`.
 
     Raises:
         ConversionError: transformers cannot build the config or, on the meta device, a model of one layer from it.
             Names the field without which it could, if there is one.
     """
     acting = {field: value for field, value in raw.items() if field not in ATTENTION_FIELDS}
+    architecture = ARCHITECTURES[raw["model_type"]]
     try:
-        return _build(acting, kind)
+        return _build(acting, architecture)
     except BUILD_ERRORS as error:
         reason = one_line(error)
         # LLaMA's fields first: of two that do not go together, the other one may be foreign
         fields = sorted(acting, key=lambda field: (field not in KEPT_FIELDS, field))
-        at_fault = next((field for field in fields if _can_build(acting, kind, field)), None)
+        at_fault = next((field for field in fields if _can_build(acting, architecture, field)), None)
         if at_fault is None:
-            raise ConversionError(f"config.json: transformers cannot build this {kind} model: {reason}") from error
+            raise ConversionError(
+                f"config.json: transformers cannot build this {raw['model_type']} model: {reason}"
+            ) from error
         raise ConversionError(
             f"config.json: {at_fault} is {quote(acting[at_fault])}, with which transformers cannot build the model "
             f"({reason}); correct it"
@@ -64,7 +60,7 @@ def load_original(folder: Path, config: PreTrainedConfig, model_class: Any = Non
         model_class: By default the one for language models of the config's type.
         options: For `from_pretrained`; without `dtype` the model has the one that any user gets.
     """
-    loader = model_class or MODEL_CLASSES[config.model_type]
+    loader = model_class or ARCHITECTURES[config.model_type].model_class
     loaded = loader.from_pretrained(
         folder,
         config=deepcopy(config),
@@ -112,19 +108,19 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _build(raw: Mapping[str, Any], kind: str) -> PreTrainedConfig:
-    config = CONFIG_CLASSES[kind].from_dict(deepcopy(dict(raw)))
-    if kind in MODEL_CLASSES:
+def _build(raw: Mapping[str, Any], architecture: Architecture) -> PreTrainedConfig:
+    config = architecture.config_class.from_dict(deepcopy(dict(raw)))
+    if architecture.model_class is not None:
         # One layer: they are alike, and their number is checked against the weights.
         small = deepcopy(config)
         small.num_hidden_layers = 1
-        build_on_meta(lambda: MODEL_CLASSES[kind](small))
+        build_on_meta(lambda: architecture.model_class(small))
     return config
 
 
-def _can_build(raw: Mapping[str, Any], kind: str, left_out: str) -> bool:
+def _can_build(raw: Mapping[str, Any], architecture: Architecture, left_out: str) -> bool:
     try:
-        _build({field: value for field, value in raw.items() if field != left_out}, kind)
+        _build({field: value for field, value in raw.items() if field != left_out}, architecture)
     except BUILD_ERRORS:
         return False
     return True

@@ -47,6 +47,7 @@ BIAS_FIELDS = (
     (re.compile(r".*self_attn\.[qkvo]_proj\.bias"), "attention_bias"),
     (re.compile(r".*mlp\.(gate|up|down)_proj\.bias"), "mlp_bias"),
 )
+BiasFields = Sequence[tuple[re.Pattern[str], str]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def match_tensors(
     *,
     tied: bool = False,
     backbone_only: bool = False,
+    fixed_fields: Collection[str] = (),
 ) -> SourceTensors:
     """Finds what the rules read as transformers' LLaMA would: with or without `model.`, a tied head by either name.
 
@@ -76,6 +78,7 @@ def match_tensors(
         num_layers: Layers that config.json speaks of.
         tied: Whether the head is the embedding (tie_word_embeddings).
         backbone_only: Whether heads are left out.
+        fixed_fields: Fields of config.json that the architecture does not read: no advice names them.
 
     Returns:
         A reader of exactly the tensors that the rules read, and what was left out.
@@ -98,7 +101,8 @@ def match_tensors(
     unknown = [name for name in rest if name not in left_out]
     missing = sorted(wanted.keys() - names.keys())
     zeros = _absent_biases(missing, wanted, names, reader)
-    _refuse(unknown, [name for name in missing if name not in zeros], reader, wanted, num_layers)
+    bias_fields = [(pattern, field) for pattern, field in BIAS_FIELDS if field not in fixed_fields]
+    _refuse(unknown, [name for name in missing if name not in zeros], reader, wanted, num_layers, bias_fields)
     for name, stored in names.items():
         if (shape := reader.tensors[stored].shape) != wanted[name]:
             raise ConversionError(
@@ -188,6 +192,7 @@ def _refuse(
     reader: CheckpointReader,
     wanted: Mapping[str, tuple[int, ...]],
     num_layers: int,
+    bias_fields: BiasFields,
 ) -> None:
     """ConversionError for what does not fit, the cause before its consequences."""
     for name in unknown:
@@ -209,24 +214,25 @@ def _refuse(
         )
     if unknown:
         raise ConversionError(
-            f"tensor {quote(unknown[0])} is unknown{_others(unknown)}: {_why_unknown(unknown, missing)}"
+            f"tensor {quote(unknown[0])} is unknown{_others(unknown)}: {_why_unknown(unknown, missing, bias_fields)}"
         )
     if missing:
-        raise ConversionError(f"tensor {missing[0]} is missing{_others(missing)}: {_why_missing(missing, wanted)}")
+        why = _why_missing(missing, wanted, bias_fields)
+        raise ConversionError(f"tensor {missing[0]} is missing{_others(missing)}: {why}")
 
 
 def _others(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _why_missing(missing: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _why_missing(missing: Sequence[str], wanted: Mapping[str, tuple[int, ...]], bias_fields: BiasFields) -> str:
     name = missing[0]
     if name == HEAD:
         return (
             "set tie_word_embeddings to true in config.json if it is shared; otherwise get the complete checkpoint, "
             "or leave out the head (convert --backbone-only)"
         )
-    for pattern, field in BIAS_FIELDS:
+    for pattern, field in bias_fields:
         biases = {bias for bias in wanted if pattern.fullmatch(bias)}
         if name in biases and biases <= set(missing):
             return f"config.json says {field}, and no layer has one; set {field} to false there"
@@ -240,17 +246,17 @@ def _another_kind(name: str) -> str | None:
     if re.search(r"qweight|scales|qzeros|absmax|quant|weight_scale", name):
         return "quantised weights cannot be rearranged; convert the original checkpoint"
     if re.search(r"[qk]_norm", name):
-        return "LLaMA has no query or key norm, so this is another model; convert a LLaMA"
+        return "only qwen3 has norms on queries and keys, so this is another model; check model_type in config.json"
     if re.search(r"experts\.|block_sparse_moe", name):
         return "LLaMA has no experts, so this is another model; convert a LLaMA"
     return None
 
 
-def _why_unknown(unknown: Sequence[str], missing: Sequence[str]) -> str:
+def _why_unknown(unknown: Sequence[str], missing: Sequence[str], bias_fields: BiasFields) -> str:
     name = unknown[0]
     if TASK_HEADS.fullmatch(name) and name != "lm_head.bias":
         return "a task head has no place in a language model; convert the backbone alone with --backbone-only"
-    for pattern, field in BIAS_FIELDS:
+    for pattern, field in bias_fields:
         if pattern.fullmatch(name):
             return (
                 f"config.json denies it, so transformers leaves it out; set {field} to true there if the bias is "
@@ -258,7 +264,7 @@ def _why_unknown(unknown: Sequence[str], missing: Sequence[str]) -> str:
             )
     if name.endswith(".bias"):
         return (
-            "LLaMA has no bias there, and transformers drops it, which changes what the model computes; remove it "
+            "the model has no bias there, and transformers drops it, which changes what the model computes; remove it "
             "from the weights if that is meant, or convert a LLaMA"
         )
     if missing:

@@ -1,4 +1,4 @@
-"""Which config fields transformers' LLaMA reads, derived from transformers' code: the syntax trees, and one run."""
+"""Which config fields transformers' LLaMA and its relatives read: by the syntax trees of its code, and in one run."""
 
 import ast
 import importlib.util
@@ -10,9 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
+RELATIVES = ("llama", "mistral", "qwen2", "qwen3")
 # What a LLaMA is built, loaded, run and decoded with, whole modules: more than LLaMA reads, never less.
 MODULES = (
-    "models/llama/modeling_llama.py",
+    *(f"models/{name}/modeling_{name}.py" for name in RELATIVES),
+    *(f"models/{name}/configuration_{name}.py" for name in RELATIVES),
     "configuration_utils.py",
     "modeling_utils.py",
     "modeling_rope_utils.py",
@@ -48,7 +50,8 @@ def fields_in_code() -> dict[str, str]:
     for module in MODULES:
         if (root / module).is_file():  # not every release has every module
             tree = ast.parse((root / module).read_text())
-            for field in config_reads(tree, of_config_class="configuration_utils" in module or "rope_utils" in module):
+            of_config_class = "configuration_" in module or "rope_utils" in module
+            for field in config_reads(tree, of_config_class):
                 found.setdefault(field, module)
     return found
 

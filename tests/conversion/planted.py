@@ -7,27 +7,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HEADS, MAP_DIM, HIDDEN, CONTEXT, VOCABULARY = 8, 8, 48, 48, 96
 
 
-def planted_llama(kind, num_kv_heads, num_layers=2, seed=0):
+def planted_llama(kind, num_kv_heads, num_layers=2, seed=0, model_class=LlamaForCausalLM, config_class=LlamaConfig):
     """
-    A LLaMA on whose attention its predictions depend, and the pairs of KV heads planted in it.
+    A LLaMA or a relative on whose attention its predictions depend, and the pairs of KV heads planted in it.
 
     "twins": heads of a planted pair of KV heads have equal maps, in a hidden order of heads.
     "idle": one KV head of each pair has heads that write nothing.
     "plain": nothing is planted.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=num_layers,
         num_attention_heads=HEADS, num_key_value_heads=num_kv_heads, head_dim=MAP_DIM, max_position_embeddings=CONTEXT,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = model_class(config).eval().requires_grad_(False)
     pairs = []
     for layer in model.model.layers:
         attention = layer.self_attn
         for projection, gain in (("q_proj", 1.6), ("k_proj", 1.6), ("v_proj", 1.0), ("o_proj", 1.0)):
             weight = getattr(attention, projection).weight
             weight.normal_(0, gain / weight.shape[1] ** 0.5)
+        for name, parameter in attention.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1 if "norm" in name else 0, 0.2)
         layer.mlp.down_proj.weight.normal_(0, 0.1)
         order = torch.randperm(num_kv_heads).view(-1, 2).tolist()
         for first, second in order:
@@ -42,10 +45,12 @@ def planted_llama(kind, num_kv_heads, num_layers=2, seed=0):
 
 
 def plant_twins(attention, first, second, group):
-    queries = attention.q_proj.weight.unflatten(0, (-1, group, MAP_DIM))
-    keys = attention.k_proj.weight.unflatten(0, (-1, MAP_DIM))
-    keys[second] = keys[first]
-    queries[second] = queries[first][torch.randperm(group)]
+    order = torch.randperm(group)
+    for kind in {"weight", "bias"} & attention.q_proj.state_dict().keys():
+        queries = getattr(attention.q_proj, kind).unflatten(0, (-1, group, MAP_DIM))
+        keys = getattr(attention.k_proj, kind).unflatten(0, (-1, MAP_DIM))
+        keys[second] = keys[first]
+        queries[second] = queries[first][order]
 
 
 def plant_idle(attention, first, second, group):

@@ -4,7 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 SMALL = {
@@ -25,6 +36,12 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "wide-heads": {"head_dim": 16},
+}
+# LLaMA's relatives, by model type: classes and what of SMALL they change.
+RELATIVES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -49,6 +66,11 @@ def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:
 
 def random_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return random_model(LlamaForCausalLM, LlamaConfig(**{**SMALL, **changes}), seed)
+
+
+def random_relative(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    model_class, config_class, fields = RELATIVES[model_type]
+    return random_model(model_class, config_class(**{**SMALL, **fields, **changes}), seed)
 
 
 def random_diffllama(seed: int = 0, **changes: Any) -> DiffLlamaForCausalLM:

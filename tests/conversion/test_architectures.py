@@ -1,35 +1,15 @@
-"""Other models and adapters: each way out that a refusal names leads to what the model itself computes."""
-
-import json
+"""Models of another type, and adapters: each way out that a refusal names leads to what the model itself computes."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from random_llamas import SMALL, random_llama, random_model, saved, token_ids
-from transformers import (
-    AutoModelForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from random_llamas import random_llama, saved, token_ids
+from transformers import AutoModelForCausalLM
 
 from conversion import ConversionError, convert_checkpoint, export_checkpoint
 from conversion.describe import describe_checkpoint
-from conversion.source.architectures import OTHERS, SUPPORTED, unsupported
+from conversion.source.architectures import ARCHITECTURES, UNSUPPORTED, unsupported
 from modeling_diff import DiffLlamaForCausalLM
-
-
-MODELS = {
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}, {}),
-    "mistral in its window": (MistralForCausalLM, MistralConfig, {"sliding_window": 64}, {"sliding_window": None}),
-    "qwen2": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        {},
-        {"attention_bias": True, "sliding_window": None},
-    ),
-}
 
 
 def logits(model_class, folder):
@@ -38,27 +18,11 @@ def logits(model_class, folder):
         return model(token_ids()).logits
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_way_out_of_another_model_keeps_its_function(tmp_path, name):
-    """The advice followed to the letter, against the other model's own class."""
-    model_class, config_class, fields, advice = MODELS[name]
-    source = saved(random_model(model_class, config_class(**SMALL, **fields)), tmp_path / "source")
-    expected = logits(model_class, source)
-    with pytest.raises(ConversionError, match='set model_type to "llama" in a copy') as caught:
-        convert_checkpoint(source, tmp_path / "v2", "v2")
-    assert all(field in str(caught.value) for field in advice)
-    config = json.loads((source / "config.json").read_text()) | advice | {"model_type": "llama"}
-    config = {field: value for field, value in config.items() if value is not None}
-    (source / "config.json").write_text(json.dumps(config))
-    convert_checkpoint(source, tmp_path / "v2", "v2")
-    assert torch.equal(logits(DiffLlamaForCausalLM, tmp_path / "v2"), expected)
-
-
-@pytest.mark.parametrize("model_type", [*OTHERS, "never heard of"])
+@pytest.mark.parametrize("model_type", [*UNSUPPORTED, "never heard of"])
 def test_other_model_is_refused_with_reason_way_out_and_what_is_supported(model_type):
-    message = str(unsupported({"model_type": model_type}))
+    message = str(unsupported(model_type))
     difference, _, supported = message.partition(". Supported: ")
-    assert difference.count(";") >= 1 and all(name in supported for name in SUPPORTED)
+    assert difference.count(";") >= 1 and all(name in supported for name in ARCHITECTURES)
     assert "\n" not in message
 
 

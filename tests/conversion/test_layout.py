@@ -49,6 +49,7 @@ def sizes_of(config) -> Sizes:
         config.head_dim,
         not config.tie_word_embeddings,
         config.attention_bias,
+        config.attention_bias,
         config.mlp_bias,
     )
 

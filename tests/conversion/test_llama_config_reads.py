@@ -3,16 +3,19 @@
 import ast
 import inspect
 
-from llama_config_reads import config_reads, fields_in_a_run, fields_in_code
+import pytest
+from llama_config_reads import RELATIVES, config_reads, fields_in_a_run, fields_in_code
 from random_llamas import random_llama, saved
 from transformers import GenerationConfig, LlamaConfig
 
+from conversion.source.architectures import ARCHITECTURES
 from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS, NEUTRAL_VALUES, RESTATED_FIELDS
 
 
 PLACED = {*KEPT_FIELDS, *RESTATED_FIELDS, *ATTENTION_FIELDS, *NEUTRAL_VALUES}
 # Checked by code of their own in source_config and rotary.
 PLACED |= {"layer_types", "quantization_config", "original_max_position_embeddings"}
+PLACED |= {field for row in ARCHITECTURES.values() for field in row.own_fields}
 # Settings of `generate`, which are read from config.json only where there is no generation_config.json.
 PLACED |= set(GenerationConfig().to_dict())
 
@@ -27,8 +30,8 @@ WITHOUT_EFFECT = {
         __class__ __dict__ _auto_class sub_configs sub_configs_defaults has_no_defaults_at_init default_theta
         ignore_keys_at_rope_validation _post_init_done""",
     "where and how a model is computed or trained, not what": """
-        base_model_tp_plan base_model_pp_plan distributed_config _is_quantized experts_implementation
-        _experts_implementation_internal _attn_was_changed gradient_checkpointing""",
+        base_model_tp_plan base_model_pp_plan base_model_ep_plan distributed_config _is_quantized
+        experts_implementation _experts_implementation_internal _attn_was_changed gradient_checkpointing""",
     "initial values, which the weights replace": "init_std initializer_factor",
     "only of other models, of tokens predicted ahead, or in a warning": """
         encoder qk_head_dim vision_config vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
@@ -84,6 +87,7 @@ config.not_read = 1
     assert found == expected and set(without_place(found)) == expected
 
 
-def test_fields_of_llamas_config_class_are_all_kept_or_settled():
+@pytest.mark.parametrize("name", RELATIVES)
+def test_fields_of_the_config_class_are_all_kept_or_settled(name):
     """A field that upstream adds to the class would be in no list, and the note would call it unread."""
-    assert set(LlamaConfig().to_dict()) <= PLACED
+    assert set(ARCHITECTURES[name].config_class().to_dict()) <= PLACED

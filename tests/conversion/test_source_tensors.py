@@ -197,7 +197,7 @@ CHANGES = {
     "missing": ({"model.norm.weight": None}, "model.norm.weight is missing: .*get the complete checkpoint"),
     "head": ({"lm_head.weight": None}, r"tie_word_embeddings.*\(convert --backbone-only\)"),
     "shape": ({"model.norm.weight": 31}, r"\(31,\).*\(32,\)"),
-    "q_norm": ({"model.layers.0.self_attn.q_norm.weight": 8}, "query or key norm"),
+    "q_norm": ({"model.layers.0.self_attn.q_norm.weight": 8}, "only qwen3 has norms on queries and keys"),
     "bias": ({Q_BIAS.format(0): 32}, "set attention_bias to true"),
     "mlp bias": ({"model.layers.0.mlp.up_proj.bias": 48}, "set mlp_bias to true"),
     "score": ({"score.weight": 32, "lm_head.weight": None}, "--backbone-only"),
