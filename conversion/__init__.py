@@ -9,6 +9,7 @@ from conversion.push import PushReport, push_checkpoint
 from conversion.record import ConversionReport
 from conversion.update_code import UpdateReport, update_checkpoint_code
 from conversion.verify import verify_checkpoint
+from modeling_diff import __version__  # noqa: F401
 
 
 __all__ = [

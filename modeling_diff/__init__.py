@@ -14,6 +14,7 @@ from .modeling_diff_llama import (
 )
 
 
+__version__ = "0.1.0"
 AutoConfig.register(DiffLlamaConfig.model_type, DiffLlamaConfig, exist_ok=True)
 
 
