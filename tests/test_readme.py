@@ -1,11 +1,17 @@
 """README and what it speaks of stay together."""
 
 import re
+import tomllib
 from pathlib import Path
+
+import conversion
+import modeling_diff
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "developer" / "architecture.md").read_text(encoding="utf-8")
+TREE = re.search(r"<!-- tree -->\n```\n(.*?)```", ARCHITECTURE, re.DOTALL)
 
 
 def test_readme_test_command_is_the_one_that_ci_runs():
@@ -16,11 +22,10 @@ def test_readme_test_command_is_the_one_that_ci_runs():
     assert commands[1] in map(str.strip, (ROOT / ".ci" / "run").read_text().splitlines())
 
 
-def test_every_file_that_readme_lists_exists():
-    tree = re.search(r"## Files\n+```\n(.*?)```", README, re.DOTALL)
-    assert tree, "README has a file tree under ## Files"
+def test_every_file_of_the_tree_exists():
+    assert TREE, "docs/developer/architecture.md has a file tree"
     folder = ROOT
-    for line in tree[1].splitlines():
+    for line in TREE[1].splitlines():
         name = line.split()[0]
         if line[0] != " ":
             folder = ROOT / name if name.endswith("/") else ROOT
@@ -29,14 +34,22 @@ def test_every_file_that_readme_lists_exists():
             assert (folder / name).exists(), f"{folder.name}/{name}"
 
 
-def test_every_package_file_is_in_readme():
-    tree = re.search(r"## Files\n+```\n(.*?)```", README, re.DOTALL)[1]
-    blocks = dict(re.findall(r"^(\S+/)\n((?: .*\n)+)", tree, re.MULTILINE))
-    subpackages = ("serving", "training", "analysis", "experiments")
-    libraries = ("modeling_diff", *(f"modeling_diff/{name}" for name in subpackages))
-    examples = ("examples/scripts", "examples/benchmarks", "examples/studies")
-    rooms = [f"conversion/{path.parent.name}" for path in sorted((ROOT / "conversion").glob("*/__init__.py"))]
-    for package in (*libraries, "conversion", *rooms, *examples):
-        listed = {line.split()[0] for line in blocks[f"{package}/"].splitlines()}
-        files = {path.name for path in (ROOT / package).glob("*.py")}
-        assert files - {"__init__.py"} <= listed, package
+def test_every_file_of_the_code_is_in_the_tree():
+    blocks = dict(re.findall(r"^(\S+/)\n((?: .*\n)+)", TREE[1], re.MULTILINE))
+    for top in ("modeling_diff", "conversion", "examples"):
+        for folder in {path.parent for path in (ROOT / top).rglob("*.py")}:
+            listed = {line.split()[0] for line in blocks[f"{folder.relative_to(ROOT).as_posix()}/"].splitlines()}
+            assert {path.name for path in folder.glob("*.py")} <= listed, folder
+
+
+def test_version_is_one():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == modeling_diff.__version__
+    assert conversion.__version__ == modeling_diff.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "modeling_diff.__version__"}
+
+
+def test_badge_of_python_shows_the_oldest_release_that_installs():
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    assert f">{oldest.removeprefix('>=')}+<" in (ROOT / "docs" / "assets" / "python.svg").read_text(encoding="utf-8")
