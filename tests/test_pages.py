@@ -1,6 +1,7 @@
 """README and the pages of docs/: links lead somewhere, commands and snippets run as they stand, the notebook too."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -9,6 +10,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,7 @@ def test_every_page_is_reached_from_the_readme():
         page = waiting.pop()
         reached.add(page)
         targets = [target.partition("#")[0] for target in LINK.findall(without_blocks(text_of(page)))]
-        linked = {(page.parent / target).resolve() for target in targets if target.endswith(".md") and ":" not in target}
+        linked = {(page.parent / target).resolve() for target in targets if target.endswith(".md")}
         waiting += linked - reached
     assert set(PAGES) <= reached
 
@@ -108,10 +110,8 @@ def run_command(command):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         if program == "diff-llama":
-            from conversion.__main__ import main
-
             patch.setattr(sys, "argv", ["diff-llama", *arguments])
-            code = exit_code(main)
+            code = exit_code(console_script())
         else:
             assert program == "python" and arguments[0].startswith("examples/"), command
             patch.setattr(sys, "argv", arguments)
@@ -120,6 +120,13 @@ def run_command(command):
     assert code in (None, 0), f"{command}: {code}\n{printed.getvalue()[-2000:]}"
     if into:
         Path(into).write_text(printed.getvalue())
+
+
+def console_script():
+    """What the installed `diff-llama` calls."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, name = project["scripts"]["diff-llama"].split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def exit_code(call):
@@ -168,7 +175,7 @@ def test_snippet_of_lora_trains_lambda_and_adapters(made_before, tmp_path, monke
     monkeypatch.chdir(made_before)
     (block,) = (text for language, text in blocks_to_run(ROOT / "docs/tasks/finetune-lora.md") if language == "python")
     names = {}
-    exec(block.replace('"out/trainer"', repr(str(tmp_path))).replace("report_to=[]", "report_to=[], use_cpu=True"), names)
+    exec(block.replace('"out/trainer"', repr(str(tmp_path))).replace("report_to=[]", "use_cpu=True"), names)
     trained = [name for name, value in names["model"].named_parameters() if value.requires_grad]
     assert any("lambda_proj" in name for name in trained) and any("lora_" in name for name in trained)
 
@@ -191,15 +198,16 @@ def test_reference_of_the_command_line_has_every_command_and_option(docs_hook):
     for name, command in docs_hook.program().commands.items():
         section = re.search(rf"^## diff-llama {name}\n(.*?)(?=^## |\Z)", reference, re.MULTILINE | re.DOTALL)[1]
         for param in command.params:
-            written = [*param.opts, *param.secondary_opts] if param.param_type_name == "option" else [param.name.upper()]
-            assert all(option in section for option in written) or param.metavar in section, (name, param.name)
+            is_option = param.param_type_name == "option"
+            written = [*param.opts, *param.secondary_opts] if is_option else [param.metavar or param.name.upper()]
+            assert all(f"`{text}" in section or f"/ {text}" in section for text in written), (name, param.name)
     assert reference == docs_hook.command_reference()
 
 
 def test_links_of_the_site_stay_in_the_site(docs_hook):
-    page = "[a](../../README.md#quickstart) ![b](../../examples/x.png) [c](../../LICENSE) [d](heal.md) [e](https://f.g)"
+    page = "[a](../../README.md#quickstart) ![b](../../examples/x.png) [c](../../LICENSE) [d](heal.md) [e](https://f)"
     assert docs_hook.site_links(page, "docs/tasks/convert.md", "tasks/convert.md") == (
-        "[a](../readme.md#quickstart) ![b](../examples/x.png) c [d](heal.md) [e](https://f.g)"
+        "[a](../readme.md#quickstart) ![b](../examples/x.png) c [d](heal.md) [e](https://f)"
     )
 
 
@@ -231,7 +239,7 @@ def test_notebook_runs_to_the_outputs_that_it_has(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+        nbclient.NotebookClient(notebook, timeout=500).execute(cwd=NOTEBOOK.parent)
     assert [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells] == committed
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     losses = {name: float(loss) for name, loss in re.findall(r"^(\S.*?) +loss ([\d.]+)", printed, re.MULTILINE)}
