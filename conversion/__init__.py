@@ -1,18 +1,40 @@
-"""Checkpoints in, checkpoints out: LLaMA and DiffLlama to the Differential Transformer and back."""
+"""Checkpoints in, checkpoints out: LLaMA and DiffLlama to the Differential Transformer and back.
 
-import modeling_diff  # noqa: F401  # first: it says in one line when transformers or torch is too old
-from conversion.convert import convert_checkpoint
-from conversion.errors import ConversionError, FilesError
-from conversion.evaluation.verification import VerificationReport
-from conversion.export import export_checkpoint
-from conversion.push import PushReport, push_checkpoint
-from conversion.record import ConversionReport
-from conversion.update_code import UpdateReport, update_checkpoint_code
-from conversion.verify import verify_checkpoint
-from modeling_diff import __version__  # noqa: F401
+Names are imported when they are first asked for, so that the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
+if TYPE_CHECKING:
+    from conversion.convert import convert_checkpoint
+    from conversion.errors import ConversionError, FilesError
+    from conversion.evaluation.verification import VerificationReport
+    from conversion.export import export_checkpoint
+    from conversion.options import ConversionConfig
+    from conversion.push import PushReport, push_checkpoint
+    from conversion.record import ConversionReport
+    from conversion.update_code import UpdateReport, update_checkpoint_code
+    from conversion.verify import verify_checkpoint
+
+
+MODULES = {
+    "ConversionConfig": "options",
+    "ConversionError": "errors",
+    "ConversionReport": "record",
+    "FilesError": "errors",
+    "PushReport": "push",
+    "UpdateReport": "update_code",
+    "VerificationReport": "evaluation.verification",
+    "convert_checkpoint": "convert",
+    "export_checkpoint": "export",
+    "push_checkpoint": "push",
+    "update_checkpoint_code": "update_code",
+    "verify_checkpoint": "verify",
+}
 __all__ = [
+    "ConversionConfig",
     "ConversionError",
     "ConversionReport",
     "FilesError",
@@ -25,3 +47,13 @@ __all__ = [
     "update_checkpoint_code",
     "verify_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("modeling_diff").__version__
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in ("ConversionError", "FilesError"):
+        import_module("modeling_diff")  # first: it says in one line when transformers or torch is too old
+    return getattr(import_module(f"conversion.{MODULES[name]}"), name)

@@ -1,13 +1,13 @@
-"""The command line: arguments only. `diff-llama --help`."""
+"""The command line: `diff-llama --help`. Each command imports what it needs when it runs."""
 
 import io
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
 from conversion.console.display import (
     ask_before_calibration,
@@ -23,28 +23,22 @@ from conversion.console.display import (
     show_verification,
     step_progress,
 )
+from conversion.console.options import with_options
 from conversion.console.signals import EXIT_CODES, Stopped, end_stopped, stop_on_signals
 from conversion.console.terminal import NoteHandler, err, say
 from conversion.console.usage import PlainCommand, PlainGroup, parsed
-from conversion.convert import convert_checkpoint
-from conversion.describe import describe_checkpoint
-from conversion.export import export_checkpoint
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
 from conversion.options import (
-    CALIBRATION_TOKENS,
     DTYPES,
-    LAMBDA_FLOOR,
-    STAGES,
+    ConversionConfig,
+    ExportConfig,
+    InspectConfig,
+    PushConfig,
+    UpdateCodeConfig,
+    VerifyConfig,
     chosen_dtype,
-    parse_lambda_init,
-    parse_layers,
-    parse_size,
-    parse_stages,
 )
-from conversion.push import push_checkpoint
-from conversion.record import read_report
-from conversion.update_code import update_checkpoint_code
-from conversion.verify import verify_checkpoint
+from conversion.options.values import ALLOW_PICKLE, OVERWRITE, RESUME, checked_size
 
 
 app = typer.Typer(
@@ -54,29 +48,152 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-DEFAULTS = HealingOptions()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="On an error, print the traceback.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT, in one step at the end.")]
-Resume = Annotated[
-    bool | None,
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the versions and exit.")] = False,
+) -> None:
+    if version:
+        from conversion.record import versions
+        from modeling_diff import __version__
+
+        for name, release in {"diff-llama": __version__, **versions()}.items():
+            say(f"{name} {release}")
+        raise typer.Exit
+
+
+@app.command(cls=PlainCommand)
+@with_options(ConversionConfig)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaMA or transformers DiffLlama checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
+    config: ConversionConfig,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Start calibrations of more than an hour without a question.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a LLaMA checkpoint into a Differential Transformer."""
+    with one_line_errors(verbose, output), layer_progress() as on_layer, byte_progress("converting") as progress:
+        from conversion.convert import convert_checkpoint
+
+        report = convert_checkpoint(
+            source,
+            output,
+            config=config,
+            progress=progress,
+            before_calibration=ask_before_calibration(yes or as_json),
+            calibration_progress=on_layer,
+        )
+    show_conversion(report, as_json, "would write" if config.dry_run else "wrote")
+
+
+@app.command(cls=PlainCommand)
+@with_options(VerifyConfig)
+def verify(
+    output: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    config: VerifyConfig,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check the files of a converted checkpoint and what was promised of it. Exit code 1 if a check fails."""
+    with one_line_errors(verbose):
+        from conversion.verify import verify_checkpoint
+
+        report = verify_checkpoint(output, **vars(config))
+    show_verification(report, as_json)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command(cls=PlainCommand)
+@with_options(ExportConfig)
+def export(
+    output: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to create.")],
+    config: ExportConfig,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
+    with one_line_errors(verbose, target), byte_progress("exporting") as progress:
+        from conversion.export import export_checkpoint
+
+        report = export_checkpoint(output, target, progress=progress, **vars(config))
+    show_conversion(report, as_json, "wrote")
+
+
+@app.command(cls=PlainCommand)
+@with_options(InspectConfig)
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a LLaMA, diffllama or diff_llama checkpoint.")],
+    config: InspectConfig,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a checkpoint is: heads, widths, parameters, lambda per layer, which conversion made it."""
+    with one_line_errors(verbose):
+        from conversion.describe import describe_checkpoint
+
+        description = describe_checkpoint(folder, **vars(config))
+    show_description(description, as_json)
+
+
+@app.command(cls=PlainCommand)
+@with_options(PushConfig)
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an export or an adapter.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub, created if it does not exist.")
+    ],
+    config: PushConfig,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload a checkpoint to the Hub in one commit, with all that loading needs. Log in first: `hf auth login`."""
+    with one_line_errors(verbose), quiet_client():
+        from conversion.push import push_checkpoint
+        from conversion.record import read_report
+
+        options: dict[str, Any] = dict(vars(config))
+        if config.verification is not None:
+            options["verification"] = read_report(config.verification)
+        report = push_checkpoint(folder, repo, **options)
+    show_push(report, as_json)
+
+
+@app.command("update-code", cls=PlainCommand)
+@with_options(UpdateCodeConfig)
+def update_code(
+    target: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_REPO", help="Folder or Hub id of a diff_llama checkpoint.")
+    ],
+    config: UpdateCodeConfig,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put the model code of this diff-llama next to a checkpoint's weights, which are not touched."""
+    with one_line_errors(verbose), quiet_client():
+        from conversion.update_code import update_checkpoint_code
+
+        report = update_checkpoint_code(target, **vars(config))
+    show_update(report, as_json)
+
+
+# Until the options of a healing are derived from its config as well.
+DEFAULTS = HealingOptions()
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help=ALLOW_PICKLE)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
+Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help=RESUME)]
+ShardSize = Annotated[
+    Any,
     typer.Option(
-        "--resume/--no-resume",
-        help="Continue from the work that a stopped run has kept, or discard it. By default the work of the same "
-        "run is continued, and layers and checkpoints of another run are refused.",
+        parser=parsed(checked_size), metavar="<size>", help="Largest size of a weight file, such as 5GB or 200MiB."
     ),
-]
-
-
-def _size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
-HeldOutText = Annotated[
-    Path | None,
-    typer.Option("--held-out", help="Text or JSON lines to measure on. By default a standard text of this package."),
 ]
 
 
@@ -88,253 +205,6 @@ def _dtype(argument: str, help: str) -> Any:
 
 
 Dtype = Annotated[Any, _dtype("dtype", "Cast the weights. By default each tensor keeps its own dtype.")]
-Pickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="Also read pytorch_model.bin, of which only the tensors are taken."),
-]
-ShardSize = Annotated[
-    Any,
-    typer.Option(parser=parsed(_size), metavar="<size>", help="Largest size of a weight file, such as 5GB or 200MiB."),
-]
-
-
-@app.command(cls=PlainCommand)
-def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaMA or transformers DiffLlama checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="Folder to create.")],
-    variant: Annotated[
-        Literal["v1", "v2"] | None,
-        typer.Option(
-            case_sensitive=False,
-            help="Needed for a LLaMA. v2: the same function exactly, with more query weights. v1: the same size, near "
-            "the function once calibrated.",
-        ),
-    ] = None,
-    layers: Annotated[
-        Any,
-        typer.Option(
-            parser=parsed(parse_layers),
-            metavar="0,4-7",
-            help="Layers to make differential, counted from 0. All by default.",
-        ),
-    ] = None,
-    lambda_init: Annotated[
-        Any,
-        typer.Option(
-            parser=parsed(parse_lambda_init),
-            metavar="paper|FLOAT|LIST",
-            help="v1: lambda at the start, one number for all layers or one per layer. 0.05 by default.",
-        ),
-    ] = None,
-    norm: Annotated[
-        Literal["strict", "neutral"],
-        typer.Option(
-            case_sensitive=False,
-            help="v1: strict is the paper's norm over heads; neutral has an epsilon that makes it the identity.",
-        ),
-    ] = "strict",
-    lambda_start: Annotated[
-        float,
-        typer.Option("--lambda", help="v2: lambda at the start, between 0 and 1. Other values than 0.5 add a bias."),
-    ] = 0.5,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost."
-        ),
-    ] = None,
-    uncalibrated: Annotated[
-        bool,
-        typer.Option(
-            "--uncalibrated", help="v1: the plain copy, which loses most of the function and has to be healed."
-        ),
-    ] = False,
-    calibration_tokens: Annotated[
-        int, typer.Option(help="Number of tokens of the calibration text to read.")
-    ] = CALIBRATION_TOKENS,
-    stages: Annotated[
-        Any,
-        typer.Option(
-            parser=parsed(parse_stages),
-            metavar=",".join(STAGES),
-            help="Calibration stages to run. All by default.",
-        ),
-    ] = None,
-    lambda_floor: Annotated[
-        float,
-        typer.Option(help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."),
-    ] = LAMBDA_FLOOR,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure the finished conversion next to its source.")
-    ] = True,
-    held_out: HeldOutText = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Start calibrations of more than an hour without a question.")
-    ] = False,
-    dtype: Dtype = None,
-    max_shard_size: ShardSize = "5GB",
-    seed: Annotated[int, typer.Option(help="v1: seed from which the lambda vectors are drawn.")] = 0,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a LoRA of the LLaMA, to carry over to OUTPUT/adapter. With --calibration it is merged "
-            "into the LLaMA first. Where SOURCE is converted already, OUTPUT is the adapter."
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where SOURCE is a Hub id.")] = None,
-    source_layout: Annotated[
-        Literal["auto", "unilm"],
-        typer.Option(
-            case_sensitive=False,
-            help="unilm: the tensor names and interleaved rotary order of the authors' own V1 code.",
-        ),
-    ] = "auto",
-    backbone_only: Annotated[
-        bool, typer.Option("--backbone-only", help="Convert the model without its head (lm_head or a task head).")
-    ] = False,
-    allow_pickle: Pickle = False,
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option("--allow-nonfinite", help="Carry NaN and Inf in the weights over, in place of refusing them."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything but the numbers in the weights, and write nothing.")
-    ] = False,
-    overwrite: Overwrite = False,
-    resume: Resume = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Convert a LLaMA checkpoint into a Differential Transformer."""
-    with one_line_errors(verbose, output), layer_progress() as on_layer, byte_progress("converting") as progress:
-        report = convert_checkpoint(
-            source, output, variant, layers=layers, lambda_init=lambda_init, norm=norm, lambda_start=lambda_start,
-            calibration=calibration, uncalibrated=uncalibrated, calibration_tokens=calibration_tokens, stages=stages,
-            lambda_floor=lambda_floor, dtype=dtype, max_shard_size=max_shard_size, seed=seed, adapter=adapter,
-            revision=revision, source_layout=source_layout, backbone_only=backbone_only, allow_pickle=allow_pickle,
-            allow_nonfinite=allow_nonfinite, dry_run=dry_run, overwrite=overwrite, resume=resume, progress=progress,
-            measure=measure, held_out=held_out, before_calibration=ask_before_calibration(yes or as_json),
-            calibration_progress=on_layer,
-        )  # fmt: skip
-    show_conversion(report, as_json, "would write" if dry_run else "wrote")
-
-
-@app.command(cls=PlainCommand)
-def verify(
-    output: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
-    against: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
-    ] = None,
-    held_out: HeldOutText = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Check the files of a converted checkpoint and what was promised of it. Exit code 1 if a check fails."""
-    with one_line_errors(verbose):
-        report = verify_checkpoint(output, against, held_out=held_out)
-    show_verification(report, as_json)
-    raise typer.Exit(0 if report.passed else 1)
-
-
-@app.command(cls=PlainCommand)
-def export(
-    output: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Folder to create.")],
-    format: Annotated[
-        Literal["diffllama"], typer.Option(case_sensitive=False, help="diffllama: transformers' own DiffLlama class.")
-    ] = "diffllama",
-    dtype: Dtype = None,
-    max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    resume: Resume = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
-    with one_line_errors(verbose, target), byte_progress("exporting") as progress:
-        report = export_checkpoint(
-            output, target, format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume,
-            progress=progress,
-        )  # fmt: skip
-    show_conversion(report, as_json, "wrote")
-
-
-@app.command(cls=PlainCommand)
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of a LLaMA, diffllama or diff_llama checkpoint.")],
-    allow_pickle: Pickle = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Say what a checkpoint is: heads, widths, parameters, lambda per layer, which conversion made it."""
-    with one_line_errors(verbose):
-        description = describe_checkpoint(folder, allow_pickle)
-    show_description(description, as_json)
-
-
-@app.command(cls=PlainCommand)
-def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an export or an adapter.")],
-    repo: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub, created if it does not exist.")
-    ],
-    private: Annotated[
-        bool | None,
-        typer.Option(
-            "--private/--public",
-            help="Visibility of a new repository. Private by default where the base model's license restricts access.",
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to upload to, created if it does not exist. main by default.")
-    ] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Upload as a pull request in place of a commit to main.")
-    ] = False,
-    format: Annotated[
-        Literal["native", "diffllama"],
-        typer.Option(
-            case_sensitive=False,
-            help="native: the checkpoint with its code. diffllama: exported to transformers' own class, without code.",
-        ),
-    ] = "native",
-    verification: Annotated[
-        Path | None,
-        typer.Option(help="File with the output of `verify --json`, whose numbers go into the model card."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files and their sizes, contact nothing.")
-    ] = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Upload a checkpoint to the Hub in one commit, with all that loading needs. Log in first: `hf auth login`."""
-    with one_line_errors(verbose), quiet_client():
-        report = push_checkpoint(
-            folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, format=format,
-            verification=None if verification is None else read_report(verification),
-        )  # fmt: skip
-    show_push(report, as_json)
-
-
-@app.command("update-code", cls=PlainCommand)
-def update_code(
-    target: Annotated[
-        str, typer.Argument(metavar="FOLDER_OR_REPO", help="Folder or Hub id of a diff_llama checkpoint.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that were edited or are newer, too.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch on the Hub. main by default.")] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request on the Hub in place of a commit.")
-    ] = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Put the model code of this diff-llama next to a checkpoint's weights, which are not touched."""
-    with one_line_errors(verbose), quiet_client():
-        report = update_checkpoint_code(target, dry_run=dry_run, force=force, revision=revision, create_pr=create_pr)
-    show_update(report, as_json)
 
 
 @app.command(cls=PlainCommand)
@@ -459,8 +329,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal without our letters
     logging.getLogger("conversion").addHandler(NoteHandler())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here asks for
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
     try:
         app()
     except Stopped as stopped:  # before the command's work was begun, or after its end

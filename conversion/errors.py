@@ -121,3 +121,13 @@ def escape(text: object) -> str:
     if shown.isprintable():
         return shown
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
+
+
+def quote(name: object) -> str:
+    """A name out of a file, safe to print: one line, quoted, shortened."""
+    text = repr(name)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# The form of the Hub's user tokens.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.json_files import quote, read_json
+from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.writer import RECORD
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError, file_errors, quote
 
 
 PROMISES = {

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError, file_errors, quote
 
 
 MIB = 1 << 20
@@ -27,12 +27,6 @@ MAX_NESTING = 100
 CHUNK_CHARS = MIB
 OVERLAP_CHARS = 4096  # longer than anything looked for
 ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-
-
-def quote(name: object) -> str:
-    """A name out of a file, safe to print: one line, quoted, shortened."""
-    text = repr(name)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def check_size(path: Path) -> int:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from conversion.checkpoint.file_identity import file_state
-from conversion.checkpoint.json_files import parse_json, quote, read_small
+from conversion.checkpoint.json_files import parse_json, read_small
 from conversion.checkpoint.safetensors_format import LFS_POINTER, TensorInfo, read_header
 from conversion.errors import (
     ConversionError,
@@ -22,6 +22,7 @@ from conversion.errors import (
     MemoryLimitError,
     file_errors,
     memory_errors,
+    quote,
     typed,
 )
 

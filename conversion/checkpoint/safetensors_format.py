@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from conversion.checkpoint.json_files import parse_json, quote
-from conversion.errors import ConversionError, file_errors
+from conversion.checkpoint.json_files import parse_json
+from conversion.errors import ConversionError, file_errors, quote
 
 
 DTYPES = {

@@ -28,8 +28,8 @@ from conversion.checkpoint.output_folder import (
     sync_folder,
 )
 from conversion.checkpoint.reader import checked_path
-from conversion.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, encode_header, file_order, quote
-from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, encode_header, file_order
+from conversion.errors import ConversionError, FilesError, file_errors, quote
 
 
 RECORD = "conversion.json"

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from huggingface_hub import logging as hub_logging
-from huggingface_hub.utils import disable_progress_bars
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,25 +24,23 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from conversion.checkpoint.kept_work import described, kept_work
 from conversion.console.signals import Stopped
 from conversion.console.terminal import STDOUT, err, out, results_shown, say
 from conversion.console.usage import command_line
-from conversion.errors import ConversionError, escape, memory_error
-from conversion.hub.upload_files import TOKEN
+from conversion.errors import TOKEN, ConversionError, escape, memory_error
 from conversion.options import STAGES
-from conversion.record import ConversionReport, measured_text
 
 
 if TYPE_CHECKING:
     from conversion.calibration.step import Calibration
     from conversion.evaluation.verification import VerificationReport
     from conversion.push import PushReport
+    from conversion.record import ConversionReport
     from conversion.update_code import UpdateReport
 
 
 ASKED_SECONDS = 3600  # a calibration that takes longer is asked about on a terminal
-COLOURS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
+COLORS = {"passed": "green", "failed": "red", "measured": "cyan", "skipped": "yellow"}
 
 
 @contextmanager
@@ -71,6 +67,8 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
 
 def left_behind(target: Path | None, notes: Iterable[str]) -> str:
     """What a command that was stopped has kept, for `target` or by its notes, and the command that continues it."""
+    from conversion.checkpoint.kept_work import described, kept_work
+
     folders = [described(folder) for folder in kept_work(target)] if target else []
     kept = ", ".join(dict.fromkeys([*folders, *(note.removeprefix("kept: ") for note in notes)]))
     if not kept:
@@ -85,6 +83,9 @@ def left_behind(target: Path | None, notes: Iterable[str]) -> str:
 @contextmanager
 def quiet_client() -> Iterator[None]:
     """The Hub's client without its warnings, which name signed addresses; progress bars on a terminal only."""
+    from huggingface_hub import logging as hub_logging
+    from huggingface_hub.utils import disable_progress_bars
+
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     if not err.is_terminal:
@@ -167,7 +168,9 @@ def step_progress() -> Iterator[Any]:
 
 
 @results_shown()
-def show_conversion(report: ConversionReport, as_json: bool, verb: str) -> None:
+def show_conversion(report: "ConversionReport", as_json: bool, verb: str) -> None:
+    from conversion.record import measured_text
+
     if as_json:
         shown = {"output": str(report.output), "num_bytes": report.num_bytes, "notes": list(report.notes)}
         _print_json(shown | {"record": report.record})
@@ -186,7 +189,7 @@ def show_verification(report: "VerificationReport", as_json: bool) -> None:
         return
     table = Table("check", "outcome", "detail", title=escape(f"{report.output} ({report.promise})"), box=None)
     for check in report.checks:
-        outcome = Text(check.outcome, style=COLOURS[check.outcome])
+        outcome = Text(check.outcome, style=COLORS[check.outcome])
         table.add_row(escape(check.name), outcome, escape(check.detail))
     out.print(table)
 
@@ -255,7 +258,7 @@ def show_healing(report: Any, as_json: bool) -> None:
         _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
         return
     say(f"wrote {report.output}")
-    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda a layer", title="held-out rows", box=None)
+    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda per layer", title="held-out rows", box=None)
     for row in report.table:
         shown = [
             "" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "kl", "greedy_agreement", "recovered")

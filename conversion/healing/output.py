@@ -10,7 +10,7 @@ from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
 from conversion.checkpoint.companions import companion_files
 from conversion.errors import ConversionError
 from conversion.healing.options import HealingOptions
-from conversion.options import DTYPES
+from conversion.options import torch_dtype
 from conversion.record import RECORD, versions
 from conversion.source.location import SourceFolder
 from modeling_diff import DiffLlamaConfig
@@ -23,7 +23,7 @@ MEASURED = ("loss", "kl", "greedy_agreement", "recovered")
 def stored_specs(reader: CheckpointReader, dtype: str | None) -> dict[str, TensorSpec]:
     """What will be written: the tensors of the checkpoint in `reader`, in its dtypes or `dtype`; lambda as it is."""
     return {
-        name: TensorSpec(info.shape, DTYPES[dtype] if dtype and "diff_lambda" not in name else info.dtype)
+        name: TensorSpec(info.shape, torch_dtype(dtype) if dtype and "diff_lambda" not in name else info.dtype)
         for name, info in reader.tensors.items()
     }
 
@@ -77,7 +77,7 @@ def write_healed(
 
 def healed_config(start: DiffLlamaConfig, end: DiffLlamaConfig, dtype: str | None) -> DiffLlamaConfig:
     """The final config, with the start's architecture and the dtype of the weights as they are written."""
-    stored = DTYPES[dtype] if dtype else start.dtype
+    stored = torch_dtype(dtype) if dtype else start.dtype
     return DiffLlamaConfig.from_dict(end.to_dict() | {"architectures": start.architectures, "dtype": stored})
 
 

@@ -15,7 +15,7 @@ from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, HealStage
 from conversion.healing.streams import LayerStreams, decoder_layers
 from conversion.healing.whole import check_whole
-from conversion.options import DTYPES
+from conversion.options import torch_dtype
 from conversion.source.config import read_source_model
 from conversion.source.location import SourceFolder, locate_source
 from conversion.source.model import load_original
@@ -119,6 +119,6 @@ def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
 def load_teacher(folder: Path, options: HealingOptions) -> LiveTeacher:
     """In memory, on the CPU still."""
     default = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
-    dtype = DTYPES[options.teacher_dtype] if options.teacher_dtype else default
+    dtype = torch_dtype(options.teacher_dtype) if options.teacher_dtype else default
     model: nn.Module = load_original(folder, read_source_model(folder).config, dtype=dtype)
     return LiveTeacher(model, options.stage == HealStage.LOCAL or bool(options.hidden_weight))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from conversion.checkpoint.companions import COMPANIONS, PRIVATE_KEY, is_licence, is_text, matching_names, whole_file
 from conversion.checkpoint.json_files import read_json, text_parts
 from conversion.checkpoint.reader import CheckpointReader
-from conversion.errors import ConversionError
+from conversion.errors import TOKEN, ConversionError
 from conversion.hub.bundle import called_code
 from conversion.record import RECORD
 
@@ -20,8 +20,6 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 CARD = "README.md"
 MODULE_FILE = re.compile(r"[A-Za-z_]\w*\.py")
-# The form of the Hub's user tokens.
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".rst", ".py", ".jinja", "")
 KINDS = {"diff_llama": "checkpoint", "diffllama": "diffllama"}
 

@@ -57,6 +57,11 @@ class Plan:
     def num_bytes(self) -> int:
         return sum(spec.num_bytes for spec in self.specs.values())
 
+    @property
+    def num_blob_bytes(self) -> int:
+        """Bytes of the files in `blobs`."""
+        return sum(map(len, self.blobs.values()))
+
 
 class ConvertedTensors:
     """The target's tensors by name, each computed when it is asked for."""

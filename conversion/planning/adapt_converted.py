@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, file_errors
 from conversion.mapping.heads import HeadPairing, Sizes
 from conversion.mapping.rules import Rule, llama_v1_rules, llama_v2_rules
+from conversion.options import ConversionConfig
 from conversion.planning.adapter_output import AdapterOutput, adapter_files
 from conversion.record import RECORD
 from conversion.source.adapter import read_adapter
@@ -25,9 +26,14 @@ def is_converted(source: str | Path) -> bool:
     return read_object(Path(source) / "config.json").get("model_type") == DiffLlamaConfig.model_type
 
 
-def check_nothing_else(source: str | Path, options: Sequence[Any]) -> None:
-    """ConversionError if any of the options is given that mean something only where weights are written."""
-    if any(option is not None for option in options):
+def check_nothing_else(source: str | Path, config: ConversionConfig) -> None:
+    """Checks that only what an adapter takes is asked of a source that is converted already.
+
+    Raises:
+        ConversionError: An option that means something only where weights are written.
+    """
+    given = (config.variant, config.calibration, config.layers, config.lambda_init, config.pairings, config.dtype)
+    if config.uncalibrated or any(option is not None for option in given):
         raise ConversionError(
             f"{source}: converted already, so only its adapter is written; leave out all options but --adapter, "
             "--allow-pickle, --allow-nonfinite, --overwrite and --dry-run"

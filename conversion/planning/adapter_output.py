@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save
 
 from conversion.checkpoint.reader import CheckpointReader
-from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.mapping.layout import Keep, Scale, TakeBlocks
 from conversion.mapping.rules import Rule
 from conversion.mapping.stream import Plan

@@ -13,7 +13,7 @@ from conversion.errors import ConversionError
 from conversion.mapping.heads import Sizes
 from conversion.mapping.rules import diffllama_export_rules
 from conversion.mapping.stream import Plan
-from conversion.options import DTYPES, chosen_dtype, parse_size
+from conversion.options import chosen_dtype, parse_size, torch_dtype
 from conversion.record import versions
 from conversion.source.config_fields import KEPT_FIELDS
 from conversion.source.converted import read_our_config
@@ -38,13 +38,13 @@ def plan_export(
     """
     config = read_our_config(folder)
     _refuse_unsayable(config)
-    torch_dtype = None if dtype is None else DTYPES[chosen_dtype("dtype", dtype)]
+    stored = None if dtype is None else torch_dtype(chosen_dtype("dtype", dtype))
     reader = CheckpointReader(folder)
     sizes = map_sizes(config)
     rules = diffllama_export_rules(sizes)
     matched = match_tensors(rules, reader, sizes.num_layers, tied=config.tie_word_embeddings)
     files, notes = companion_files(folder)
-    fields = _diffllama_fields(config, torch_dtype or default_dtype(config, reader))
+    fields = _diffllama_fields(config, stored or default_dtype(config, reader))
     record: dict[str, Any] = {
         "format": 1,
         "source": {"name": SourceFolder(folder).name, "hub_id": None, "revision": None, "kind": "diff_llama"},
@@ -56,7 +56,7 @@ def plan_export(
     plan = Plan(
         reader=matched.reader,
         rules=rules,
-        dtype=torch_dtype,
+        dtype=stored,
         allow_nonfinite=False,
         max_shard_bytes=parse_size(max_shard_size),
         record=record,

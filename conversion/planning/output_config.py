@@ -6,8 +6,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from conversion.checkpoint import CheckpointReader
-from conversion.checkpoint.json_files import parse_json, quote
-from conversion.errors import ConversionError
+from conversion.checkpoint.json_files import parse_json
+from conversion.errors import ConversionError, quote
 from conversion.mapping.rules import Rule
 from conversion.options import ConversionOptions
 from conversion.source.architectures import shared_fields

@@ -9,7 +9,7 @@ import torch
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.mapping.rules import Rule, diffllama_rules, llama_v1_rules, llama_v2_rules, unilm_rules
-from conversion.options import ConversionOptions
+from conversion.options import ConversionConfig, ConversionOptions
 from conversion.record import PROMISES
 from conversion.source.config import SourceKind, SourceModel
 
@@ -22,11 +22,15 @@ UNCALIBRATED = (
 )
 
 
-def check_uncalibrated(variant: str | None, calibrated: bool, uncalibrated: bool) -> None:
-    """ConversionError where `uncalibrated` is said of what is calibrated, or of V2."""
-    if uncalibrated and calibrated:
+def check_uncalibrated(config: ConversionConfig) -> None:
+    """Checks that `uncalibrated` is said of nothing that is calibrated, nor of V2.
+
+    Raises:
+        ConversionError: It is.
+    """
+    if config.uncalibrated and config.calibration is not None:
         raise ConversionError("--uncalibrated and --calibration exclude each other; leave one of them out")
-    if uncalibrated and variant == "v2":
+    if config.uncalibrated and config.variant == "v2":
         raise ConversionError("--uncalibrated belongs to variant v1; v2 is exact without calibration, leave it out")
 
 
@@ -57,7 +61,8 @@ def rules_and_fields(
     """The tensors' rules and the config fields that LLaMA does not have."""
     if model.kind == "llama":
         return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
-    if options != replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None):
+    plain = replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None)
+    if options.recorded() != plain.recorded():
         raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
     if model.kind == "unilm":
         ours = {name: getattr(model.config, name) for name in ("lambda_init", "lambda_init_std", "sub_norm_eps")}

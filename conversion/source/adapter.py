@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from conversion.checkpoint.companions import read_object, whole_file
 from conversion.checkpoint.file_identity import file_sha256
 from conversion.checkpoint.reader import count_nonfinite, load_pickle
-from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.mapping.heads import Sizes
 from conversion.mapping.layout import llama_tensors
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import transformers
 from transformers import PreTrainedConfig
 
-from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.source.config_fields import KEPT_FIELDS
 from modeling_diff import DiffLlamaConfig
 

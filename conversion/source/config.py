@@ -9,9 +9,9 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from conversion.checkpoint.json_files import quote, read_json
+from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.safetensors_format import TensorInfo
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.mapping.heads import Sizes
 from conversion.source.architectures import (
     ARCHITECTURES,

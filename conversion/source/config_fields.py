@@ -3,8 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from conversion.checkpoint.json_files import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 
 
 # Copied under their own names. A test derives from transformers' code what LLaMA reads, and fails for a field that is

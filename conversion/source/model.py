@@ -10,8 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoint import CheckpointReader
-from conversion.checkpoint.json_files import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.source.architectures import ARCHITECTURES, Architecture
 from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS
 from modeling_diff import DiffLlamaForCausalLM

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from conversion.checkpoint.reader import CheckpointReader, TensorInfo
-from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, quote
 from conversion.mapping.rules import Rule
 
 

@@ -143,7 +143,7 @@ def test_verbose_shows_the_traceback(tmp_path):
 
 
 def test_unexpected_errors_are_one_line_too(tmp_path, llama, monkeypatch):
-    monkeypatch.setattr("conversion.cli.convert_checkpoint", lambda *a, **k: {}["surprise"])
+    monkeypatch.setattr("conversion.convert.convert_checkpoint", lambda *a, **k: {}["surprise"])
     result = run("convert", llama, tmp_path / "out")
     assert result.exit_code == 1 and "unexpected KeyError" in result.stderr and "Traceback" not in result.stderr
 
@@ -251,11 +251,11 @@ def test_commands_do_not_wait_for_what_only_training_needs():
 def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama, name):
     """Stopped for certain while writing, by itself at the first progress report; then again within the clean-up."""
     script = (
-        "import os, shutil, signal, sys; from conversion import cli; original = cli.convert_checkpoint\n"
+        "import os, shutil, signal, sys; from conversion import cli, convert; original = convert.convert_checkpoint\n"
         f"stop = lambda *a: os.kill(os.getpid(), signal.{name})\n"
         "remove = shutil.rmtree; shutil.rmtree = \\\n"
         "    lambda *a, **k: [stop(), remove(*a, **k), stop()] if sys.exception() else remove(*a, **k)\n"
-        "cli.convert_checkpoint = lambda *a, **k: original(*a, **{**k, 'progress': stop}); cli.main()"
+        "convert.convert_checkpoint = lambda *a, **k: original(*a, **{**k, 'progress': stop}); cli.main()"
     )
     process = subprocess.run(
         [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out"), "--variant", "v2"],

@@ -1,0 +1,55 @@
+"""What a user can ask: one config per command, from which the command line is derived. Imports neither torch nor
+transformers."""
+
+from conversion.options.commands import ExportConfig, InspectConfig, PushConfig, UpdateCodeConfig, VerifyConfig
+from conversion.options.conversion import (
+    CALIBRATION_TOKENS,
+    LAMBDA_FLOOR,
+    NEUTRAL_EPS,
+    STAGES,
+    STRICT_EPS,
+    CalibrationText,
+    ConversionConfig,
+    ConversionOptions,
+    parse_stages,
+)
+from conversion.options.values import (
+    DTYPES,
+    chosen,
+    chosen_dtype,
+    config_of,
+    option,
+    parse_dtype,
+    parse_lambda_init,
+    parse_layers,
+    parse_size,
+    torch_dtype,
+)
+
+
+__all__ = [
+    "CALIBRATION_TOKENS",
+    "DTYPES",
+    "LAMBDA_FLOOR",
+    "NEUTRAL_EPS",
+    "STAGES",
+    "STRICT_EPS",
+    "CalibrationText",
+    "ConversionConfig",
+    "ConversionOptions",
+    "ExportConfig",
+    "InspectConfig",
+    "PushConfig",
+    "UpdateCodeConfig",
+    "VerifyConfig",
+    "chosen",
+    "chosen_dtype",
+    "config_of",
+    "option",
+    "parse_dtype",
+    "parse_lambda_init",
+    "parse_layers",
+    "parse_size",
+    "parse_stages",
+    "torch_dtype",
+]

@@ -1,0 +1,292 @@
+"""What a user can ask of a conversion, checked before anything is opened."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from conversion.errors import ConversionError, typed
+from conversion.mapping.heads import HeadPairing, Sizes
+from conversion.options.values import (
+    ALLOW_PICKLE,
+    DTYPES,
+    OVERWRITE,
+    RESUME,
+    checked_size,
+    chosen,
+    chosen_dtype,
+    option,
+    parse_dtype,
+    parse_lambda_init,
+    parse_layers,
+    torch_dtype,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Held-out loss of examples/assets/tiny-llama (3.10 nats/token) as a plain copy: 5.08 with lambda 0.05, 5.54 with the
+# paper's (examples/studies/compare_conversions.py). Less is better only by not subtracting, and training can push it
+# below 0. The strict norm is the paper's, trains well, and can be exported; the neutral one is the better start where
+# epsilon is annealed afterwards.
+LAMBDA_INIT = 0.05
+STRICT_EPS = 1e-5
+# An even power of two far above any mean square of a head's output: root and weight are exact, and the norm divides
+# by the same 2^12 that its weight multiplies with, so that it is the identity to the last bits of float32.
+NEUTRAL_EPS = 2.0**24
+
+
+CALIBRATION_TOKENS = 65536
+# Left alone lambda falls to 0 in most layers of a calibration, where the second map gets no gradient any more.
+LAMBDA_FLOOR = 0.02
+STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
+
+
+def _plain_lambda(given: Any) -> str | float | list[float]:
+    if isinstance(given, str):
+        return given
+    plain = given.tolist() if hasattr(given, "tolist") else given  # as numpy and torch have it
+    return float(plain) if isinstance(plain, int | float) else [float(value) for value in plain]
+
+
+def _plain_seed(given: Any) -> int:
+    seed = operator.index(given)
+    if not 0 <= seed < 2**32:
+        raise ValueError
+    return seed
+
+
+# field: what becomes of the numbers given, and what they should be where that fails
+SETTLED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "layers": (lambda given: sorted(set(map(operator.index, given))), "indices of layers"),
+    "lambda_init": (_plain_lambda, "'paper', a number, or one for each layer"),
+    "lambda_start": (float, "a number between 0 and 1, as a sigmoid"),
+    "pairings": (lambda given: {operator.index(layer): pair for layer, pair in given.items()}, "pairings by layer"),
+    "seed": (_plain_seed, f"a whole number from 0 to {2**32 - 1}"),
+}
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Choices that change what is written; all of them are recorded in conversion.json."""
+
+    variant: Literal["v1", "v2"] | None = option(
+        help="Needed for a LLaMA. v2: the same function exactly, with more query weights. v1: the same size, near "
+        "the function once calibrated.",
+    )
+    layers: Sequence[int] | None = option(
+        help="Layers to make differential, counted from 0. All by default.", parse=parse_layers, metavar="0,4-7"
+    )
+    lambda_init: Literal["paper"] | float | Sequence[float] | None = option(
+        help="v1: lambda at the start, one number for all layers or one per layer. 0.05 by default.",
+        parse=parse_lambda_init,
+        metavar="paper|FLOAT|LIST",
+    )
+    norm: Literal["strict", "neutral"] = option(
+        "strict", help="v1: strict is the paper's norm over heads; neutral has an epsilon that makes it the identity."
+    )
+    lambda_start: float = option(
+        0.5, help="v2: lambda at the start, between 0 and 1. Other values than 0.5 add a bias.", flag="--lambda"
+    )
+    # By layer, where adjacent heads are not wanted (V1); from Python alone.
+    pairings: Mapping[int, HeadPairing] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        help="Cast the weights. By default each tensor keeps its own dtype.",
+        parse=parse_dtype,
+        metavar=f"<{'|'.join(DTYPES)}>",
+    )
+    seed: int = option(0, help="v1: seed from which the lambda vectors are drawn.")
+    source_layout: Literal["auto", "unilm"] = option(
+        "auto", help="unilm: the tensor names and interleaved rotary order of the authors' own V1 code."
+    )
+    backbone_only: bool = option(False, help="Convert the model without its head (lm_head or a task head).")
+    allow_nonfinite: bool = option(False, help="Carry NaN and Inf in the weights over, in place of refusing them.")
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {
+            "variant": ("v1", "v2"),
+            "norm": ("strict", "neutral"),
+            "source_layout": ("auto", "unilm"),
+        }
+        for field, allowed in choices.items():
+            if (value := getattr(self, field)) is not None:
+                object.__setattr__(self, field, chosen(field, value, allowed))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", chosen_dtype("dtype", self.dtype))
+        self._settle()
+        if not 0 < self.lambda_start < 1:
+            raise ConversionError(
+                f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
+            )
+        v1_only = {"lambda_init": None, "norm": "strict", "pairings": None}
+        given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
+        if self.variant == "v2" and given:
+            raise ConversionError(f"{typed(given[0])} belongs to variant v1; leave it out for v2")
+        if self.variant == "v1" and self.lambda_start != 0.5:
+            raise ConversionError(f"{typed('lambda_start')} belongs to variant v2; use {typed('lambda_init')} for v1")
+
+    def _settle(self) -> None:
+        """Every value as the kind of number that `recorded` can write, whatever kind was given."""
+        for field, (settle, expected) in SETTLED.items():
+            value = getattr(self, field)
+            if value is None and self.__dataclass_fields__[field].default is None:
+                continue
+            try:
+                object.__setattr__(self, field, settle(value))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ConversionError(f"{typed(field)} is {value!r}, expected {expected}") from error
+
+    @property
+    def torch_dtype(self) -> "torch.dtype | None":
+        """The dtype that the weights are cast to, None where each keeps its own."""
+        return torch_dtype(self.dtype) if self.dtype else None
+
+    def differential_layers(self, num_layers: int) -> list[int]:
+        """The layers that become differential, ascending. ConversionError for an index that does not exist."""
+        layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
+        there = f"the model has {num_layers} layers, counted from 0"
+        if not layers:
+            raise ConversionError(f"{typed('layers')} names no layer; {there}")
+        if absent := [layer for layer in layers if not 0 <= layer < num_layers]:
+            raise ConversionError(
+                f"{typed('layers')} names layer {absent[0]}, and {there}: give some of 0-{num_layers - 1}"
+            )
+        return layers
+
+    def lambda_init_list(self, num_layers: int) -> list[float]:
+        """lambda_init of every layer. ConversionError unless the numbers are finite, below 1 and one a layer."""
+        from modeling_diff.configuration_diff_llama import paper_lambda_init
+
+        if self.lambda_init == "paper":
+            return [paper_lambda_init(layer) for layer in range(num_layers)]
+        if isinstance(self.lambda_init, str):
+            raise ConversionError(f"{typed('lambda_init')} is {self.lambda_init!r}, expected 'paper' or numbers")
+        given = LAMBDA_INIT if self.lambda_init is None else self.lambda_init
+        values = [given] * num_layers if isinstance(given, int | float) else list(given)
+        if len(values) != num_layers:
+            raise ConversionError(
+                f"{typed('lambda_init')} has {len(values)} values, expected one for each of {num_layers} layers"
+            )
+        for value in values:
+            if not math.isfinite(value) or value >= 1:
+                raise ConversionError(f"{typed('lambda_init')} is {value}, expected a number below 1")
+        return [float(value) for value in values]
+
+    def sub_norm_eps(self) -> float:
+        return NEUTRAL_EPS if self.norm == "neutral" else STRICT_EPS
+
+    def norm_weights(self, lambda_init: Sequence[float]) -> list[float]:
+        """What `sub_norm.weight` is filled with, one a layer: 1, or what undoes the epsilon and 1 - lambda_init."""
+        if self.norm == "strict":
+            return [1.0] * len(lambda_init)
+        return [math.sqrt(NEUTRAL_EPS) / (1 - value) for value in lambda_init]
+
+    def layer_pairings(self, sizes: Sizes) -> list[HeadPairing]:
+        """One pairing a layer. ConversionError for one that is made for other head counts."""
+        if unknown := sorted(set(self.pairings or {}) - set(range(sizes.num_layers))):
+            raise ConversionError(f"pairings of layers {unknown}: expected indices from 0 to {sizes.num_layers - 1}")
+        default = HeadPairing.adjacent(sizes.num_heads, sizes.num_kv_heads)
+        pairings = [(self.pairings or {}).get(layer, default) for layer in range(sizes.num_layers)]
+        for layer, pairing in enumerate(pairings):
+            counts = len(pairing.query_heads), len(pairing.kv_heads)
+            if counts != (sizes.num_heads, sizes.num_kv_heads):
+                raise ConversionError(
+                    f"pairing of layer {layer} is for {counts} heads, expected {sizes.num_heads, sizes.num_kv_heads}"
+                )
+        return pairings
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns the options as JSON, for conversion.json; of a config, what changes the weights alone."""
+        values = {field.name: getattr(self, field.name) for field in fields(ConversionOptions)}
+        if self.pairings:
+            values["pairings"] = {
+                str(layer): {"query_heads": pairing.query_heads, "kv_heads": pairing.kv_heads}
+                for layer, pairing in self.pairings.items()
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all).
+
+    No stage takes lambda below `lambda_floor` in any layer; 0 allows layers that are not differential.
+    """
+
+    path: Path
+    tokens: int = CALIBRATION_TOKENS
+    stages: Sequence[str] | None = None
+    lambda_floor: float = LAMBDA_FLOOR
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ConversionError(f"{typed('calibration_tokens')} is {self.tokens!r}, expected a whole number above 0")
+        if not isinstance(self.lambda_floor, int | float) or not 0 <= self.lambda_floor < 1:
+            raise ConversionError(
+                f"{typed('lambda_floor')} is {self.lambda_floor!r}, expected a number from 0 to below 1"
+            )
+        for stage in self.stages or ():
+            chosen("stages", stage, STAGES)
+
+
+def parse_stages(text: str) -> list[str]:
+    """ "pairing,refit" -> ["pairing", "refit"]. ConversionError for anything else."""
+    return [chosen("stages", part, STAGES) for part in text.split(",")]
+
+
+@dataclass(frozen=True)
+class ConversionConfig(ConversionOptions):
+    """All that a conversion can be asked, as options of `diff-llama convert` and as arguments from Python."""
+
+    calibration: str | Path | None = option(
+        help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost."
+    )
+    uncalibrated: bool = option(
+        False, help="v1: the plain copy, which loses most of the function and has to be healed."
+    )
+    calibration_tokens: int = option(CALIBRATION_TOKENS, help="Number of tokens of the calibration text to read.")
+    stages: Sequence[str] | None = option(
+        help="Calibration stages to run. All by default.", parse=parse_stages, metavar=",".join(STAGES)
+    )
+    lambda_floor: float = option(
+        LAMBDA_FLOOR, help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."
+    )
+    measure: bool = option(True, help="Measure the finished conversion next to its source.")
+    held_out: str | Path | None = option(
+        help="Text or JSON lines to measure on. By default a standard text of this package."
+    )
+    max_shard_size: str | int = option(
+        "5GB", help="Largest size of a weight file, such as 5GB or 200MiB.", parse=checked_size, metavar="<size>"
+    )
+    adapter: str | Path | None = option(
+        help="Folder of a LoRA of the LLaMA, to carry over to OUTPUT/adapter. With --calibration it is merged into "
+        "the LLaMA first. Where SOURCE is converted already, OUTPUT is the adapter."
+    )
+    revision: str | None = option(help="Branch, tag or commit, where SOURCE is a Hub id.")
+    allow_pickle: bool = option(False, help=ALLOW_PICKLE)
+    dry_run: bool = option(False, help="Check everything but the numbers in the weights, and write nothing.")
+    overwrite: bool = option(False, help=OVERWRITE)
+    resume: bool | None = option(help=RESUME, flag="--resume/--no-resume")
+
+    @property
+    def calibration_text(self) -> CalibrationText | None:
+        """The text that V1 is fitted on, None without one.
+
+        Raises:
+            ConversionError: Values that mean something only with a text.
+        """
+        if self.calibration is not None:
+            return CalibrationText(
+                Path(self.calibration), self.calibration_tokens, stages=self.stages, lambda_floor=self.lambda_floor
+            )
+        for field in fields(ConversionConfig):
+            belongs = field.name in ("stages", "calibration_tokens", "lambda_floor")
+            if belongs and getattr(self, field.name) != field.default:
+                raise ConversionError(
+                    f"{typed(field.name)} needs text to calibrate on; give it ({typed('calibration')})"
+                )
+        return None

@@ -1,0 +1,153 @@
+"""Values as users write them: choices in any case, dtypes by their short names as well, sizes with a unit.
+
+No torch and no transformers here: the command line reads its arguments with this module.
+"""
+
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from conversion.errors import ConversionError, quote, typed
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+Config = TypeVar("Config")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHORT_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Sentences that more than one command says of its option.
+ALLOW_PICKLE = "Also read pytorch_model.bin, of which only the tensors are taken."
+OVERWRITE = "Replace an existing OUTPUT, in one step at the end."
+RESUME = (
+    "Continue from the work that a stopped run has kept, or discard it. By default the work of the same run is "
+    "continued, and layers and checkpoints of another run are refused."
+)
+LEAST_SHARD_BYTES = 10**3  # below it every tensor gets a file of its own, which nobody means
+
+
+def option(default: Any = None, *, help: str, **metadata: Any) -> Any:
+    """Makes a field of a config that is an option of the command line as well.
+
+    Args:
+        default: Its value where nothing is given.
+        help: A sentence for `--help` and for the reference.
+        metadata: `flag`, the option as it is typed, where it is not the field's name; `parse`, what reads the text
+            that is typed; `metavar`, what `--help` shows for the value.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def config_of(config_class: type[Config], config: Config | None, options: Mapping[str, Any]) -> Config:
+    """Returns the config that a call gives, as one object or as its fields.
+
+    Raises:
+        ConversionError: Both are given, or a value that the config refuses.
+    """
+    if config is None:
+        return config_class(**options)
+    if options:
+        raise ConversionError(
+            f"config and {next(iter(options))} are both given; put {next(iter(options))} into config"
+        )
+    return config
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """Returns the dtype of one of the names in `DTYPES`."""
+    import torch
+
+    return getattr(torch, name)
+
+
+def chosen(argument: str, value: Any, choices: Iterable[str]) -> str:
+    """Returns the choice that `value` names, in whatever case it is written.
+
+    Raises:
+        ConversionError: If it names none of them; the message lists them.
+    """
+    name = str(value).strip().lower()
+    if name not in choices:
+        raise ConversionError(f"{typed(argument)} is {value!r}, expected one of {', '.join(choices)}")
+    return name
+
+
+def chosen_dtype(argument: str, value: Any) -> str:
+    """Returns the name in `DTYPES` that `value` means: a dtype of torch, its name, or a short name such as bf16.
+
+    Raises:
+        ConversionError: If it means none of them; the message lists them.
+    """
+    name = str(value).strip().lower().removeprefix("torch.")
+    if (name := SHORT_NAMES.get(name, name)) in DTYPES:
+        return name
+    choices = f"{', '.join(DTYPES)} (or {', '.join(SHORT_NAMES)})"
+    raise ConversionError(f"{typed(argument)} is {value!r}, expected one of {choices}")
+
+
+def parse_dtype(text: str) -> str:
+    """Returns the name in `DTYPES` that is meant by what was typed. ConversionError for none."""
+    return chosen_dtype("dtype", text)
+
+
+def checked_size(text: str) -> str:
+    """Returns a shard size as it was typed. ConversionError where `parse_size` cannot read it."""
+    parse_size(text)
+    return text
+
+
+def parse_size(text: str | int) -> int:
+    """Returns the bytes of a shard size: '5GB', '200MB', '1.5GiB', or an int, which is bytes already.
+
+    Raises:
+        ConversionError: For anything else, a text without a unit, and less than `LEAST_SHARD_BYTES`.
+    """
+    name = typed("max_shard_size")
+    if hasattr(text, "__index__") and not isinstance(text, bool):
+        size = operator.index(text)
+    else:
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Z]{0,3})", str(text).strip().upper(), re.ASCII)
+        if match and not match[2]:
+            raise ConversionError(f"{name} {quote(text)} has no unit: {match[1]}GB, or {match[1]}MB?")
+        if not match or match[2] not in SIZE_UNITS:
+            raise ConversionError(f"{name} {quote(text)}: expected a number and a unit, such as 5GB, 200MB or 1GiB")
+        size = int(Decimal(match[1]) * SIZE_UNITS[match[2]])
+    if size < LEAST_SHARD_BYTES:
+        raise ConversionError(f"{name} {quote(text)}: expected at least 1KB, such as 5GB, 200MB or 1GiB")
+    return size
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "0,4-7" -> [0, 4, 5, 6, 7]. ConversionError for anything else."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)  # no model has 100,000 layers
+        if not match:
+            raise ConversionError(f"{typed('layers')} has {part!r}, expected layers and ranges such as 0,4-7")
+        first = int(match[1])
+        last = int(match[2] or match[1])
+        if last < first:
+            raise ConversionError(f"{typed('layers')} has {part!r}, expected a range upwards: {last}-{first}")
+        layers |= set(range(first, last + 1))
+    return sorted(layers)
+
+
+def parse_lambda_init(text: str) -> Literal["paper"] | float | list[float]:
+    """ "paper", "0.05" or "0.05,0.1,0.2" (one per layer). ConversionError for anything else."""
+    if text.strip().lower() == "paper":
+        return "paper"
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConversionError(
+            f"{typed('lambda_init')} is {text!r}, expected paper, a number, or one for each layer such as 0.05,0.1"
+        ) from error
+    return values[0] if len(values) == 1 else values
