@@ -44,7 +44,6 @@ from conversion.options.values import ALLOW_PICKLE, OVERWRITE, RESUME, checked_s
 app = typer.Typer(
     name="diff-llama",
     cls=PlainGroup,
-    help="Differential Transformers from LLaMA checkpoints: convert them, train, check, publish and keep them.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -53,17 +52,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="On an error, print the traceback.")]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the versions and exit.")] = False,
-) -> None:
-    if version:
-        from conversion.record import versions
-        from modeling_diff import __version__
+def _show_versions(asked: bool) -> None:
+    if not asked:
+        return
+    from conversion.record import versions
+    from modeling_diff import __version__
 
-        for name, release in {"diff-llama": __version__, **versions()}.items():
-            say(f"{name} {release}")
-        raise typer.Exit
+    for name, release in {"diff-llama": __version__, **versions()}.items():
+        say(f"{name} {release}")
+    raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """Differential Transformers from LLaMA checkpoints: convert them, train, check, publish and keep them."""
 
 
 @app.command(cls=PlainCommand)
