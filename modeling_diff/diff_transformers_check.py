@@ -3,7 +3,7 @@ Whether the installed transformers calls this code as it was written for.
 
 Two checks. The structure: what LLaMA's layers hand to attention, to caches and to mask functions, read from
 transformers' source when the model file is imported. The behavior: under a release that was not tested, tiny models
-are compared with the definition before anything is computed, as the kernels are in `diff_attention_check.py`.
+are compared with the definition before anything is computed, as the kernels are in `diff_attention_triton_check.py`.
 
 B batch, T tokens, H heads, K key-value heads, d map_dim, D head_dim, C hidden size.
 """

@@ -46,8 +46,8 @@ from .diff_adapters import check_adapter_to_load, check_adapters_in_state
 from .diff_attention import eager_attention_forward, is_exporting, place_queries, subtract_maps
 from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fastest_path
 from .diff_attention_chunked import chunked_attention_forward
-from .diff_attention_fused import fused_attention_forward, fused_attention_mask
 from .diff_attention_triton import triton_can_run
+from .diff_attention_triton_interface import fused_attention_forward, fused_attention_mask
 from .diff_engines import check_engine_heads, prepare_for_engine
 from .diff_parallel import check_tensor_parallel_size
 from .diff_saved_card import retire_card
@@ -58,8 +58,11 @@ from .diff_transformers_compat import append_to_cache
 
 if TYPE_CHECKING:
     # From a local folder, transformers 5.6 copies the files that this one names, not those that they name in turn.
-    from .diff_attention_check import kernels_agree  # noqa: F401
-    from .diff_attention_kernels import fwd_kernel  # noqa: F401
+    from .diff_attention_triton_backward_kernels import bwd_pre_kernel  # noqa: F401
+    from .diff_attention_triton_check import kernels_agree  # noqa: F401
+    from .diff_attention_triton_kernels import fwd_kernel  # noqa: F401
+    from .diff_attention_triton_launches import launch_forward  # noqa: F401
+    from .diff_attention_triton_tiles import padded_widths  # noqa: F401
 
 
 check_structure()

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_diff.diff_attention import attention_maps, lambda_over_maps
-from modeling_diff.diff_attention_fused import is_stretches, mask_of_stretches
+from modeling_diff.diff_attention_triton_interface import is_key_ranges, mask_of_key_ranges
 
 from .lambda_values import in_training, layer_lambda, trained_module
 
@@ -93,7 +93,7 @@ def visible(attention_mask: Any, queries: torch.Tensor, num_tokens: int) -> torc
         zero = queries.new_zeros(())  # the first sequence, and its first head
         return attention_mask.mask_mod(zero, zero, queries[:, None], keys)[None, None]
     if attention_mask is not None and attention_mask.dim() == 4:
-        if is_stretches(attention_mask):
-            attention_mask = mask_of_stretches(attention_mask, num_tokens, num_tokens, is_causal=True)
+        if is_key_ranges(attention_mask):
+            attention_mask = mask_of_key_ranges(attention_mask, num_tokens, num_tokens, is_causal=True)
         return attention_mask[:1, :, queries, :num_tokens]
     return (keys <= queries[:, None])[None, None]

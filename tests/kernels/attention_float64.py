@@ -49,7 +49,7 @@ class Case:
                 [(begin, end) for begin, end in itertools.pairwise(row) for _ in range(begin, end)]
                 for row in self.boundaries
             ]
-            options["sequence_bounds"] = torch.tensor(rows, dtype=torch.int32, device=device)
+            options["key_ranges"] = torch.tensor(rows, dtype=torch.int32, device=device)
         return options | {"norm_eps": 1e-5, "norm_scale": 0.7}
 
     def tensors(self, device="cpu"):

@@ -34,8 +34,8 @@ def record_paths(monkeypatch):
     """A function that gives the implementations of all calls by default since, as they were chosen."""
     chosen = set()
 
-    def record(*args):
-        name, mask = fastest_path(*args)
+    def record(*args, **kwargs):
+        name, mask = fastest_path(*args, **kwargs)
         chosen.add(name)
         return name, mask
 

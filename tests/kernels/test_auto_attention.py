@@ -13,7 +13,7 @@ from fused_models import assert_close, build_model, record_paths, with_eager
 from interpreter import INTERPRETED, assert_passes_interpreted
 
 from modeling_diff import diff_attention_auto as auto
-from modeling_diff import diff_attention_check as check
+from modeling_diff import diff_attention_triton_check as check
 from modeling_diff.diff_transformers_compat import cache_argument, output_cache
 
 
@@ -94,7 +94,7 @@ else:
         assert paths() == {"sdpa"}
 
     def test_layers_read_the_kernels_masks_where_the_kernels_are_not_trusted(model, ids, paths, monkeypatch):
-        monkeypatch.setattr(auto, "kernels_agree", lambda *_: False)
+        monkeypatch.setattr(auto, "kernels_agree", lambda *_, **__: False)
         assert_equals_eager(model, lambda: in_two_steps(model, ids))
         mask = left_padding(ids)
         assert_equals_eager(model, lambda: [model(ids, attention_mask=mask).logits[mask.bool()]])
@@ -149,7 +149,7 @@ else:
         ("training", "broken", "named"),
         [
             (False, lambda output, query: torch.cat((output[:, :-1], 2 * output[:, -1:]), 1), "output"),
-            (False, lambda output, query: output if query.shape[2] > 1 else 2 * output, "step of decoding"),
+            (False, lambda output, query: output if query.shape[2] > 1 else 2 * output, "decode step"),
             (True, lambda output, query: output.detach() + 2 * (output - output.detach()), "gradient of query"),
             (True, lambda output, query: output * float("nan"), "output"),
         ],

@@ -1,4 +1,4 @@
-"""The stretches of keys that the kernels read, made from what transformers passes: the same pairs see each other."""
+"""The key ranges that the kernels read, made from what transformers passes: the same pairs see each other."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from modeling_diff import DiffLlamaConfig
-from modeling_diff.diff_attention_fused import fused_attention_mask, mask_of_stretches
+from modeling_diff.diff_attention_triton_interface import fused_attention_mask, mask_of_key_ranges
 
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -40,13 +40,13 @@ def filled_cache(kind, num_seen):
     return cache
 
 
-def assert_stretches_are(visible, mask, num_queries, queries_that_count, is_causal=True):
+def assert_key_ranges_are(visible, mask, num_queries, queries_that_count, is_causal=True):
     """`visible` (B, T, S) boolean. Rows of padding may see anything, as nothing of them reaches a token."""
     num_keys = visible.shape[2]
     if mask is None:  # everything: to the last query all keys
         mask = torch.tensor([0, num_keys], dtype=torch.int32).expand(2, 1, 1, 2)
     assert mask.dtype == torch.int32
-    ours = mask_of_stretches(mask, num_queries, num_keys, is_causal)[:, 0]
+    ours = mask_of_key_ranges(mask, num_queries, num_keys, is_causal)[:, 0]
     assert torch.equal(ours[queries_that_count], visible[queries_that_count])
 
 
@@ -55,7 +55,7 @@ def assert_stretches_are(visible, mask, num_queries, queries_that_count, is_caus
     ("kind", "num_seen"),
     [("none", 0), *((kind, seen) for kind in ("dynamic", "static", "full static") for seen in (0, 1, 6, 8))],
 )
-def test_causal_stretches_are_the_pairs_that_see_each_other(padding, num_seen, kind):
+def test_causal_key_ranges_are_the_pairs_that_see_each_other(padding, num_seen, kind):
     num_queries = 9 - num_seen
     attention_mask = None if PADDING[padding] is None else torch.tensor(PADDING[padding])
     mask = create_causal_mask(
@@ -68,19 +68,19 @@ def test_causal_stretches_are_the_pairs_that_see_each_other(padding, num_seen, k
         for query in range(num_queries):
             for key in range(num_seen + query + 1):
                 visible[row, query, key] = is_token[row, key]
-    assert_stretches_are(visible, mask, num_queries, is_token[:, num_seen:])
+    assert_key_ranges_are(visible, mask, num_queries, is_token[:, num_seen:])
 
 
 @pytest.mark.parametrize("padding", PADDING)
-def test_bidirectional_stretches_end_before_padding(padding):
+def test_bidirectional_key_ranges_end_before_padding(padding):
     attention_mask = None if PADDING[padding] is None else torch.tensor(PADDING[padding])
     mask = create_causal_mask(config(is_causal=False), torch.zeros(2, 9, 32), attention_mask, None)
     is_token = torch.ones(2, 9, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    assert_stretches_are(is_token[:, None].expand(-1, 9, -1), mask, 9, is_token, is_causal=False)
+    assert_key_ranges_are(is_token[:, None].expand(-1, 9, -1), mask, 9, is_token, is_causal=False)
 
 
 @pytest.mark.parametrize("lengths", [[[9], [9]], [[4, 5], [4, 5]], [[1, 1, 7], [8, 1]]], ids=str)
-def test_packed_stretches_are_sequences(lengths):
+def test_packed_key_ranges_are_sequences(lengths):
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     mask = create_causal_mask(config(), torch.zeros(2, 9, 32), None, None, position_ids=positions)
     bounds = torch.zeros(2, 1, 9, 2, dtype=torch.int32)
@@ -114,12 +114,12 @@ def test_left_padding_is_read_where_transformers_wants_a_mask_in_any_case():
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_padding_between_tokens_is_refused_with_every_cache(kind):
     attention_mask = torch.tensor([[1] * 9, [1, 1, 0] + [1] * 6])
-    with pytest.raises(ValueError, match=r'padding between tokens of a row.*use attn_implementation="sdpa"'):
+    with pytest.raises(ValueError, match=r'padding between tokens of a sequence.*use attn_implementation="sdpa"'):
         create_causal_mask(config(), torch.zeros(2, 1, 32), attention_mask, filled_cache(kind, 8))
 
 
-def test_mask_function_of_ones_own_is_refused():
-    with pytest.raises(ValueError, match="a mask function of one's own"):
+def test_mask_function_of_a_caller_is_refused():
+    with pytest.raises(ValueError, match="a custom mask function"):
         create_causal_mask(
             config(), torch.zeros(2, 9, 32), None, None, and_mask_function=lambda b, h, q, k: q - k < 3
         )  # fmt: skip
@@ -127,7 +127,7 @@ def test_mask_function_of_ones_own_is_refused():
 
 COMPILED = """
 import torch
-from modeling_diff.diff_attention_fused import fused_attention_mask
+from modeling_diff.diff_attention_triton_interface import fused_attention_mask
 
 compiled = torch.compile(fused_attention_mask, backend="aot_eager", fullgraph=True)
 left = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
@@ -142,4 +142,4 @@ def test_padding_between_tokens_stops_a_compiled_call_too():
     """By an assertion in the graph, which ends a process, as it would on a GPU."""
     process = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
     assert process.stdout == "left padding is read\n"
-    assert process.returncode != 0 and "padding between tokens of a row" in process.stderr
+    assert process.returncode != 0 and "padding between tokens of a sequence" in process.stderr

@@ -141,5 +141,5 @@ else:
         with pytest.raises(ValueError, match="padding between tokens"):
             model(inputs["input_ids"], attention_mask=holes)
         by_hand = torch.ones(2, 1, 17, 17, dtype=torch.bool).tril()
-        with pytest.raises(ValueError, match="no masks made by hand"):
+        with pytest.raises(ValueError, match="no custom masks"):
             model(inputs["input_ids"], attention_mask=by_hand)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fused_models import build_model, record_paths
 
-from modeling_diff.diff_attention_check import kernels_agree
+from modeling_diff.diff_attention_triton_check import kernels_agree
 
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,8 @@ import subprocess
 import pytest
 import torch
 
-from modeling_diff import diff_attention_triton as kernels
+from modeling_diff import diff_attention_triton_launches as launches
+from modeling_diff import diff_attention_triton_tiles as tables
 
 
 triton = pytest.importorskip("triton", reason="triton is not installed, so there is nothing to compile")
@@ -31,7 +32,7 @@ MAX_SPILLS_INSIDE_SM_90 = {"fwd": 12, "dq": 2}
 IN_MODEL_DTYPE = {"q", "k", "v", "out", "o", "o2", "do", "dk", "dv", "dq", "grad", "weight"}
 
 
-MASKS = {"start_ptr", "length_ptr", "bounds_ptr", "window"}
+MASKS = {"start_ptr", "length_ptr", "ranges_ptr", "window"}
 SIZES = {"B", "H", "K", "G", "T", "S", "SPLITS"}
 
 
@@ -40,13 +41,14 @@ def compile_kernel(
 ):
     """One shipped configuration, with pointers and strides that are multiples of 16, as torch's tensors have them.
 
-    masks: those in use. ones: sizes that are 1, which triton makes constants of. rows: of a step of decoding.
+    masks: those in use. ones: sizes that are 1, which triton makes constants of. rows: of a decode step.
     """
-    kernel = getattr(kernels, {"dkdv": "bwd_dkdv", "dq": "bwd_dq"}.get(name, name) + "_kernel")
+    kernel = getattr(launches, {"dkdv": "bwd_dkdv", "dq": "bwd_dq"}.get(name, name) + "_kernel")
     share_k, norm = variant == "v2", variant == "v1"
     head_dim = map_dim if share_k else 2 * map_dim
-    block_d, block_D = kernels._widths(map_dim, head_dim)
-    tiles, one_accumulator = kernels._tiles(share_k, block_d, dtype, architecture == 90)
+    block_d, block_D = tables.padded_widths(map_dim, head_dim)
+    flags = {"SHARE_K": share_k, "BLOCK_d": block_d}
+    tiles, one_accumulator = tables.choose_tiles(flags, dtype, sm_90=architecture == 90)
     constants = {
         "MAPS": maps, "SHARE_K": share_k, "LAM_ROW": share_k and maps == 2, "CAUSAL": causal,
         "LOWER": bool(MASKS - {"length_ptr"} & set(masks)), "d": map_dim,
@@ -121,7 +123,7 @@ SLOW_SHAPES = [("v1", 32), ("v1", 96), ("v2", 96), ("v2", 256)]
 
 
 def check(name, variant, map_dim, dtype, masks, tmp_path, architecture=90):
-    one_accumulator = (variant, kernels._widths(map_dim, 1)[0]) in kernels.ONE_ACCUMULATOR
+    one_accumulator = (variant, tables.padded_widths(map_dim, 1)[0]) in tables.ONE_ACCUMULATOR
     halves = [(True, False), (False, True)] if name == "dkdv" and one_accumulator else [(True, True)]
     for dk, dv in halves:
         compiled = compile_kernel(name, variant, map_dim, dtype, masks, dk, dv, architecture=architecture)
@@ -156,7 +158,7 @@ def test_kernel_fits_sm_90(name, variant, map_dim, tmp_path):
 @pytest.mark.parametrize(("variant", "map_dim"), [("v1", 64), ("v1", 128), ("v2", 128), ("v2", 256)])
 def test_decode_of_as_many_rows_as_it_takes_fits(variant, map_dim, dtype, architecture, tmp_path):
     head_dim = map_dim if variant == "v2" else 2 * map_dim
-    rows = max(16, kernels.DECODE_MAX_BYTES // (head_dim * dtype.itemsize))
+    rows = max(16, tables.DECODE_MAX_BYTES // (head_dim * dtype.itemsize))
     compiled = compile_kernel("decode", variant, map_dim, dtype, architecture=architecture, rows=rows)
     found = resources(compiled, tmp_path)
     print(f"sm_{architecture} decode {variant} d={map_dim} {DTYPES[dtype]} {rows=}: {found}")
@@ -167,13 +169,13 @@ def test_decode_of_as_many_rows_as_it_takes_fits(variant, map_dim, dtype, archit
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_pre", "bwd_dkdv", "bwd_dq", "decode", "combine"])
 def test_no_kernel_is_compiled_anew_for_the_length_of_a_cache_or_a_batch(kernel):
     """What changes from step to step of generation, and from batch to batch; a compilation takes seconds."""
-    parameters = getattr(kernels, f"{kernel}_kernel").params
+    parameters = getattr(launches, f"{kernel}_kernel").params
     changing = [parameter for parameter in parameters if parameter.name in ("B", "S", "SPLITS", "N_ROWS")]
     assert changing and all(parameter.do_not_specialize for parameter in changing)
 
 
 OPTIONS = {
-    "packed": {"masks": ("bounds_ptr", "window")},
+    "packed": {"masks": ("ranges_ptr", "window")},
     "static cache": {"masks": ("start_ptr", "length_ptr"), "causal": False},
     "one map": {"maps": 1},
     "sizes of one": {"masks": ("length_ptr", "window"), "ones": SIZES},

@@ -20,8 +20,9 @@ if not INTERPRETED:
 else:
     from attention_float64 import Case, errors, expected
 
-    from modeling_diff import diff_attention_triton as kernels
-    from modeling_diff.diff_attention_triton import diff_attention_triton
+    from modeling_diff import diff_attention_triton_launches as launches
+    from modeling_diff.diff_attention_triton import _forward_op, diff_attention_triton
+    from modeling_diff.diff_attention_triton_tiles import TILES
 
     # Relative, per tensor; fp16 rounds operands, probabilities and outputs to 11 bits. bf16 is left to the GPU tests:
     # the interpreter of triton 3.9 multiplies it wrongly.
@@ -42,7 +43,7 @@ else:
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Many tiles in small tensors: every phase of every loop runs more than once."""
-        monkeypatch.setattr(kernels, "_tiles", lambda *_: (SMALL, False))
+        monkeypatch.setattr(launches, "choose_tiles", lambda *_, **__: (SMALL, False))
 
     def assert_close(case, poison=False):
         found = errors(case, diff_attention_triton, poison=poison)
@@ -93,7 +94,7 @@ else:
 
     @pytest.mark.parametrize("variant", ["v1", "v2"])
     def test_one_accumulator_form_matches_float64(variant, monkeypatch):
-        monkeypatch.setattr(kernels, "_tiles", lambda *_: (SMALL, True))
+        monkeypatch.setattr(launches, "choose_tiles", lambda *_, **__: (SMALL, True))
         assert_close(Case(variant, B=2, H=2, S=70, norm=True))
         assert_close(Case(variant, B=2, T=40, S=40, key_start=(0, 9)))
 
@@ -104,9 +105,9 @@ else:
         assert_close(Case("v2", T=length, S=length, H=1, d=32, dtype=torch.float16))
 
     @pytest.mark.parametrize("is_sm_90", [True, False], ids=["sm_90", "others"])
-    @pytest.mark.parametrize(("variant", "map_dim"), kernels.TILES)
+    @pytest.mark.parametrize(("variant", "map_dim"), TILES)
     def test_shipped_tiles_of_every_width_match_float64(variant, map_dim, is_sm_90, monkeypatch):
-        monkeypatch.setattr(kernels, "_is_sm_90", lambda device: is_sm_90)
+        monkeypatch.setattr(launches, "_is_sm_90", lambda device: is_sm_90)
         assert_close(Case(variant, T=70, S=70, H=1, d=map_dim, norm=variant == "v1", dtype=torch.float16))
 
     DECODE = {
@@ -133,8 +134,10 @@ else:
         for cache in ("key", "value"):
             tensors[cache] = tensors[cache].detach().masked_fill(unseen, float("nan"))
         splits = []
-        decode = kernels._decode_splits
-        monkeypatch.setattr(kernels, "_decode_splits", lambda *args: splits.append(decode(*args)) or splits[-1])
+        decode = launches.decode_splits
+        monkeypatch.setattr(
+            launches, "decode_splits", lambda *args, **kwargs: splits.append(decode(*args, **kwargs)) or splits[-1]
+        )
         with torch.no_grad():
             output = diff_attention_triton(
                 tensors["query"], tensors["key"], tensors["value"], tensors.get("diff_lambda"),
@@ -188,7 +191,7 @@ else:
         for tensor in tensors:
             tensor.requires_grad_()
         torch.library.opcheck(
-            kernels._forward_op, (*tensors, *options), test_utils=("test_schema", "test_faketensor"), atol=0, rtol=0
+            _forward_op, (*tensors, *options), test_utils=("test_schema", "test_faketensor"), atol=0, rtol=0
         )
 
     @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ else:
             (Case(T=4, S=5, boundaries=((0, 4),)), {}, "as many keys as queries"),
             (Case(B=2, T=4, S=4), {"key_start": torch.tensor([0])}, r"key_start must be \(2,\), is \(1,\)"),
             (Case(T=4, S=4), {"diff_lambda": torch.ones(1)}, r"diff_lambda must be \(\) or \(1, 4, 2\), is \(1,\)"),
-            (Case(B=2, T=4, S=4, boundaries=((0, 4),)), {}, r"sequence_bounds must be \(2, 4, 2\), is \(1, 4, 2\)"),
+            (Case(B=2, T=4, S=4, boundaries=((0, 4),)), {}, r"key_ranges must be \(2, 4, 2\), is \(1, 4, 2\)"),
         ],
     )
     def test_what_does_not_fit_is_refused_by_name(case, change, message):
