@@ -110,11 +110,12 @@ def test_update_on_the_hub_is_one_commit_of_code_and_record(hub, stories, varian
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     today = {name: path.read_bytes() for name, path in code_files().items()}
     assert {name: content for name, content in after.items() if name.endswith(".py")} == today
-    assert changed == {name for name in today if old_code().get(name) != today[name]} | {"conversion.json"}
+    written = {name for name in today if old_code().get(name) != today[name]} | {"conversion.json"}
+    removed = old_code().keys() - today.keys()
+    assert changed == written | removed
     report = stories["package"]["update", "hub", variant]
-    assert (
-        report["written"].keys() == changed and report["commit"] == hub.repositories[f"me/old-{variant}"].refs["main"]
-    )
+    assert report["written"].keys() == written and set(report["removed"]) == removed
+    assert report["commit"] == hub.repositories[f"me/old-{variant}"].refs["main"]
     records = [json.loads(files["conversion.json"]) for files in (before, after)]
     assert {**records[0], "sha256": None} == {**records[1], "sha256": None}
 
