@@ -1,13 +1,10 @@
 """
-What `.ci/tools` needs next to the tools.
+Compares the adapter that a tool of `.ci/tools` saved with what the tool merged.
 
-    tools.py conversations FILE        writes the data they train on
-    tools.py BASE ADAPTER MERGED       compares the adapter that a tool saved with what it merged
+    tools.py BASE ADAPTER MERGED
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -16,17 +13,6 @@ from transformers import AutoModelForCausalLM
 
 # float32, five layers, weights added up in another order.
 TOLERANCE = 1e-4
-
-
-def write_conversations(file: Path) -> None:
-    """Cuts tiny-llama's calibration text into 64 conversations."""
-    folder = Path(__file__).parents[1] / "examples" / "assets" / "tiny-llama"
-    text = (folder / "calibration.txt").read_text(encoding="utf-8")
-    with file.open("w", encoding="utf-8") as lines:
-        for start in range(0, 64 * 400, 400):
-            question = {"role": "user", "content": text[start : start + 200]}
-            answer = {"role": "assistant", "content": text[start + 200 : start + 400]}
-            lines.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
 @torch.no_grad()
@@ -63,7 +49,4 @@ def check(base: str, adapter: str, merged: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "conversations":
-        write_conversations(Path(sys.argv[2]))
-    else:
-        check(*sys.argv[1:])
+    check(*sys.argv[1:])

@@ -8,8 +8,8 @@ import pytest
 
 @pytest.mark.slow
 def test_smoke_run_writes_a_row_a_stage(tmp_path, capsys):
-    compare_conversions.main(["--smoke", "--device", "cpu", "--output", str(tmp_path / "new/table.json")])
-    table = json.loads((tmp_path / "new/table.json").read_text())
+    compare_conversions.main(["--smoke", "--device", "cpu", "--output", str(tmp_path / "new")])
+    table = json.loads((tmp_path / "new/conversions.json").read_text())
     names = [row["conversion"] for row in table["rows"]]
     assert names == ["LLaMA", "plain copy, lambda paper", "plain copy, lambda 0.05", *compare_conversions.LADDER]
     original, copy, *others = table["rows"]

@@ -38,20 +38,12 @@ class Balance(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "out" / "report.html"
-    command = [
-        sys.executable,
-        EXAMPLES / "studies" / "compare_models.py",
-        "--smoke",
-        "--device",
-        "cpu",
-        "--report",
-        path,
-    ]
-    command += ["--figures", path.parent / "figures", "--work", path.parent / "work"]
+    folder = tmp_path_factory.mktemp("report") / "out"
+    command = [sys.executable, EXAMPLES / "studies" / "compare_models.py", "--smoke", "--device", "cpu"]
+    command += ["--output", folder, "--work", folder.parent / "work"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
     assert done.returncode == 0, done.stderr[-4000:]
-    return path
+    return folder / "report.html"
 
 
 @pytest.fixture
@@ -87,11 +79,11 @@ def test_report_shows_the_exact_conversion_to_be_exact(report):
 
 
 @pytest.mark.slow
-def test_figures_and_needle_cells_lie_beside_the_report(report):
+def test_figures_and_needle_cells_are_next_to_the_report(report):
     names = {path.name for path in (report.parent / "figures").iterdir()}
     assert "needle_heat_maps.png" in names and len(names) == 6
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (report.parent / "figures").iterdir())
-    assert len(list((report.parent / "work").glob("needles-*.jsonl"))) == 3
+    assert len(list((report.parents[1] / "work").glob("needles-*.jsonl"))) == 3
 
 
 def test_table_shows_text_as_text():
@@ -103,25 +95,27 @@ def test_table_shows_text_as_text():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a LLaMA and one or more differential models"),
-        (["nowhere"], "nowhere: no config.json there"),
-        ([str(EXAMPLES / "assets" / "tiny-llama"), "--labels", "a", "b"], "--labels: 1 different names"),
+        ([], "--model is needed, a LLaMA and one or more differential models"),
+        (["--model", "nowhere"], "nowhere: no config.json there"),
+        (["--model", str(EXAMPLES / "assets" / "tiny-llama"), "--labels", "a", "b"], "--labels: 1 different names"),
     ],
 )
 def test_bad_arguments_are_refused(main, capsys, tmp_path, arguments, message):
     with pytest.raises(SystemExit):
-        main([*arguments, "--report", str(tmp_path / "report.html")])
+        main([*arguments, "--output", str(tmp_path / "report")])
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_refused(main, tmp_path):
-    (tmp_path / "config.json").write_text((EXAMPLES / "assets/tiny-llama/config.json").read_text())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text((EXAMPLES / "assets/tiny-llama/config.json").read_text())
     with pytest.raises(SystemExit, match="no tokenizer can be loaded"):
-        main([str(tmp_path), "--report", str(tmp_path / "report.html")])
+        main(["--model", str(model), "--output", str(tmp_path / "report")])
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path, monkeypatch):
-    words = [str(EXAMPLES / "assets" / "tiny-llama"), "--report", str(tmp_path / "report.html")]
+    words = ["--model", str(EXAMPLES / "assets" / "tiny-llama"), "--output", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match=r"^compare_models: .*absent\.txt.*$"):
         main([*words, "--text", str(tmp_path / "absent.txt")])
     with pytest.raises(SystemExit, match=r"^compare_models: length_tokens=9999 .*$"):
@@ -129,7 +123,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(main, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setattr("compare_models.compare", None)  # said before anything is measured
     with pytest.raises(SystemExit, match=r"^compare_models: .*File exists.*file'$"):
-        main([*words[:2], str(tmp_path / "file" / "report.html")])
+        main([*words[:3], str(tmp_path / "file")])
 
 
 def test_report_reads_numbers_saved_under_older_names():

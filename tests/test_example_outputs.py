@@ -1,7 +1,9 @@
-"""No example writes over its input, nor over earlier results unless asked, and `--smoke` alone is enough."""
+"""Examples write over no input, replace earlier results when asked and once new ones are complete, and speak alike."""
 
 import argparse
+import importlib
 import re
+import shutil
 from pathlib import Path
 
 import continue_pretraining
@@ -9,15 +11,16 @@ import finetune_lora
 import pytest
 import score_heads
 
-from modeling_diff.experiments.output_files import add_output, make_room, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WRITING = sorted(
-    path for path in EXAMPLES.rglob("*.py") if re.search(r"add_output\(|\"--(output|report)\"", path.read_text())
-)
-# They go on in a folder that they began, or convert in one step at the end.
-CONTINUING = {"pretrain_from_scratch.py", "quickstart.py"}
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*/*.py") if "__main__" in path.read_text())
+# Names that TrainingArguments, TRL and PEFT have other words for, and earlier words of these scripts.
+OTHER_WORDS = {
+    "--steps", "--epochs", "--batch", "--rank", "--rate", "--context", "--train", "--eval", "--report", "--keep",
+    "--gradient-accumulation", "--dropout", "--source", "--llama", "--checkpoint", "--checkpoints",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,24 +33,30 @@ def checkpoint(tmp_path):
     return folder
 
 
+@pytest.fixture
+def earlier(tmp_path):
+    """The output folder of an earlier run, and a file that is none of its results."""
+    folder = tmp_path / "out"
+    for name in ("result.json", "adapter/config.json", "notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(f"old {name}")
+    return folder
+
+
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def parsed(*words, smoke=False):
+def parsed(*words, name="name", **more):
     parser = argparse.ArgumentParser()
-    add_output(parser, "name", "what is written")
+    add_output(parser, "what is written", name)
     arguments = parser.parse_args(words)
-    arguments.smoke = smoke
+    vars(arguments).update(more)
     return arguments
 
 
 def run(script, folder, output, *more):
-    if script is finetune_lora:
-        given = ["--data", str(folder.parent / "text.txt")]
-    else:
-        given = ["--train", str(folder.parent / "text.txt")]
-    script.main(["--model", str(folder), *given, "--output", str(output), *more])
+    script.main(["--model", str(folder), "--data", str(folder.parent / "text.txt"), "--output", str(output), *more])
 
 
 @pytest.mark.parametrize("script", [finetune_lora, continue_pretraining], ids=lambda module: module.__name__)
@@ -70,9 +79,24 @@ def test_training_keeps_earlier_results(script, result, checkpoint, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / result).write_text("an hour's work")
-    with pytest.raises(SystemExit, match=rf"{result} is there: add --overwrite"):
+    with pytest.raises(
+        SystemExit, match=rf"{result} is there: add --overwrite to replace it, --resume to continue it"
+    ):
         run(script, checkpoint, output)
     assert (output / result).read_text() == "an hour's work"
+
+
+@pytest.mark.parametrize(
+    ("script", "result"), [(finetune_lora, "result.json"), (continue_pretraining, "continued.json")]
+)
+def test_a_run_that_fails_keeps_the_results_it_was_to_replace(script, result, checkpoint, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / result).write_text("an hour's work")
+    with pytest.raises(SystemExit, match="no tokenizer can be loaded"):
+        run(script, checkpoint, output, "--overwrite")
+    assert contents(tmp_path / "out") == {result: "an hour's work"}
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_scores_keep_earlier_results(tmp_path):
@@ -82,37 +106,97 @@ def test_scores_keep_earlier_results(tmp_path):
     assert (tmp_path / "scores.json").read_text() == "{}"
 
 
-def test_overwrite_removes_the_named_results_alone(tmp_path):
-    for name in ("result.json", "adapter/config.json", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    settle_output(parsed("--output", str(tmp_path), "--overwrite"), ("result.json", "adapter", "missing"))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_overwrite_replaces_the_named_results_alone_and_at_the_end(earlier):
+    before = contents(earlier)
+    arguments = parsed("--output", str(earlier), "--overwrite")
+    with output_folder(arguments, ("result.json", "adapter", "missing")) as folder:
+        (folder / "result.json").write_text("new")
+        (folder / "merged").mkdir()
+        (folder / "merged/config.json").write_text("new")
+        assert contents(earlier) == before
+    assert contents(earlier) == {"result.json": "new", "merged/config.json": "new", "notes.txt": "old notes.txt"}
+    assert [path.name for path in earlier.parent.iterdir()] == ["out"]
 
 
-def test_smoke_alone_has_an_output_of_its_own_and_may_run_again(tmp_path, monkeypatch):
+def test_a_failed_replacement_leaves_both_and_the_next_starts_again(earlier):
+    before = contents(earlier)
+    words = ("--output", str(earlier), "--overwrite")
+    with pytest.raises(RuntimeError, match="stopped"), output_folder(parsed(*words), ["result.json"]) as folder:
+        (folder / "half.json").write_text("half")
+        raise RuntimeError("stopped")
+    assert contents(earlier) == before
+    assert contents(earlier.with_name("out.part")) == {"half.json": "half"}
+    with output_folder(parsed(*words), ["result.json"], resume=True) as folder:
+        assert contents(folder) == {"half.json": "half"}
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "half.json").write_text("stale")
+    with output_folder(parsed(*words), ["half.json"]) as folder:
+        assert contents(folder) == {}
+
+
+def test_resume_continues_in_the_folder_itself(earlier):
+    arguments = parsed("--output", str(earlier))
+    with output_folder(arguments, ["result.json"], resume=True) as folder:
+        assert folder == arguments.output == earlier
+    assert contents(earlier)["result.json"] == "old result.json"
+
+
+def test_only_the_main_process_changes_folders(earlier):
+    before = contents(earlier)
+    arguments = parsed("--output", str(earlier), "--overwrite")
+    with output_folder(arguments, ["result.json"], main_process=False) as folder:
+        assert folder.name == "out.part" and not folder.exists()
+    assert contents(earlier) == before
+
+
+def test_a_link_keeps_pointing_to_the_folder_whose_results_are_replaced(earlier):
+    link = earlier.with_name("link")
+    link.symlink_to(earlier)
+    with output_folder(parsed("--output", str(link), "--overwrite"), ["result.json", "adapter"]) as folder:
+        (folder / "result.json").write_text("new")
+    assert link.is_symlink()
+    assert contents(earlier) == {"result.json": "new", "notes.txt": "old notes.txt"}
+
+
+@pytest.mark.parametrize(("name", "smoke"), [("name", True), (None, False), (None, True)])
+def test_without_output_smoke_and_optional_results_leave_nothing(name, smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        arguments = parsed(smoke=True)
-        settle_output(arguments, ("result.json",))
-        assert arguments.output == Path("out/name-smoke")
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "result.json").write_text("")
-    with pytest.raises(ValueError, match="is there"):
-        settle_output(parsed("--output", "out/name-smoke", smoke=True), ("result.json",))
+    arguments = parsed(name=name, smoke=smoke)
+    with output_folder(arguments, ["result.json"]) as folder:
+        assert arguments.output == folder and tmp_path not in folder.parents
+        (folder / "result.json").write_text("")
+    assert not folder.exists() and list(tmp_path.iterdir()) == []
+
+
+def test_default_output_is_named_after_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = parsed()
+    with output_folder(arguments, ["result.json"]) as folder:
+        (folder / "result.json").write_text("new")
+    assert arguments.output == Path("out/name") and contents(tmp_path) == {"out/name/result.json": "new"}
 
 
 def test_inputs_that_are_no_folders_here_are_passed_over(tmp_path):
-    settle_output(parsed("--output", str(tmp_path / "out")), (), ["someone/model", None])
+    with output_folder(parsed("--output", str(tmp_path / "out")), (), ["someone/model", None]) as folder:
+        assert folder == tmp_path / "out"
 
 
-def test_room_is_made_only_where_it_is_needed(tmp_path):
-    make_room([tmp_path / "nothing"], overwrite=False)
-
-
-@pytest.mark.parametrize("path", WRITING, ids=lambda path: path.name)
-def test_every_script_that_writes_asks_before_it_overwrites(path):
-    text = path.read_text()
-    if path.name not in CONTINUING:
-        assert re.search(r"add_output\(parser|add_overwrite\(parser|\"--overwrite\"", text)
-    assert not re.search(r"\"--output\"[^)]*required=True", text), "--smoke alone has to be enough"
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_help_speaks_one_dialect(path, capsys):
+    """Every option has a sentence and one of the common names, and the docstring has the exact command."""
+    try:
+        script = importlib.import_module(path.stem)
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    assert f"python examples/{path.parent.name}/{path.name}" in printed
+    _, options = printed.split("\noptions:\n")
+    entries = re.split(r"\n  (?=-)", f"\n{options.rstrip()}")[1:]
+    names = {re.search(r"--[a-z0-9-]+", entry)[0] for entry in entries}
+    assert not names & OTHER_WORDS
+    assert ("--output" in names) == ("--overwrite" in names) or path.stem == "quickstart"
+    for entry in entries:
+        assert re.search(r"(\n {10,}|\S  +)[A-Za-z0-9].{9,}", entry), f"no help: {entry}"

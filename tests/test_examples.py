@@ -49,7 +49,7 @@ def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
         "    path = folder / 'model.safetensors'\n"
         "    if variant == 'v2': path.write_bytes(path.read_bytes()[:-1] + b'x')\n"
         "quickstart.convert_checkpoint = damage\n"
-        "sys.argv = ['quickstart.py', '--source', 'llama', '--text', 'llama/heldout.txt']\nquickstart.main()\n"
+        "sys.argv = ['quickstart.py', '--model', 'llama', '--held-out', 'llama/heldout.txt']\nquickstart.main()\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -112,7 +112,7 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
 def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     llama = EXAMPLES / "assets" / "tiny-llama"
     convert_checkpoint(llama, tmp_path / "v2", "v2", measure=False)
-    arguments = ("v2", "--against", str(llama), "--tokens", "64", "--output", "out/precision.json")
+    arguments = ("--model", "v2", "--against", str(llama), "--tokens", "64", "--output", "out")
     run_example(tmp_path, "studies/compare_precision.py", *arguments)
     rows = {
         (row["model"], row["dtype"], row["attention"]): row

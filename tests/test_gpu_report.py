@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -60,11 +59,16 @@ def test_ratios_are_read_against_their_limits(tmp_path):
     ]
 
 
-def test_ratios_of_an_earlier_run_are_not_told_again(tmp_path):
-    path = tmp_path / "model_time_bfloat16_4096.json"
-    path.write_text(json.dumps({"seconds": {"decode": {"llama": 1.0, "v1": 1.02, "stock diffllama": 0.9}}}))
-    assert len(gpu_report.against_limits(tmp_path, path.stat().st_mtime)) == 2
-    assert gpu_report.against_limits(tmp_path, path.stat().st_mtime + 1) == []
+def test_ratios_of_an_earlier_run_are_not_told_again(tmp_path, monkeypatch, capsys):
+    earlier = tmp_path / "parts" / "model_time_bfloat16_4096.json"
+    earlier.parent.mkdir()
+    earlier.write_text(json.dumps({"seconds": {"decode": {"llama": 1.0, "v1": 1.02, "stock diffllama": 0.9}}}))
+    assert len(gpu_report.against_limits(earlier.parent)) == 2
+    monkeypatch.setattr(gpu_report, "run", lambda command, log, seconds: "ok")
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--smoke", "--device", "cpu", "--output", str(tmp_path), "--parts", "model", "--overwrite"])
+    assert json.loads((tmp_path / "report.json").read_text())["limits"] == []
+    assert not earlier.exists() and "model, decode" not in capsys.readouterr().out
 
 
 def test_no_part_may_take_more_than_its_share(tmp_path, monkeypatch, capsys):
@@ -72,9 +76,8 @@ def test_no_part_may_take_more_than_its_share(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_report, "SHARES", {"tests": 5, "memory": 1, "lora": 1})
     monkeypatch.setattr(gpu_report, "run", lambda command, log, seconds: given.append(seconds) or "ok")
     arguments = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--minutes", "1"]
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        gpu_report.main()
+        gpu_report.main(arguments)
     assert ended.value.code == 0
     # What a part leaves over of its share of the minute, here all of it, goes to the later ones.
     assert given == pytest.approx([60 * 5 / 7, 60 / 2, 60], rel=0.05)

@@ -77,8 +77,8 @@ def test_smoke_output_names_no_folder_of_this_machine(smoke):
     [
         (["--kv-heads", "3"], "--kv-heads 3 must divide the 8 query heads"),
         (["--recall-share", "1.5"], "--recall-share 1.5 must lie between 0 and 0.9"),
-        (["--steps", "0"], "must be positive"),
-        (["--steps", "5", "--minutes", "1"], "not allowed with"),
+        (["--max-steps", "0"], "must be positive"),
+        (["--max-steps", "5", "--minutes", "1"], "not allowed with"),
     ],
 )
 def test_wrong_options_are_refused_by_name(main, capsys, tmp_path, words, message):
@@ -93,12 +93,12 @@ def test_going_on_from_a_model_of_another_size_is_refused(main, smoke, tmp_path)
         main(["--smoke", "--kv-heads", "2", "--init", str(smoke), "--output", str(tmp_path / "model")])
 
 
-def test_an_output_folder_in_use_is_not_overwritten(main, capsys, tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(SystemExit, match="2"):
+def test_an_output_folder_in_use_is_not_overwritten(main, tmp_path):
+    (tmp_path / "config.json").write_text("keep")
+    with pytest.raises(SystemExit, match=r"^train_tiny_llama: .*config\.json is there: add --overwrite"):
         main(["--smoke", "--output", str(tmp_path)])
-    assert "--overwrite" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "keep"
 
 
 def test_asset_is_a_small_bf16_gqa_llama():

@@ -19,7 +19,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -35,8 +35,10 @@ from modeling_diff import diff_attention_reference
 from modeling_diff.diff_attention import place_queries, subtract_maps
 from modeling_diff.diff_attention_chunked import chunked_attention_forward
 from modeling_diff.diff_attention_triton import diff_attention_triton, triton_can_run
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
+from modeling_diff.experiments.output_files import add_output, output_folder
+from modeling_diff.experiments.plots import pyplot_for
 
 
 # Of values near 1: bfloat16 keeps 8 bits, and scores, weights and output are each rounded; float16 11, float32 24.
@@ -237,25 +239,37 @@ def fastest_llama(times: dict[str, float]) -> float:
     return min(value for name, value in times.items() if name.startswith("llama") and name != SAME_KERNEL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--map-dims", type=int, nargs="+", default=[64, 128], help="width of a map")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--flex", action="store_true", help="compiled FlexAttention as well, tens of seconds a shape")
-    parser.add_argument("--output", type=Path, help="folder for attention_<machine>_<dtype>.csv, .json and .png")
-    add_overwrite(parser)
-    parser.add_argument("--smoke", action="store_true", help="one short length, two rounds")
-    arguments = parser.parse_args()
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the inputs")
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="sequence lengths in tokens")
+    add("--map-dims", type=int, nargs="+", default=[64, 128], help="widths of the queries and keys of a map")
+    add("--rounds", type=int, default=11, help="interleaved rounds of which the median is taken")
+    add("--flex", action="store_true", help="compiled FlexAttention as well, tens of seconds per shape")
+    add_output(parser, "attention_<machine>_<dtype>.csv, .json and .png")
+    add("--smoke", action="store_true", help="one short length, two rounds")
+    arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.lengths, arguments.map_dims, arguments.rounds = [128], [64], 2
+        arguments.lengths = [128]
+        arguments.map_dims = [64]
+        arguments.rounds = 2
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     if arguments.flex:
         torch._dynamo.config.recompile_limit = 100  # past which it would run uncompiled, with every score at once
-    if arguments.output is not None:
-        stem = file_stem(environment(arguments.device), arguments.dtype)
-        room_or_exit([arguments.output / f"{stem}.{suffix}" for suffix in ("json", "csv", "png")], arguments.overwrite)
+    stem = file_stem(environment(arguments.device), arguments.dtype)
+    results = [f"{stem}.{suffix}" for suffix in ("json", "csv", "png")]
+    with one_line_errors(__file__), output_folder(arguments, results) as folder:
+        run(arguments, folder)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    """Checks every form, times them, and writes what is measured after every shape."""
     keep_freed_memory()
     dtype = getattr(torch, arguments.dtype)
     differences = check(dtype, arguments.device, arguments.flex)
@@ -265,17 +279,14 @@ def main() -> None:
     record = {"environment": environment(arguments.device), "dtype": arguments.dtype, "differences": differences}
     print(json.dumps(record))
     rows: list[dict] = []
-    for map_dim in arguments.map_dims:
-        for length in arguments.lengths:
-            for phase, times in measure(length, map_dim, dtype, arguments).items():
-                rows += [
-                    {"map_dim": map_dim, "length": length, "phase": phase, "form": form, "ms": 1000 * value,
-                     "ratio_to_llama": value / fastest_llama(times),
-                     "ratio_to_same_kernel": value / times.get(SAME_KERNEL, float("nan"))}
-                    for form, value in times.items()
-                ]  # fmt: skip
-            if arguments.output is not None:
-                write(rows, record, arguments.output)  # after every shape: what is measured is kept
+    for map_dim, length in product(arguments.map_dims, arguments.lengths):
+        for phase, times in measure(length, map_dim, dtype, arguments).items():
+            for form, value in times.items():
+                row = {"map_dim": map_dim, "length": length, "phase": phase, "form": form, "ms": 1000 * value}
+                row["ratio_to_llama"] = value / fastest_llama(times)
+                row["ratio_to_same_kernel"] = value / times.get(SAME_KERNEL, float("nan"))
+                rows.append(row)
+        write(rows, record, folder)  # after every shape: what is measured is kept
     show(rows)
 
 
@@ -292,7 +303,6 @@ def file_stem(machine: dict, dtype: str) -> str:
 
 def write(rows: list[dict], record: dict, output: Path) -> None:
     """The rows as JSON with the record, as CSV and as a plot."""
-    output.mkdir(parents=True, exist_ok=True)
     stem = file_stem(record["environment"], record["dtype"])
     (output / f"{stem}.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     with open(output / f"{stem}.csv", "w", newline="") as file:
@@ -304,10 +314,8 @@ def write(rows: list[dict], record: dict, output: Path) -> None:
 
 def plot(rows: list[dict], record: dict, path: Path) -> None:
     """Ratio to LLaMA over the length: a column a phase, a row a map width."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
     phases, map_dims = (list(dict.fromkeys(row[field] for row in rows)) for field in ("phase", "map_dim"))
     lengths = sorted({row["length"] for row in rows})

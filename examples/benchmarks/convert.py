@@ -1,7 +1,7 @@
 """
 Time and memory of a conversion, against copying the same files: a synthetic sharded LLaMA, random weights in bfloat16.
 
-    python examples/benchmarks/convert.py --gigabytes 8 --folder out/conversion --output out/results
+    python examples/benchmarks/convert.py --gigabytes 8 --work out/conversion --output out/results
 
 Each run is a process of its own, and what it wrote is synced to disk before its clock stops. Peak memory is what the
 process held for itself (RssAnon); pages of the source, mapped from its files, are counted apart, as the system takes
@@ -16,7 +16,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conversion import convert_checkpoint
+from modeling_diff.experiments.command_line import one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 SHARD_BYTES = 2 * 10**9
@@ -131,23 +132,31 @@ def _resident() -> dict[str, int]:
     return {name: int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("out/conversion"), help="needs twice --gigabytes of disk")
-    parser.add_argument("--output", type=Path, help="folder for conversion.json")
-    add_overwrite(parser)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = script_parser(__file__, __doc__)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the source")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the medians are taken")
+    work = Path("out/conversion")
+    parser.add_argument(
+        "--work", type=Path, default=work, help="folder on the disk to measure, with room for twice --gigabytes"
+    )
+    add_output(parser, "conversion.json")
     parser.add_argument("--smoke", action="store_true", help="0.05 GB, one round")
-    arguments = parser.parse_args()
-    if arguments.output is not None:
-        room_or_exit([arguments.output / "conversion.json"], arguments.overwrite)
+    arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.gigabytes, arguments.rounds = 0.05, 1
-    source = arguments.folder / "source"
+        arguments.gigabytes = 0.05
+        arguments.rounds = 1
+    with one_line_errors(__file__), output_folder(arguments, ["conversion.json"]) as folder:
+        record = measure(arguments)
+        (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Writes the source, runs every job in every round, prints the medians and returns the record."""
+    source = arguments.work / "source"
     num_bytes = write_source(source, int(arguments.gigabytes * 10**9))
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
-    rounds = [{job: run(job, source, arguments.folder / "target") for job in JOBS} for _ in range(arguments.rounds)]
+    rounds = [{job: run(job, source, arguments.work / "target") for job in JOBS} for _ in range(arguments.rounds)]
     shutil.rmtree(source)
     record = {"environment": environment("cpu"), "source_bytes": num_bytes, "largest_shard_bytes": largest, "jobs": {}}
     print(f"{num_bytes / 1e9:.2f} GB of weights, {arguments.rounds} rounds, medians")
@@ -156,11 +165,10 @@ def main() -> None:
         medians = {key: statistics.median(r[job][key] for r in rounds) for key in rounds[0][job]}
         ratio = medians["seconds"] / statistics.median(r["copy"]["seconds"] for r in rounds)
         record["jobs"][job] = medians | {"ratio_to_copy": ratio}
-        own, mapped = medians["peak_own_bytes"] / 1e6, medians["peak_mapped_bytes"] / 1e6
+        own = medians["peak_own_bytes"] / 1e6
+        mapped = medians["peak_mapped_bytes"] / 1e6
         print(f"{job:>12} {medians['seconds']:9.2f} {ratio:7.2f} {own:14.0f} {mapped:17.0f}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 if __name__ == "__main__":

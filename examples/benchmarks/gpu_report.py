@@ -5,14 +5,15 @@ Everything worth doing on a GPU, in one command and under nine minutes: tests, a
 
 1. `pytest -m gpu`, in several processes where pytest-xdist is installed, as most of its time is compilation: the
    kernels' outputs and gradients against float64, and what of transformers needs a GPU.
-2. attention.py and model.py in bfloat16: each checks correctness before it prints any time. Their
-   ratios stand beside the limits that were counted for them.
+2. attention.py and model.py in bfloat16: each checks correctness before it prints any time. Their ratios stand next to
+   the limits that were counted for them.
 3. LoRA and full fine-tuning of a model of Llama-3.2-1B's shape with random weights, on Python's standard library read
-   as bytes: loss, tokens a second and peak memory of DIFF V1, exact V2 and LLaMA. Every loss is to fall.
+   as bytes: loss, tokens per second and peak memory of DIFF V1, exact V2 and LLaMA. Every loss is to fall.
 4. compare_lora.py: what LoRA learns on the trained LLaMA of this repository and on its conversions.
 
-Prints a table and writes report.json after every part; parts that failed say so and do not stop the others, and none
-takes more than its share of the time that is left. `--parts` chooses. `--smoke` tries all of it on a CPU in a few
+Prints a table and writes report.json after every part, next to the folder `parts` with the results and logs of each;
+parts that failed say so and do not stop the others, and none takes more than its share of the time that is left.
+`--parts` chooses. `--smoke` tries all of it on a CPU in a few
 minutes with tiny models, where its times mean nothing.
 """
 
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,8 +35,9 @@ from timing import synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
 from modeling_diff.training import lora_config
 
 
@@ -152,22 +155,17 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def against_limits(output: Path, since: float = 0.0) -> list[str]:
-    """
-    A line for each ratio of times that has a limit: the least and largest of all shapes, and whether it holds.
-
-    Of files written after `since` (seconds, as `time.time` counts them), not of what an earlier run has left.
-    """
+def against_limits(folder: Path) -> list[str]:
+    """Returns a line for each ratio of times with a limit: the least and largest of all shapes, and the verdict."""
     found: dict[str, tuple[list[float], float]] = {}
-    written = [path for path in sorted(output.glob("*.json")) if path.stat().st_mtime >= since]
-    for path in (path for path in written if path.name.startswith("attention_")):
+    for path in sorted(folder.glob("attention_*.json")):
         rows = [row for row in json.loads(path.read_text())["rows"] if row["form"] == "triton"]
         for phase, limit in ATTENTION_LIMITS.items():
             ratios = [row["ratio_to_same_kernel"] for row in rows if row["phase"] == phase]
             found[f"attention, {phase}, over LLaMA through the same kernel"] = ratios, limit
         ratios = [row["ratio_to_llama"] for row in rows if row["phase"] == "forward"]
         found["attention, forward, over LLaMA's fastest backend"] = ratios, 2.0
-    for path in (path for path in written if path.name.startswith(("model_time_", "model_compiled_"))):
+    for path in (*sorted(folder.glob("model_compiled_*.json")), *sorted(folder.glob("model_time_*.json"))):
         for phase, times in json.loads(path.read_text())["seconds"].items():
             found[f"model, {phase}, over LLaMA"] = [times["v1"] / times["llama"]], 1 / MODEL_LIMITS[phase]
             found[f"model, {phase}, over transformers' DiffLlama"] = [times["v1"] / times["stock diffllama"]], 1.0
@@ -179,51 +177,58 @@ def against_limits(output: Path, since: float = 0.0) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser, "gpu_report", "folder for every part's results and report.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
-    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
-    parser.add_argument("--smoke", action="store_true", help="tiny, and on a CPU as well")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add_output(parser, "report.json and the results of every part", "gpu_report")
+    add_device(parser)
+    parser.add_argument("--minutes", type=float, default=9, help="time for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="parts to run")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, on a CPU as well")
     parser.add_argument("--fine-tune-only", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.device == "cpu" and not arguments.smoke:
-        sys.exit("There is no CUDA GPU here; --smoke tries the script on a CPU.")
-    if not arguments.fine_tune_only:
-        try:
-            settle_output(arguments, ("*.json", "*.csv", "*.png", "*.log"))
-        except ValueError as error:
-            sys.exit(f"gpu_report: {error}")
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args(argv)
     arguments.models = [("llama", None), ("v1", None), ("v2", None)]
     if arguments.device == "cuda":
         arguments.models += [("v1", "sdpa"), ("v2", "sdpa")]
-    if arguments.fine_tune_only:
-        (output / "fine_tuning.json").write_text(json.dumps(fine_tuning(arguments), indent=1) + "\n")
-        return
+    return arguments
 
-    commands = part_commands(arguments)
-    began, deadline = time.time(), time.monotonic() + 60 * arguments.minutes
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.device == "cpu" and not arguments.smoke:
+        sys.exit("gpu_report: there is no CUDA GPU here; --smoke tries the script on a CPU")
+    results = ["fine_tuning.json"] if arguments.fine_tune_only else ["report.json", "parts"]
+    with one_line_errors(__file__), output_folder(arguments, results) as folder:
+        if arguments.fine_tune_only:
+            (folder / "fine_tuning.json").write_text(json.dumps(fine_tuning(arguments), indent=1) + "\n")
+            return
+        record = run_parts(arguments, folder)
+    report(record)
+
+
+def run_parts(arguments: argparse.Namespace, folder: Path) -> dict:
+    """Runs the parts one after another; returns the record, which report.json has after every one."""
+    parts = folder / "parts"
+    parts.mkdir()
+    commands = part_commands(arguments, parts)
+    deadline = time.monotonic() + 60 * arguments.minutes
     record: dict = {"environment": environment(arguments.device), "parts": {}, "seconds": {}, "fine_tuning": {}}
     for index, name in enumerate(arguments.parts):
         share = SHARES[name] / sum(SHARES[later] for later in arguments.parts[index:])
         start = time.monotonic()
-        record["parts"][name] = run(commands[name], output / f"{name}.log", share * (deadline - start))
+        record["parts"][name] = run(commands[name], parts / f"{name}.log", share * (deadline - start))
         record["seconds"][name] = time.monotonic() - start
-        record["limits"] = against_limits(output, began)
+        record["limits"] = against_limits(parts)
         if name == "fine_tuning" and record["parts"][name] == "ok":
-            record["fine_tuning"] = json.loads((output / "fine_tuning.json").read_text())
-        (output / "report.json").write_text(json.dumps(record, indent=1) + "\n")
-    report(record)
+            record["fine_tuning"] = json.loads((parts / "fine_tuning.json").read_text())
+        (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
-def part_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """What python runs for each part."""
-    out = ["--output", str(arguments.output), "--overwrite", "--device", arguments.device] + [
-        "--smoke"
-    ] * arguments.smoke
+def part_commands(arguments: argparse.Namespace, output: Path) -> dict[str, list[str]]:
+    """Returns what python runs for each part, with `output` for the results."""
+    out = ["--output", str(output), "--device", arguments.device]
+    if arguments.smoke:
+        out.append("--smoke")
     dtype = ["--dtype", "float32" if arguments.smoke else "bfloat16"]
     model = [str(EXAMPLES / "benchmarks/model.py"), *dtype, *out, "--length", "4096"]
     attention = [str(EXAMPLES / "benchmarks/attention.py"), *dtype, *out, "--rounds", "5"]

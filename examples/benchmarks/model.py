@@ -20,7 +20,7 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -33,8 +33,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.diff_attention_triton import triton_can_run
 from modeling_diff.diff_transformers_compat import cache_argument, output_cache
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 SHAPE = {
@@ -168,11 +169,13 @@ def measure_compiled(models: dict[str, PreTrainedModel], length: int, rounds: in
     return {"compiled decode": time_decoding(steps, 3 * rounds, device)}
 
 
-def peak_training_bytes(name: str, shape: dict[str, int], dtype: str, length: int, device: str) -> int:
-    """What one training step of 1 x length adds to the memory of the loaded model, at its peak."""
-    model = build(name, shape, getattr(torch, dtype), device)
+def peak_training_bytes(arguments: argparse.Namespace) -> int:
+    """Returns what one training step of 1 x length adds to the memory of the loaded model, at its peak."""
+    shape = arguments.shape
+    device = arguments.device
+    model = build(arguments.peak_of, shape, getattr(torch, arguments.dtype), device)
     training_step(model, torch.randint(shape["vocab_size"], (1, 16), device=device))
-    ids = torch.randint(shape["vocab_size"], (1, length), device=device)
+    ids = torch.randint(shape["vocab_size"], (1, arguments.length), device=device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -210,35 +213,45 @@ def memory_table(arguments: argparse.Namespace) -> dict[str, int]:
     return peaks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt; a CPU trains on 2 x half of it")
-    parser.add_argument("--rounds", type=int, default=15)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the models")
+    add("--length", type=int, default=1024, help="tokens of a prompt; a CPU trains on 2 x half of it")
+    add("--rounds", type=int, default=15, help="interleaved rounds of which the median is taken")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--compile", action="store_true", help="compiled decode instead, half a minute a model")
+    instead.add_argument("--compile", action="store_true", help="compiled decode instead, half a minute per model")
     instead.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
-    parser.add_argument("--output", type=Path, help="folder for model_<kind>_<dtype>_<length>.csv and .json")
-    add_overwrite(parser)
-    parser.add_argument("--smoke", action="store_true", help="a small model, in seconds")
-    parser.add_argument("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    shape = SMOKE_SHAPE if arguments.smoke else SHAPE if arguments.device == "cpu" else GPU_SHAPE
+    add_output(parser, "model_<kind>_<dtype>_<length>.csv and .json")
+    add("--smoke", action="store_true", help="a small model, in seconds")
+    add("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.shape = GPU_SHAPE if arguments.device == "cuda" else SHAPE
     if arguments.smoke:
-        arguments.length, arguments.rounds = min(arguments.length, 64), 2
-    if arguments.peak_of:
-        print(peak_training_bytes(arguments.peak_of, shape, arguments.dtype, arguments.length, arguments.device))
-        return
+        arguments.shape = SMOKE_SHAPE
+        arguments.length = min(arguments.length, 64)
+        arguments.rounds = 2
+    arguments.kind = "memory" if arguments.memory else "compiled" if arguments.compile else "time"
+    return arguments
 
-    kind = "memory" if arguments.memory else "compiled" if arguments.compile else "time"
-    if arguments.output is not None:
-        stem = file_stem(kind, arguments.dtype, arguments.length)
-        room_or_exit([arguments.output / f"{stem}.{suffix}" for suffix in ("json", "csv")], arguments.overwrite)
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.peak_of:
+        print(peak_training_bytes(arguments))
+        return
+    stem = file_stem(arguments.kind, arguments.dtype, arguments.length)
+    with one_line_errors(__file__), output_folder(arguments, [f"{stem}.json", f"{stem}.csv"]) as folder:
+        run(arguments, folder)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    """Checks every path, then measures what was asked for and writes it."""
     worst = check(SMOKE_SHAPE, arguments.device)
     if not worst <= 1e-4:  # float32; sums in another order differ by 1e-6 to 1e-5 of the largest value
         sys.exit(f"A path differs from its definition by {worst:.1e}: no speed is reported.")
-    record = {"environment": environment(arguments.device), "kind": kind}
+    record = {"environment": environment(arguments.device), "kind": arguments.kind}
     record |= {"dtype": arguments.dtype, "length": arguments.length}
     record["largest_relative_difference"] = worst
     if arguments.memory:
@@ -246,19 +259,19 @@ def main() -> None:
         rows = {"peak of a training step (MiB)": {k: v / 2**20 for k, v in record["peak_training_bytes"].items()}}
     else:
         keep_freed_memory()
-        models = build_all(shape, getattr(torch, arguments.dtype), arguments.device)
+        models = build_all(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
         function = measure_compiled if arguments.compile else measure
         record["seconds"] = function(models, arguments.length, arguments.rounds, arguments.device)
         rows = {f"{phase} (ms)": {k: 1000 * v for k, v in times.items()} for phase, times in record["seconds"].items()}
-    report(rows, record, arguments.output)
+    report(rows, record, folder)
 
 
 def file_stem(kind: str, dtype: str, length: int) -> str:
     return f"model_{kind}_{dtype}_{length}"
 
 
-def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None) -> None:
-    """Prints the table with ratios to LLaMA and, given a folder, writes it as CSV and the record as JSON."""
+def report(rows: dict[str, dict[str, float]], record: dict, folder: Path) -> None:
+    """Prints the table with ratios to LLaMA, writes it as CSV and the record as JSON."""
     print(json.dumps({key: value for key, value in record.items() if key != "seconds"}))
     header = ["", *(column for name in MODELS for column in (name, "ratio"))]
     lines = []
@@ -267,12 +280,10 @@ def report(rows: dict[str, dict[str, float]], record: dict, output: Path | None)
         lines.append([phase, *(text for name in MODELS for text in (f"{row[name]:.2f}", f"{row[name] / llama:.3f}"))])
     for line in (header, *lines):
         print("  ".join(f"{cell:>16}" if i == 0 else f"{cell:>15}" for i, cell in enumerate(line)))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        stem = file_stem(record["kind"], record["dtype"], record["length"])
-        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        with open(output / f"{stem}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([header, *lines])
+    stem = file_stem(record["kind"], record["dtype"], record["length"])
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    with open(folder / f"{stem}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *lines])
 
 
 if __name__ == "__main__":

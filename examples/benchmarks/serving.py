@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from conversion import convert_checkpoint
+from modeling_diff.experiments.command_line import script_parser
 
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose CPU time is counted
@@ -98,9 +100,9 @@ def measure(folder: str, arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", default=str(ASSETS), help="the LLaMA that both came from (default: tiny-llama)")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = script_parser(__file__, __doc__)
+    parser.add_argument("--model", default=str(ASSETS), help="folder or Hub id of the LLaMA that both came from")
     parser.add_argument("--v1", help="its conversion to V1 (default: made here, uncalibrated)")
     parser.add_argument("--v2", help="its conversion to V2 (default: made here)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the timed engines")
@@ -116,12 +118,12 @@ def main(argv: list[str] | None = None) -> None:
         arguments.new_tokens = 9
         arguments.rounds = 1
     with tempfile.TemporaryDirectory() as folder:
-        folders = {"LLaMA": arguments.llama, "DIFF V1": arguments.v1, "DIFF V2": arguments.v2}
+        folders = {"LLaMA": arguments.model, "DIFF V1": arguments.v1, "DIFF V2": arguments.v2}
         for name, variant in (("DIFF V1", "v1"), ("DIFF V2", "v2")):
             if folders[name] is None:
                 folders[name] = f"{folder}/{variant}"
                 convert_checkpoint(
-                    arguments.llama, Path(folders[name]), variant, uncalibrated=variant == "v1", measure=False
+                    arguments.model, Path(folders[name]), variant, uncalibrated=variant == "v1", measure=False
                 )
         for name, path in folders.items():
             check_tokens(name, path, arguments)

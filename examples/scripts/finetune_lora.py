@@ -1,17 +1,19 @@
 """
-LoRA on a converted checkpoint, from data to a merged model, with every step of the way checked.
+Trains LoRA on a converted checkpoint, from data to a merged model, and checks every step on the way.
 
-    python examples/scripts/finetune_lora.py --model out/v2 --data chat.jsonl --output out/tuned --bf16
-    python examples/scripts/finetune_lora.py --model out/v2 --data src/*.txt --packing --load-in-4bit
+    python examples/scripts/finetune_lora.py --model out/v2 --data examples/assets/chat.jsonl \\
+        --chat-template examples/assets/chat_template.jinja --output out/tuned
+    python examples/scripts/finetune_lora.py --model out/v2 --data src/*.txt --packing --bf16
     python examples/scripts/finetune_lora.py --smoke      # converts the small LLaMA first; seconds on a CPU
 
-Data are JSON lines with `messages` (the tokenizer's chat template; loss on all of it), `prompt` and `completion` (loss
-on the completion) or `text`, or plain text files, which are cut into windows of `--max-length`. A DIFF checkpoint
-trains with its own optimiser groups and lambda in the log; a LLaMA is taken as well. TRL's SFTTrainer is used where it
-is installed, transformers' Trainer elsewhere, on the same tokens. `--resume` goes on from the last checkpoint.
+The data are JSON lines with `messages` (the tokenizer's chat template, loss on all of it), `prompt` and `completion`
+(loss on the completion) or `text`, or plain text files, which are cut into windows of `--max-length`. A DIFF
+checkpoint trains with its own optimizer groups and lambda in the log; a LLaMA is taken as well. TRL's SFTTrainer is
+used where it is installed, transformers' Trainer elsewhere, on the same tokens. `--resume` continues from the last
+checkpoint.
 
-Writes `adapter/` and `merged/`, loads both again, generates, and compares logits: the adapter from disk gives those
-of training's end, the merged model those of the adapter, the merged model from disk its own. result.json has figures.
+Writes `adapter/` and `merged/`, loads both again, generates, and compares logits: the adapter from disk with the
+trained model, the merged model with the adapter, the merged model from disk with itself. result.json has the figures.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +40,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from modeling_diff.experiments.command_line import one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.loading import load_tokenizer
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
 from modeling_diff.training import (
     DiffTrainer,
     DiffTrainerMixin,
@@ -57,7 +61,9 @@ except ImportError:
     sys.exit("finetune_lora: the package peft is missing; pip install peft")
 
 
-ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parents[1] / "assets"
+TINY_LLAMA = ASSETS / "tiny-llama"
+RESULTS = ("checkpoints", "adapter", "merged", "result.json")
 # Largest difference of logits, relative to the largest logit: float32 sums in another order; bfloat16 rounds merged
 # weights and every activation to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -96,12 +102,13 @@ def load_base(arguments: argparse.Namespace, four_bit: bool) -> PreTrainedModel:
 
 
 def add_adapter(model: PreTrainedModel, arguments: argparse.Namespace) -> PeftModel:
-    rank, dropout = arguments.rank, arguments.dropout
-    return get_peft_model(model, lora_config(model, r=rank, lora_alpha=2 * rank, lora_dropout=dropout))
+    alpha = 2 * arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha
+    config = lora_config(model, r=arguments.lora_r, lora_alpha=alpha, lora_dropout=arguments.lora_dropout)
+    return get_peft_model(model, config)
 
 
-def widen(model: PeftModel) -> None:
-    """Trainable parameters in float32: bfloat16, which TRL chooses on a 4-bit base, would swallow small steps."""
+def upcast_trainable(model: PeftModel) -> None:
+    """Puts trainable parameters in float32: bfloat16, TRL's choice on a 4-bit base, would swallow small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -113,10 +120,10 @@ def training_settings(arguments: argparse.Namespace) -> dict:
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {
         "output_dir": str(arguments.output / "checkpoints"),
-        "max_steps": arguments.steps,
-        "num_train_epochs": arguments.epochs,
-        "per_device_train_batch_size": arguments.batch_size,
-        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "max_steps": arguments.max_steps,
+        "num_train_epochs": arguments.num_train_epochs,
+        "per_device_train_batch_size": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "learning_rate": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
         "lr_scheduler_type": "cosine",
@@ -143,7 +150,7 @@ def build_trainer(
     eval_data: list[Example] | None,
     arguments,
 ) -> DiffTrainerMixin:
-    """TRL's SFTTrainer or transformers' Trainer, both with the optimiser groups and the callbacks of this project."""
+    """TRL's SFTTrainer or transformers' Trainer, both with the optimizer groups and the callbacks of this project."""
     callbacks = [FiniteLossCallback()]
     if model.config.model_type == "diff_llama":
         callbacks.append(LambdaCallback(floor=arguments.lambda_floor if model.config.variant == "v1" else None))
@@ -221,60 +228,66 @@ def save_merge_reload(model, tokenizer, probe: torch.Tensor, arguments, console:
 
 
 def smoke(arguments: argparse.Namespace, folder: Path) -> None:
-    """A converted checkpoint and a few examples of every format, made on the spot."""
+    """Fills in a converted checkpoint, a few examples of every format, and small sizes."""
     from conversion import convert_checkpoint
 
     if arguments.model is None:
         arguments.model = str(folder / "v2")
-        convert_checkpoint(ASSETS, folder / "v2", "v2", measure=False)
+        convert_checkpoint(TINY_LLAMA, folder / "v2", "v2", measure=False)
+    chat = ASSETS / "chat.jsonl"
     words = ("alpha", "beta", "gamma", "delta", "theta", "kappa", "sigma", "omega")
     lines = [{"prompt": f"upper({word!r}) ->", "completion": f" {word.upper()!r}"} for word in words]
-    turns = [{"role": "user", "content": "ready?"}, {"role": "assistant", "content": "ready"}]
-    lines += [{"messages": turns}] * 4
+    lines += [json.loads(line) for line in chat.read_text(encoding="utf-8").splitlines()[:4]]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "text.txt").write_text((ASSETS / "heldout.txt").read_text()[:4000])
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    (folder / "chat.jinja").write_text(template)
-    arguments.chat_template = arguments.chat_template or folder / "chat.jinja"
+    (folder / "text.txt").write_text((TINY_LLAMA / "heldout.txt").read_text()[:4000])
+    arguments.chat_template = arguments.chat_template or ASSETS / "chat_template.jinja"
     arguments.data = arguments.data or [folder / "data.jsonl", folder / "text.txt"]
     arguments.eval_data = arguments.eval_data or [folder / "text.txt"]
-    arguments.steps, arguments.batch_size, arguments.save_steps, arguments.logging_steps = 6, 4, 3, 1
-    arguments.max_length, arguments.rank, arguments.prompt = min(arguments.max_length or 64, 64), 4, "upper('beta') ->"
+    arguments.max_steps = 6
+    arguments.per_device_train_batch_size = 4
+    arguments.save_steps = 3
+    arguments.logging_steps = 1
+    arguments.max_length = min(arguments.max_length or 128, 128)
+    arguments.lora_r = 4
+    arguments.prompt = "upper('beta') ->"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a converted checkpoint, or of a LLaMA")
-    parser.add_argument("--data", type=Path, nargs="+", help="JSON lines or text files")
-    parser.add_argument("--eval-data", type=Path, nargs="+", help="the same, for an evaluation loss")
-    add_output(parser, "finetune_lora", "folder for checkpoints, adapter, merged model and result.json")
-    parser.add_argument("--trainer", choices=["auto", "trl", "transformers"], default="auto")
-    parser.add_argument("--max-length", type=int, help="tokens of an example; the model's max_position_embeddings")
-    parser.add_argument("--packing", action="store_true", help="several examples in a row, without padding")
-    parser.add_argument("--bf16", action="store_true", help="base and activations in bfloat16, adapters in float32")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--load-in-4bit", action="store_true", help="base in NF4 (bitsandbytes)")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=-1, help="optimiser steps, instead of epochs")
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--gradient-accumulation", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--warmup-steps", type=int, default=0)
-    parser.add_argument("--lambda-factor", type=float, default=1.0, help="times the rate, for lambda")
-    parser.add_argument("--query-factor", type=float, default=1.0, help="times the rate, for V2's doubled queries")
-    parser.add_argument("--lambda-floor", type=float, default=0.0, help="V1: lambda is held at or above it")
-    parser.add_argument("--save-steps", type=int, default=200)
-    parser.add_argument("--logging-steps", type=int, default=10)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--report-to", nargs="*", default=[], help="wandb, tensorboard, ...")
-    parser.add_argument("--pad-token")
-    parser.add_argument("--chat-template", type=Path, help="a Jinja file, for a tokenizer without one")
-    parser.add_argument("--prompt", default="def read_lines(path):\n", help="what the merged model goes on with")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", help="folder or Hub id of a converted checkpoint, or of a LLaMA")
+    add("--data", type=Path, nargs="+", help="JSON lines or text files to train on")
+    add("--eval-data", type=Path, nargs="+", help="JSON lines or text files for an evaluation loss")
+    add_output(parser, "checkpoints, adapter, merged model and result.json", "finetune_lora")
+    choices = ["auto", "trl", "transformers"]
+    add("--trainer", choices=choices, default="auto", help="whose Trainer; auto takes TRL's where it is installed")
+    add("--max-length", type=int, help="most tokens of an example (default: the model's max_position_embeddings)")
+    add("--packing", action="store_true", help="put several examples in a sequence, without padding")
+    add("--bf16", action="store_true", help="base and activations in bfloat16, adapters in float32")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--load-in-4bit", action="store_true", help="base in NF4 (bitsandbytes)")
+    add("--lora-r", type=int, default=16, help="rank of LoRA")
+    add("--lora-alpha", type=int, help="scale of LoRA (default: twice the rank)")
+    add("--lora-dropout", type=float, default=0.0, help="dropout before LoRA")
+    add("--max-steps", type=int, default=-1, help="optimizer steps, instead of epochs where positive")
+    add("--num-train-epochs", type=float, default=1.0, help="passes over the data")
+    add("--per-device-train-batch-size", type=int, default=8, help="sequences per device and forward pass")
+    add("--gradient-accumulation-steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--learning-rate", type=float, default=2e-4, help="peak learning rate")
+    add("--weight-decay", type=float, default=0.0, help="weight decay of AdamW; not of lambda, norms and biases")
+    add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises")
+    add("--lambda-factor", type=float, default=1.0, help="factor on the learning rate of lambda")
+    add("--query-factor", type=float, default=1.0, help="factor on the learning rate of V2's doubled queries")
+    add("--lambda-floor", type=float, default=0.0, help="smallest value that lambda of a V1 is held at")
+    add("--save-steps", type=int, default=200, help="steps between checkpoints, and between evaluations")
+    add("--logging-steps", type=int, default=10, help="steps between lines of the log")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    add("--report-to", nargs="*", default=[], help="trackers of the Trainer: wandb, tensorboard, ...")
+    add("--pad-token", help="token to pad with, for a tokenizer without one")
+    add("--chat-template", type=Path, help="Jinja file, for a tokenizer without a chat template")
+    add("--prompt", default="def read_lines(path):\n", help="text that the merged model continues at the end")
+    add("--seed", type=int, default=0, help="seed of the order of examples and of LoRA's weights")
+    add("--smoke", action="store_true", help="a few steps on data of this repository, in seconds")
     arguments = parser.parse_args(argv)
     if not arguments.smoke and not (arguments.model and arguments.data):
         parser.error("--model and --data are needed, or --smoke")
@@ -289,43 +302,38 @@ def finetune(arguments: argparse.Namespace, console: Console) -> dict:
     checkpoints = arguments.output / "checkpoints"
     last = get_last_checkpoint(checkpoints) if arguments.resume and checkpoints.is_dir() else None
     if arguments.resume and last is None:
-        raise ValueError(f"--resume: no checkpoint in {checkpoints}; leave it out to start anew")
+        raise ValueError(f"--resume: no checkpoint in {checkpoints}; leave it out to start again")
     tokenizer = prepare_tokenizer(arguments)
     model = load_base(arguments, arguments.load_in_4bit)
     if last is not None and model.config.model_type == "diff_llama":
         check_adapter(model, last)
     model = add_adapter(model, arguments)
-    data, eval_data = (
-        tokenize(read_records(paths), tokenizer, arguments.max_length) if paths else None
-        for paths in (arguments.data, arguments.eval_data)
-    )
+    data = tokenize(read_records(arguments.data), tokenizer, arguments.max_length)
+    eval_data = None
+    if arguments.eval_data:
+        eval_data = tokenize(read_records(arguments.eval_data), tokenizer, arguments.max_length)
     trainable, total = model.get_nb_trainable_parameters()
     console.print(f"{arguments.trainer}: {len(data)} examples, {trainable:,} of {total:,} parameters train")
     trainer = build_trainer(model, tokenizer, data, eval_data, arguments)
-    widen(trainer.model)
+    upcast_trainable(trainer.model)
     trainer.train(resume_from_checkpoint=last)
     probe = torch.tensor([data[0]["input_ids"]], device=model.device)
     figures = save_merge_reload(trainer.model, tokenizer, probe, arguments, console)
     return {"trainable_parameters": trainable, "relative_difference": figures, "log": trainer.state.log_history}
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments, console = parse(argv), Console(soft_wrap=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    console = Console(soft_wrap=True)
     logging.set_verbosity_warning()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_line_errors(__file__):
         if arguments.smoke:
             smoke(arguments, Path(folder))
-        try:
-            results = () if arguments.resume else ("checkpoints", "adapter", "merged", "result.json")
-            settle_output(arguments, results, [arguments.model, *arguments.data])
-            arguments.output.mkdir(parents=True, exist_ok=True)
+        inputs = [arguments.model, *arguments.data]
+        with output_folder(arguments, RESULTS, inputs, arguments.resume) as arguments.output:
             result = finetune(arguments, console)
-        except (OSError, ValueError) as error:
-            sys.exit(f"finetune_lora: {error}")
-    result["command"] = " ".join(
-        ["python examples/scripts/finetune_lora.py", *(sys.argv[1:] if argv is None else argv)]
-    )
-    (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            result["command"] = typed_command(__file__, argv)
+            (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, difference in result["relative_difference"].items():
         console.print(f"{name}: largest difference of logits {difference:.2g} of the largest logit")
 

@@ -2,20 +2,20 @@
 The main job from end to end: a LLaMA becomes a DIFF V1 and a DIFF V2 checkpoint; all are verified and compared.
 
     python examples/scripts/quickstart.py
-    python examples/scripts/quickstart.py --source meta-llama/Llama-3.2-1B --output out/llama-3.2-1b \\
+    python examples/scripts/quickstart.py --model meta-llama/Llama-3.2-1B --output out/llama-3.2-1b \\
         --calibration my_text.txt
 
 Without options it takes the small trained LLaMA in examples/assets/tiny-llama and its calibration text, needs no
 network, about a minute on two cores, and writes the checkpoints to out/quickstart. It can be repeated at will.
 V1 comes twice: as a plain copy, and calibrated on 16K tokens of text (`--calibration` for another source) by its two
 quickest stages; `diff-llama convert --calibration` runs all of them. Loss, KL and greedy agreement are those of the
-standard held-out text, or of `--text`. The exit code is 1 if a check fails.
+standard held-out text, or of `--held-out`. The exit code is 1 if a check fails.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import modeling_diff  # noqa: F401  registers the models with the auto classes
 from conversion import convert_checkpoint, verify_checkpoint
 from conversion.data.held_out import read_held_out
 from conversion.evaluation.metrics import text_metrics, window_logits
+from modeling_diff.experiments.command_line import script_parser
 
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -39,7 +40,7 @@ COLUMNS = ("model", "parameters", "MiB", "loss (nats)", "KL (nats)", "greedy agr
 
 def convert(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[str, str | Path, str, float]]:
     """Yields each model's name, its folder, the verdict of `verify` and the seconds taken; the LLaMA first."""
-    yield "LLaMA", arguments.source, "-", 0.0
+    yield "LLaMA", arguments.model, "-", 0.0
     calibration = {"calibration": arguments.calibration, "calibration_tokens": arguments.calibration_tokens}
     calibration |= {"stages": STAGES}
     conversions: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -51,8 +52,8 @@ def convert(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[s
     for name, folder_name, variant, options in conversions:
         start = time.perf_counter()
         folder = arguments.output / folder_name
-        convert_checkpoint(arguments.source, folder, variant, overwrite=True, measure=False, **options)
-        report = verify_checkpoint(folder, against=arguments.source)
+        convert_checkpoint(arguments.model, folder, variant, overwrite=True, measure=False, **options)
+        report = verify_checkpoint(folder, against=arguments.model)
         for check in report.checks:
             console.print(f"{folder_name} {check.name}: {check.outcome}, {check.detail}", style="dim", highlight=False)
         yield name, folder, "yes" if report.passed else "FAILED", time.perf_counter() - start
@@ -73,29 +74,36 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default=str(ASSETS), help="folder or Hub id of a LLaMA")
-    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="where v1 and v2 are written")
-    parser.add_argument("--text", type=Path, help="text for loss, KL and agreement, in place of the standard one")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    parser.add_argument("--model", default=str(ASSETS), help="folder or Hub id of a LLaMA")
+    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder that v1 and v2 are put in")
+    parser.add_argument("--held-out", type=Path, help="text for loss, KL and agreement, instead of the standard one")
     parser.add_argument("--calibration", type=Path, help="text on which V1 is fitted; the small LLaMA has its own")
-    parser.add_argument("--calibration-tokens", type=int, default=16384, help="how much of it is read")
-    arguments = parser.parse_args()
-    if arguments.calibration is None and arguments.source == str(ASSETS):
+    parser.add_argument("--calibration-tokens", type=int, default=16384, help="number of its tokens to read")
+    arguments = parser.parse_args(argv)
+    if arguments.calibration is None and arguments.model == str(ASSETS):
         arguments.calibration = ASSETS / "calibration.txt"
+    return arguments
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     table = Table(title_justify="left", title_style="bold")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    generated, failed, held_out, original = {}, [], None, None
+    generated = {}
+    failed = []
+    held_out = None
+    original = None
     for name, folder, verdict, seconds in convert(arguments, console):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if held_out is None:
             config = model.config
-            held_out = read_held_out(tokenizer, config.vocab_size, config.max_position_embeddings, arguments.text)
+            held_out = read_held_out(tokenizer, config.vocab_size, config.max_position_embeddings, arguments.held_out)
             table.title = f"One LLaMA and what becomes of it, on {held_out.name}, {held_out.num_tokens:,} tokens"
         logits = list(window_logits(model, held_out.windows))
         original = original or logits

@@ -10,9 +10,9 @@ Writes continuations.json and continuations.png. Size legend: B rows, T tokens a
 """
 
 import argparse
-import itertools
-import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from transformers.utils import logging
 
 from conversion import convert_checkpoint
+from modeling_diff.experiments.command_line import one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
+from modeling_diff.experiments.plots import pyplot_for
 from modeling_diff.training import DiffTrainer, FiniteLossCallback, LambdaCallback
 
 
@@ -54,8 +56,8 @@ def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
     if model.config.model_type == "diff_llama":
         callbacks.append(LambdaCallback())
     settings = TrainingArguments(
-        output_dir=str(arguments.output / "checkpoints"),
-        max_steps=arguments.steps,
+        output_dir=str(arguments.output),
+        max_steps=arguments.max_steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         learning_rate=arguments.learning_rate,
@@ -63,12 +65,12 @@ def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
         adam_beta2=0.95,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=round(0.04 * arguments.steps),
-        logging_steps=max(arguments.steps // 25, 1),
+        warmup_steps=round(0.04 * arguments.max_steps),
+        logging_steps=max(arguments.max_steps // 25, 1),
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="steps",
-        eval_steps=max(arguments.steps // 10, 1),
+        eval_steps=max(arguments.max_steps // 10, 1),
         bf16=True,
         remove_unused_columns=False,
         report_to=[],
@@ -136,14 +138,9 @@ def print_row(row):
 
 def plot(rows, path):
     """Held-out loss over steps."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed", flush=True)
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for row in rows:
         points = [(point["step"], point["eval_loss"]) for point in row["curve"] if "eval_loss" in point]
@@ -154,11 +151,11 @@ def plot(rows, path):
     pyplot.close(figure)
 
 
-def compare(arguments):
+def compare(arguments, work):
+    """Continues every model, its checkpoints in the folder `work`; the rows are written after each."""
     text, sets = prepare(arguments)
-    folders = {"llama": ASSETS, "v2": arguments.output / "v2"}
-    if not folders["v2"].exists():
-        convert_checkpoint(ASSETS, folders["v2"], "v2", measure=False)
+    folders = {"llama": ASSETS, "v2": work / "v2"}
+    convert_checkpoint(ASSETS, folders["v2"], "v2", measure=False)
     print("| model | parameters | loss before, after | recall before, after: " + ", ".join(sets) + " | lambda | s |")
     rows = []
     for name, (kind, _) in RUNS.items():
@@ -167,7 +164,7 @@ def compare(arguments):
         record = {
             "command": arguments.command,
             "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
-            "tokens_seen": arguments.steps * text[0].batch * text[0].context,
+            "tokens_seen": arguments.max_steps * text[0].batch * text[0].context,
             "learning_rate": arguments.learning_rate,
             "recall_share": arguments.recall_share,
             "rows": rows,
@@ -177,29 +174,34 @@ def compare(arguments):
     return rows
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser, "compare_continuations", "folder for continuations.json and .png")
-    parser.add_argument("--steps", type=int, default=256, help="of 4,096 tokens")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--recall-share", type=float, default=0.375, help="share of recall rows in a batch")
-    parser.add_argument("--recall-rows", type=int, default=100, help="rows of each kind that recall is measured on")
-    parser.add_argument("--seed", type=int, default=2, help="the LLaMA itself was trained with 0 and 1")
-    parser.add_argument("--smoke", action="store_true", help="two steps of each, seconds")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_output(parser, "continuations.json and continuations.png", "compare_continuations")
+    add("--max-steps", type=int, default=256, help="steps of 4,096 tokens")
+    add("--learning-rate", type=float, default=5e-4, help="peak learning rate")
+    add("--recall-share", type=float, default=0.375, help="share of recall in a batch")
+    add("--recall-rows", type=int, default=100, help="sequences of each kind that recall is measured on")
+    add("--seed", type=int, default=2, help="seed of the order of the data; the LLaMA was trained with 0 and 1")
+    add("--smoke", action="store_true", help="two steps of each, seconds")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.steps, arguments.recall_rows = 2, 1
-    words = itertools.chain(
-        ["python examples/studies/compare_continuations.py"], sys.argv[1:] if argv is None else argv
-    )
-    arguments.command = " ".join(words)
-    try:
-        settle_output(arguments, ("continuations.json", "continuations.png", "v2", "checkpoints"))
-    except ValueError as error:
-        sys.exit(f"compare_continuations: {error}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
+        arguments.max_steps = 2
+        arguments.recall_rows = 1
+    arguments.command = typed_command(__file__, argv)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    results = ["continuations.json", "continuations.png"]
     logging.set_verbosity_warning()
-    compare(arguments)
+    with (
+        one_line_errors(__file__),
+        output_folder(arguments, results) as arguments.output,
+        tempfile.TemporaryDirectory() as work,
+    ):
+        compare(arguments, Path(work))
 
 
 if __name__ == "__main__":

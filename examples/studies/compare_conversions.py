@@ -1,11 +1,11 @@
 """What each stage of a parity conversion (LLaMA -> V1) is worth, before any training of the whole model.
 
-Converts a LLaMA with one stage more in every row and measures each result on held-out text, beside the plain permuted
+Converts a LLaMA with one stage more in every row and measures each result on held-out text, next to the plain permuted
 copy that `convert` writes without calibration. `closed` is the share of that copy's gap in loss to LLaMA that is gone;
 recall is of keys and numbers never seen in training, all digits right: one needle in 512 tokens, and 8 dense pairs.
 
     python examples/studies/compare_conversions.py              # the embedded model, about 15 minutes on two cores
-    python examples/studies/compare_conversions.py --model tiny-llama-mha --output mha.json
+    python examples/studies/compare_conversions.py --model out/tiny-llama-mha --output out/mha
     python examples/studies/compare_conversions.py --smoke      # a toy of a model that it makes itself, seconds
 
 R rows, T tokens a row, V vocabulary.
@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from conversion.convert import convert_checkpoint
 from conversion.data.text import read_calibration
 from conversion.evaluation.metrics import text_metrics
 from modeling_diff import DiffLlamaForCausalLM
-from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser, typed_command
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -146,7 +148,7 @@ def print_row(row):
 
 
 def make_toy(folder):
-    """A LLaMA of random weights with a tokenizer and texts beside it: shows that everything runs, and no more."""
+    """Writes a LLaMA of random weights, a tokenizer and texts: shows that everything runs, and no more."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -165,36 +167,36 @@ def make_toy(folder):
     (folder / "heldout.txt").write_text(text[4000:6000])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, default=EMBEDDED, help="LLaMA folder with calibration.txt and heldout.txt"
-    )
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--held-out-tokens", type=int, default=65_536)
-    parser.add_argument("--local-steps", type=int, default=LocalFit().steps)
-    parser.add_argument("--norm", choices=["strict", "neutral"], default="strict")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the table as JSON, too")
-    add_overwrite(parser)
-    parser.add_argument("--smoke", action="store_true", help="a toy of a model, few tokens, few steps")
-    args = parser.parse_args(argv)
-    if args.output:
-        room_or_exit([args.output], args.overwrite)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as toy:
-        folder = args.model
-        if args.smoke:
-            folder = Path(toy)
-            make_toy(folder)
-            args.calibration_tokens, args.held_out_tokens, args.local_steps = 1024, 1024, 5
-        table = compare(folder, args)
-    if args.output:
-        command = " ".join(
-            ["python examples/studies/compare_conversions.py", *(sys.argv[1:] if argv is None else argv)]
-        )
-        args.output.write_text(json.dumps({"command": command, "rows": table}, indent=1) + "\n")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", type=Path, default=EMBEDDED, help="folder of a LLaMA with calibration.txt and heldout.txt")
+    add("--calibration-tokens", type=int, default=65_536, help="number of calibration tokens to read")
+    add("--held-out-tokens", type=int, default=65_536, help="number of held-out tokens to measure on")
+    add("--local-steps", type=int, default=LocalFit().steps, help="steps per layer of the layer-local fitting")
+    add("--norm", choices=["strict", "neutral"], default="strict", help="the paper's norm, or one that scales by 1")
+    add_device(parser)
+    add("--seed", type=int, default=0, help="seed of the calibration")
+    add_output(parser, "conversions.json, the table")
+    add("--smoke", action="store_true", help="a toy of a model, few tokens, few steps")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.calibration_tokens = 1024
+        arguments.held_out_tokens = 1024
+        arguments.local_steps = 5
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    results = ["conversions.json"]
+    with one_line_errors(__file__), output_folder(arguments, results, [arguments.model]) as output:
+        with tempfile.TemporaryDirectory() as toy:
+            if arguments.smoke:
+                make_toy(Path(toy))
+            table = compare(Path(toy) if arguments.smoke else arguments.model, arguments)
+        record = {"command": typed_command(__file__, argv), "rows": table}
+        (output / "conversions.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Heals V1 conversions of the small LLaMA from several starts, at equal tokens: how little healing wins back the rest.
 
 Starts: the plain permuted copy (the control), heads paired and o_proj refit, the whole calibration, and the exact
-start of blended_attention.py; beside them the exact V2, trained on the same rows as text (compare_continuations.py
+start of blended_attention.py; next to them the exact V2, trained on the same rows as text (compare_continuations.py
 does that to the LLaMA as well). Then, from the calibrated start and over several seeds, what becomes of lambda: free,
 held at its floor, annealed to the paper's schedule, at a rate at which it can go where it wants; `without second maps`
 is the loss of the healed model with lambda set to 0, its norm still at work.
@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import shutil
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +33,10 @@ from conversion.calibration.calibrate import Stage
 from conversion.heal import heal_checkpoint
 from conversion.healing.options import HealingOptions
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.experiments.command_line import one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
+from modeling_diff.experiments.plots import pyplot_for
 
 
 STARTS = {
@@ -179,14 +181,9 @@ def print_row(row):
 
 def plot(rows, llama_loss, path):
     """Held-out loss against tokens of healing, a line per start: all of them, and those near the LLaMA enlarged."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is missing; pip install matplotlib", flush=True)
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves = {f"{row['start']} ({row['stage']})": [point["loss"] for point in row["curve"]] for row in rows}
     near = [loss for losses in curves.values() for loss in losses if max(losses) - llama_loss < NEAR_NATS]
     enlarged = 0 < len(near) < sum(map(len, curves.values()))
@@ -209,40 +206,52 @@ def plot(rows, llama_loss, path):
     pyplot.close(figure)
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser, "compare_healing", "folder for healing.json and healing.png")
-    parser.add_argument("--work", type=Path, help="converted and healed checkpoints (OUTPUT/work)")
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="LLaMA with calibration.txt and heldout.txt")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--tokens", type=int, default=262_144, help="of healing")
-    parser.add_argument("--lambda-tokens", type=int, default=131_072, help="of healing in the comparison of lambdas")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the comparison of lambdas")
-    parser.add_argument("--blend-share", type=float, default=0.6, help="of the steps in which the blend becomes V1")
-    parser.add_argument("--rate", dest="rates", action="append", default=[], metavar="START=RATE", help="peak rate")
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--held-out-tokens", type=int, default=24_576)
-    parser.add_argument("--evaluations", type=int, default=8)
-    parser.add_argument("--data-seed", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="few tokens, two starts, one seed")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_output(parser, "healing.json and healing.png", "compare_healing")
+    add("--work", type=Path, help="folder for converted and healed checkpoints (default: work in --output)")
+    add("--model", type=Path, default=EMBEDDED, help="folder of a LLaMA with calibration.txt and heldout.txt")
+    add("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="starts to heal from")
+    add("--tokens", type=int, default=262_144, help="tokens of each healing")
+    add("--lambda-tokens", type=int, default=131_072, help="tokens of each healing in the comparison of lambdas")
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds of the comparison of lambdas")
+    add("--blend-share", type=float, default=0.6, help="share of the steps in which the blend becomes V1")
+    rate = "peak learning rate of a start, as in blend=1e-3; may be repeated"
+    add("--learning-rate", dest="rates", action="append", default=[], metavar="START=RATE", help=rate)
+    add("--calibration-tokens", type=int, default=65_536, help="number of calibration tokens to read")
+    add("--held-out-tokens", type=int, default=24_576, help="number of held-out tokens to measure on")
+    add("--evaluations", type=int, default=8, help="points of a curve")
+    add("--data-seed", type=int, default=5, help="seed of the training text; the LLaMA was trained with 0 and 1")
+    add("--smoke", action="store_true", help="few tokens, two starts, one seed")
     args = parser.parse_args(argv)
-    args.learning_rates = RATES | {
-        start: float(rate) for start, rate in (given.rsplit("=", 1) for given in args.rates)
-    }
-    args.recall_rows, args.text = RECALL_ROWS, SIZES["tiny"].text
+    given = (rate.rsplit("=", 1) for rate in args.rates)
+    args.learning_rates = RATES | {start: float(rate) for start, rate in given}
+    args.recall_rows = RECALL_ROWS
+    args.text = SIZES["tiny"].text
     if args.smoke:
-        args.starts, args.seeds, args.tokens, args.lambda_tokens = ["copy", "blend"], [], 8192, 4096
-        args.held_out_tokens, args.evaluations, args.recall_rows, args.text = 2048, 2, 2, "smoke"
+        args.starts = ["copy", "blend"]
+        args.seeds = []
+        args.tokens = 8192
+        args.lambda_tokens = 4096
+        args.held_out_tokens = 2048
+        args.evaluations = 2
+        args.recall_rows = 2
+        args.text = "smoke"
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    try:
-        settle_output(args, ("healing.json", "healing.png"))
-    except ValueError as error:
-        sys.exit(f"compare_healing: {error}")
-    args.work = args.work or args.output / "work"
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with one_line_errors(__file__), output_folder(args, ["healing.json", "healing.png"], [args.model]) as output:
+        args.work = args.work or args.output / "work"
+        results = {"command": typed_command(__file__, argv), "environment": environment("cpu")} | compare(args)
+        (output / "healing.json").write_text(json.dumps(results, indent=1) + "\n")
+        plot(results["starts"], results["llama"]["loss"], output / "healing.png")
+
+
+def compare(args):
+    """Heals from every start, and with every path of lambda and seed; returns what was measured."""
     torch.manual_seed(0)
     comparison = Comparison(args)
     llama = comparison.look(comparison.llama)
@@ -253,12 +262,7 @@ def main(argv=None):
         for seed in args.seeds
         for mode in LAMBDA_MODES
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python examples/studies/compare_healing.py", *(sys.argv[1:] if argv is None else argv)])
-    results = {"command": command, "environment": environment("cpu"), "llama": llama, "self_agreement": comparison.own}
-    results |= {"starts": starts, "lambdas": lambdas}
-    (args.output / "healing.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(starts, llama["loss"], args.output / "healing.png")
+    return {"llama": llama, "self_agreement": comparison.own, "starts": starts, "lambdas": lambdas}
 
 
 if __name__ == "__main__":

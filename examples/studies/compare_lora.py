@@ -7,7 +7,7 @@ What LoRA learns on DIFF V2, on calibrated V1 and on the LLaMA that both came fr
 Two tasks: (i) instructions made here, to reverse, sort or upper-case three keys, scored by exact match on lists never
 seen; (ii) Python modules, LoRA on the first half of heldout.txt, loss on the second. `--v1` is a converted V1 (as by
 `diff-llama convert --variant v1 --calibration`; left out, the closed-form stages are run here, half a minute). Each
-model's rank is the one whose trainable parameters, lambda and norms included, come closest to LLaMA's at `--rank`.
+model's rank is the one whose trainable parameters, lambda and norms included, come closest to LLaMA's at `--lora-r`.
 Writes lora.json (command, loss curves, scores), a table and lora.png.
 """
 
@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from conversion import convert_checkpoint
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser, typed_command
+from modeling_diff.experiments.output_files import add_output, output_folder
+from modeling_diff.experiments.plots import pyplot_for
 from modeling_diff.training import lora_config, parameter_groups
 from modeling_diff.training.finetuning_data import tokenize
 
@@ -47,7 +50,8 @@ OPERATIONS = {
 
 def instructions(count: int, seed: int, unseen: set[str] | None = None) -> list[dict]:
     """`reverse: b c a -> a c b`, lists of three different letters; none of `unseen`'s prompts."""
-    generator, records = random.Random(seed), {}
+    generator = random.Random(seed)
+    records = {}
     while len(records) < count:
         keys = generator.sample("abcdefghijklmnopqrstuvwxyz", 3)
         name = generator.choice(list(OPERATIONS))
@@ -73,8 +77,8 @@ def matched_rank(folder, parameters: int, rank: int, servable: bool = False) -> 
     return min(counts, key=lambda r: abs(counts[r] - parameters))
 
 
-def batches(examples: list[dict], batch_size: int, seed: int):
-    """Without end, a new order every epoch, the same for every model."""
+def shuffled_batches(examples: list[dict], batch_size: int, seed: int) -> Iterator[list[dict]]:
+    """Yields batches without end, in a new order every epoch, the same for every model."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
@@ -82,14 +86,14 @@ def batches(examples: list[dict], batch_size: int, seed: int):
             yield [examples[index] for index in order[start : start + batch_size]]
 
 
-def fit(model: PeftModel, examples: list[dict], collate, steps: int, batch_size: int, rate: float) -> list[float]:
-    """The loss of every step of AdamW with a linear fall of the rate."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=rate), weight_decay=0.0)
+def fit(model: PeftModel, batches: Iterator[list[dict]], collate, steps: int, learning_rate: float) -> list[float]:
+    """Trains with AdamW and a linearly falling learning rate; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=learning_rate), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    source, losses = batches(examples, batch_size, seed=0), []
+    losses = []
     model.train()
     for _ in range(steps):
-        loss = model(**collate(next(source))).loss
+        loss = model(**collate(next(batches))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -102,12 +106,14 @@ def fit(model: PeftModel, examples: list[dict], collate, steps: int, batch_size:
 
 @torch.no_grad()
 def held_out_loss(model, examples: list[dict], collate, batch_size: int) -> float:
-    """Nats a labelled token."""
-    total, count = 0.0, 0
+    """Returns the loss in nats per labelled token."""
+    total = 0.0
+    count = 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])
         labelled = int((batch["labels"][:, 1:] != -100).sum())
-        total, count = total + model(**batch).loss.item() * labelled, count + labelled
+        total += model(**batch).loss.item() * labelled
+        count += labelled
     return total / count
 
 
@@ -136,29 +142,32 @@ def compare(folders: dict[str, str], arguments) -> list[dict]:
         return pad(examples).to(arguments.device)
 
     test = instructions(arguments.test_examples, seed=1)
-    train = instructions(arguments.examples, seed=2, unseen={record["prompt"] for record in test})
+    train = instructions(arguments.train_examples, seed=2, unseen={record["prompt"] for record in test})
     text = (ASSETS / "heldout.txt").read_text()
     halves = [{"text": text[: len(text) // 2]}], [{"text": text[len(text) // 2 :]}]
-    modules, unseen_modules = (tokenize(half, tokenizer, arguments.length) for half in halves)
+    modules, unseen_modules = (tokenize(half, tokenizer, arguments.max_length) for half in halves)
     unseen_modules = unseen_modules[: arguments.test_windows]
-    parameters, rows = trainable(adapted(folders["LLaMA"], arguments.rank)), []
+    parameters = trainable(adapted(folders["LLaMA"], arguments.lora_r))
+    rows = []
     for name, folder in folders.items():
         servable = name.endswith(SERVABLE)
-        rank = arguments.rank if name == "LLaMA" else matched_rank(folder, parameters, arguments.rank, servable)
+        rank = arguments.lora_r if name == "LLaMA" else matched_rank(folder, parameters, arguments.lora_r, servable)
         for task in ("instructions", "modules"):
             began = time.monotonic()
             model = adapted(folder, rank, arguments.device, servable).eval()
             row = {"model": name, "task": task, "rank": rank, "trainable": trainable(model)}
             if task == "instructions":
-                held_out = tokenize(test, tokenizer, arguments.length)
+                held_out = tokenize(test, tokenizer, arguments.max_length)
                 row["loss_before"] = held_out_loss(model, held_out, collate, 64)
-                data = tokenize(train, tokenizer, arguments.length)
-                row["losses"] = fit(model, data, collate, arguments.steps, arguments.batch_size, arguments.rate)
+                data = tokenize(train, tokenizer, arguments.max_length)
+                source = shuffled_batches(data, arguments.per_device_train_batch_size, seed=0)
+                row["losses"] = fit(model, source, collate, arguments.max_steps, arguments.learning_rate)
                 row["loss"] = held_out_loss(model, held_out, collate, 64)
                 row["exact_match"] = exact_match(model, tokenizer, test)
             else:
                 row["loss_before"] = held_out_loss(model, unseen_modules, collate, 8)
-                row["losses"] = fit(model, modules, collate, arguments.module_steps, 4, arguments.rate / 2)
+                source = shuffled_batches(modules, 4, seed=0)
+                row["losses"] = fit(model, source, collate, arguments.module_steps, arguments.learning_rate / 2)
                 row["loss"] = held_out_loss(model, unseen_modules, collate, 8)
             row["seconds"] = time.monotonic() - began
             rows.append(row)
@@ -167,14 +176,9 @@ def compare(folders: dict[str, str], arguments) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, task in zip(axes, ("instructions", "modules"), strict=True):
         for row in (row for row in rows if row["task"] == task):
@@ -183,7 +187,7 @@ def draw(rows: list[dict], path: Path) -> None:
                 sum(row["losses"][i : i + window]) / window for i in range(0, len(row["losses"]) - window + 1, window)
             ]
             axis.plot([window * (i + 1) for i in range(len(means))], means, label=row["model"])
-        axis.set(title=task, xlabel="step", ylabel="training loss (nats a token)")
+        axis.set(title=task, xlabel="step", ylabel="training loss (nats/token)")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -202,46 +206,58 @@ def show(rows: list[dict]) -> None:
     Console(width=110).print(table)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--v1", help="a converted V1 of examples/assets/tiny-llama")
-    add_output(parser, "compare_lora", "folder for lora.json and lora.png")
-    parser.add_argument("--rank", type=int, default=16, help="LLaMA's; the others' are matched to it")
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--steps", type=int, default=300, help="on instructions")
-    parser.add_argument("--module-steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--examples", type=int, default=4000)
-    parser.add_argument("--test-examples", type=int, default=192)
-    parser.add_argument("--test-windows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--servable", action="store_true", help="adapters that vLLM serves, next to the full recipe")
-    parser.add_argument("--smoke", action="store_true")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--v1", help="a converted V1 of examples/assets/tiny-llama (default: made here, two stages)")
+    add_output(parser, "lora.json and lora.png", "compare_lora")
+    add("--lora-r", type=int, default=16, help="rank of the LLaMA's LoRA; the others' are matched to it")
+    add("--learning-rate", type=float, default=4e-3, help="peak learning rate on instructions, half of it on modules")
+    add("--max-steps", type=int, default=300, help="steps on instructions")
+    add("--module-steps", type=int, default=60, help="steps on modules")
+    add("--per-device-train-batch-size", type=int, default=32, help="instructions per step")
+    add("--train-examples", type=int, default=4000, help="instructions to train on")
+    add("--test-examples", type=int, default=192, help="instructions to be scored on")
+    add("--test-windows", type=int, default=64, help="windows of modules to be scored on")
+    add("--max-length", type=int, default=256, help="most tokens of an example")
+    add_device(parser)
+    add("--servable", action="store_true", help="adapters that vLLM serves, next to the full recipe")
+    add("--smoke", action="store_true", help="two steps of each, seconds")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.steps = arguments.module_steps = arguments.test_windows = 2
-        arguments.examples, arguments.test_examples, arguments.batch_size, arguments.length = 16, 8, 4, 32
-    try:
-        settle_output(arguments, ("lora.json", "lora.png"), [arguments.v1])
-    except ValueError as error:
-        sys.exit(f"compare_lora: {error}")
-    with tempfile.TemporaryDirectory() as folder:
-        folders = {"LLaMA": str(ASSETS), "DIFF V2": f"{folder}/v2", "DIFF V1": arguments.v1 or f"{folder}/v1"}
-        convert_checkpoint(ASSETS, Path(folder) / "v2", "v2", measure=False)
-        if not arguments.v1:
-            fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
-            fitting = {"uncalibrated": True} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
-            convert_checkpoint(ASSETS, Path(folder) / "v1", "v1", **fitting, measure=False)
-        if arguments.servable:
-            folders |= {name + SERVABLE: path for name, path in folders.items() if name != "LLaMA"}
-        rows = compare(folders, arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python examples/studies/compare_lora.py", *(sys.argv[1:] if argv is None else argv)])
-    record = {"command": command, "torch": torch.__version__, "rows": rows}
-    (arguments.output / "lora.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(rows, arguments.output / "lora.png")
+        arguments.max_steps = 2
+        arguments.module_steps = 2
+        arguments.test_windows = 2
+        arguments.train_examples = 16
+        arguments.test_examples = 8
+        arguments.per_device_train_batch_size = 4
+        arguments.max_length = 32
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    results = ["lora.json", "lora.png"]
+    with one_line_errors(__file__), output_folder(arguments, results, [arguments.v1]) as output:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(conversions(Path(folder), arguments), arguments)
+        record = {"command": typed_command(__file__, argv), "torch": torch.__version__, "rows": rows}
+        (output / "lora.json").write_text(json.dumps(record, indent=1) + "\n")
+        draw(rows, output / "lora.png")
     show(rows)
+
+
+def conversions(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the folder of every model by its name; what is not given is converted into `folder`."""
+    folders = {"LLaMA": str(ASSETS), "DIFF V2": str(folder / "v2"), "DIFF V1": arguments.v1 or str(folder / "v1")}
+    convert_checkpoint(ASSETS, folder / "v2", "v2", measure=False)
+    if not arguments.v1:
+        fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
+        fitting = {"uncalibrated": True} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
+        convert_checkpoint(ASSETS, folder / "v1", "v1", **fitting, measure=False)
+    if arguments.servable:
+        folders |= {name + SERVABLE: path for name, path in folders.items() if name != "LLaMA"}
+    return folders
 
 
 if __name__ == "__main__":

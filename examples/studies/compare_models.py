@@ -3,12 +3,13 @@
 Needle retrieval, attention to the answer, outliers, quantized attention, order of demonstrations and scores of heads,
 measured alike on every model; the tokenizer and the text are the first model's.
 
-    python examples/studies/compare_models.py examples/assets/tiny-llama out/v1 out/v2 --report out/report.html
-    python examples/studies/compare_models.py LLAMA DIFF --report out/report.html --text book.txt --samples 50
+    python examples/studies/compare_models.py --model examples/assets/tiny-llama out/v1 out/v2 --output out/compared
+    python examples/studies/compare_models.py --model LLAMA DIFF --output out/compared --text book.txt --samples 50
     python examples/studies/compare_models.py --smoke      # this repository's model, converted
 
-A model of this repository's size takes about a minute on one thread. Beside the report lie its numbers as JSON; with
-`--work`, finished cells of the needle grid are kept, and the same command goes on from them.
+A model of this repository's size takes about a minute on one thread. Writes report.html, its numbers as
+report.json and its plots in `figures`; with `--work`, finished cells of the needle grid are kept, and the same command
+continues from them.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,9 +28,10 @@ import modeling_diff  # noqa: F401 (registers the models)
 from conversion.convert import convert_checkpoint
 from modeling_diff.analysis.needles import library_text
 from modeling_diff.analysis.report_measurements import default_effort, kind_of, measure_model
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
 from modeling_diff.experiments.loading import load_tokenizer
-from modeling_diff.experiments.output_files import add_overwrite, room_or_exit
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 try:
@@ -46,7 +49,7 @@ SMOKE = {
 
 
 def read_text(folder, path):
-    """The text given, or what lies beside the first model, or the standard library's sources."""
+    """Returns the text given, or heldout.txt next to the first model, or the standard library's sources."""
     path = path or (folder / "heldout.txt" if (folder / "heldout.txt").exists() else None)
     return path.read_text(encoding="utf-8") if path else library_text()
 
@@ -91,61 +94,50 @@ def compare(folders, args):
     return {"environment": environment(args.device), "dtype": args.dtype, "effort": asdict(effort), "models": models}
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="*", help="folders: a LLaMA, then differential models")
-    parser.add_argument(
-        "--report",
-        type=Path,
-        default=Path("out/compare_models.html"),
-        help="HTML file to write, with its numbers next to it as JSON (default: %(default)s)",
-    )
-    add_overwrite(parser)
-    parser.add_argument("--labels", nargs="+", help="what to call the models (default: their folders' names)")
-    parser.add_argument("--text", type=Path, help="what needles lie in (default: heldout.txt of the first model)")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens of a needle prompt (default: shares of the context)"
-    )
-    parser.add_argument("--samples", type=int, default=6, help="needle prompts a cell (the paper has 50)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--work", type=Path, help="folder for finished needle cells")
-    parser.add_argument("--figures", type=Path, help="folder for the plots as PNG files, too")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few prompts; without models, the embedded one converted"
-    )
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", type=Path, nargs="+", default=[], help="folders: a LLaMA, then differential models")
+    add_output(parser, "report.html, report.json and figures", "compare_models")
+    add("--labels", nargs="+", help="what to call the models (default: their folders' names)")
+    add("--text", type=Path, help="text that needles lie in (default: heldout.txt of the first model)")
+    add("--lengths", type=int, nargs="+", help="tokens of a needle prompt (default: shares of the context)")
+    add("--samples", type=int, default=6, help="needle prompts per cell (the paper has 50)")
+    add("--batch-size", type=int, default=8, help="prompts per forward pass")
+    add("--work", type=Path, help="folder for finished needle cells")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the models")
+    add_device(parser)
+    add("--seed", type=int, default=0, help="seed of the prompts")
+    add("--smoke", action="store_true", help="a few prompts; without --model, conversions of the small LLaMA")
     args = parser.parse_args(argv)
-    if not args.models and not args.smoke:
-        parser.error("name a LLaMA and one or more differential models, or --smoke")
-    missing = [str(folder) for folder in args.models if not (folder / "config.json").is_file()]
+    if not args.model and not args.smoke:
+        parser.error("--model is needed, a LLaMA and one or more differential models, or --smoke")
+    missing = [str(folder) for folder in args.model if not (folder / "config.json").is_file()]
     if missing:
         parser.error(f"{', '.join(missing)}: no config.json there; give folders of checkpoints")
-    if args.labels and len(set(args.labels)) != len(args.models):
-        parser.error(f"--labels: {len(args.models)} different names, one a model")
+    if args.labels and len(set(args.labels)) != len(args.model):
+        parser.error(f"--labels: {len(args.model)} different names, one per model")
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    room_or_exit([args.report, args.report.with_suffix(".json")], args.overwrite or not args.models)
-    with tempfile.TemporaryDirectory() as converted:
-        folders = args.models
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    results = ["report.html", "report.json", "figures"]
+    with (
+        one_line_errors(__file__),
+        output_folder(args, results, args.model) as output,
+        tempfile.TemporaryDirectory() as converted,
+    ):
+        folders = args.model
         if not folders:
             folders = [EMBEDDED, Path(converted) / "v1-copy", Path(converted) / "v2-exact"]
             convert_checkpoint(EMBEDDED, folders[1], "v1", uncalibrated=True, measure=False)
             convert_checkpoint(EMBEDDED, folders[2], "v2", measure=False)
-        try:
-            args.report.parent.mkdir(parents=True, exist_ok=True)
-            data = compare(folders, args)
-        except (OSError, ValueError) as error:
-            sys.exit(f"compare_models: {error}")
-    args.report.with_suffix(".json").write_text(json.dumps(data) + "\n", encoding="utf-8")
-    args.report.write_text(render(data), encoding="utf-8")
-    if args.figures:
-        save_figures(data["models"], args.figures)
-    print(f"{args.report} and {args.report.with_suffix('.json')}")
+        data = compare(folders, args)
+        (output / "report.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+        (output / "report.html").write_text(render(data), encoding="utf-8")
+        save_figures(data["models"], output / "figures")
+    print(args.output / "report.html")
 
 
 if __name__ == "__main__":

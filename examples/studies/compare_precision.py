@@ -1,18 +1,19 @@
 """
 What a dtype and an attention implementation do to a model's logits, next to float64 and to another model's.
 
-    python examples/studies/compare_precision.py out/v2 --against examples/assets/tiny-llama
-    python examples/studies/compare_precision.py out/v2 --attention sdpa diff_triton --dtypes bfloat16 --device cuda
-    TRITON_INTERPRET=1 python examples/studies/compare_precision.py out/v2 --attention diff_triton --dtypes float16
+    python examples/studies/compare_precision.py --model out/v2 --against examples/assets/tiny-llama
+    python examples/studies/compare_precision.py --smoke
+    python examples/studies/compare_precision.py --model out/v2 --attention diff_triton --dtypes bfloat16 --device cuda
+    TRITON_INTERPRET=1 python examples/studies/compare_precision.py --model out/v2 --attention diff_triton
 
 A row for each: the largest difference of logits from those of the same model in float64 through `sdpa` (with norms in
-float32, as LLaMA's are in any dtype), KL in nats a token, the share of equal greedy tokens; and the same next to
+float32, as LLaMA's are in any dtype), KL in nats/token, the share of equal greedy tokens; and the same next to
 `--against` in that dtype and implementation, or in `sdpa` where it lacks it. On text of the Python standard library.
 """
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.needles import library_text
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser
 from modeling_diff.experiments.environment import environment
 from modeling_diff.experiments.loading import load_tokenizer
-from modeling_diff.experiments.output_files import add_overwrite, make_room
+from modeling_diff.experiments.output_files import add_output, output_folder
+
+
+TINY_LLAMA = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 def read_ids(checkpoint: str, text: Path | None, num_tokens: int) -> torch.Tensor:
@@ -58,8 +63,8 @@ def differences(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]
 
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    ids = read_ids(arguments.checkpoint, arguments.text, arguments.tokens)
-    folders = [folder for folder in (arguments.against, arguments.checkpoint) if folder]
+    ids = read_ids(arguments.model, arguments.text, arguments.tokens)
+    folders = [folder for folder in (arguments.against, arguments.model) if folder]
     theirs: dict[tuple[str, str], torch.Tensor] = {}
     rows = []
     for folder in folders:
@@ -94,32 +99,37 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("--against", help="a LLaMA that it was converted from")
-    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager", "diff_auto"])
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
-    )
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--text", type=Path, help="UTF-8")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    add_overwrite(parser)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", help="folder or Hub id")
+    add("--against", help="folder or Hub id of the LLaMA that it was converted from")
+    add("--attention", nargs="+", default=["sdpa", "eager", "diff_auto"], help="attention implementations")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2], help="dtypes of the weights and the arithmetic")
+    add("--tokens", type=int, default=512, help="number of tokens to read")
+    add("--text", type=Path, help="UTF-8 text to read (default: Python's standard library)")
+    add_device(parser)
+    add_output(parser, "precision.json")
+    add("--smoke", action="store_true", help="64 tokens of the small LLaMA of this repository")
     arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.model = arguments.model or str(TINY_LLAMA)
+        arguments.tokens = 64
+    if arguments.model is None:
+        parser.error("--model is needed, or --smoke")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     logging.disable_progress_bar()
-    try:
-        if arguments.output:
-            make_room([arguments.output], arguments.overwrite)
+    inputs = [arguments.model, arguments.against]
+    with one_line_errors(__file__), output_folder(arguments, ["precision.json"], inputs) as output:
         rows = compare(arguments)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"compare_precision: {error}")
-    show(rows)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         record = {"environment": environment(arguments.device), "tokens": arguments.tokens, "rows": rows}
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (output / "precision.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(rows)
 
 
 if __name__ == "__main__":

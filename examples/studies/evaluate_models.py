@@ -2,7 +2,7 @@
 lm-evaluation-harness on converted checkpoints and LLaMA alike, through its Python API (`pip install lm-eval`).
 
     python examples/studies/evaluate_models.py --model out/v2 examples/assets/tiny-llama    # two tasks, offline
-    python examples/studies/evaluate_models.py --model out/v2 --tasks hellaswag arc_easy --output out/evaluation.json
+    python examples/studies/evaluate_models.py --model out/v2 --tasks hellaswag arc_easy --output out/evaluation
     python examples/studies/evaluate_models.py --smoke
 
 Without --tasks: `recall`, multiple choice (which of four numbers said in the text belongs to a name; chance is 25 %),
@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
+from modeling_diff.experiments.command_line import one_line_errors, script_parser
 from modeling_diff.experiments.loading import load_tokenizer
-from modeling_diff.experiments.output_files import add_overwrite, make_room
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -34,7 +36,8 @@ PIECE_LINES = 40
 
 def recall_documents(text: str, count: int, lines: int, seed: int) -> list[dict]:
     """Pieces of `lines` lines of text, in which four names get numbers; one is asked for, and the four are offered."""
-    source, draw = [line for line in text.splitlines() if line.strip()], random.Random(seed)
+    source = [line for line in text.splitlines() if line.strip()]
+    draw = random.Random(seed)
     if len(source) < lines:
         raise ValueError(f"--text has {len(source)} lines that are not empty; {lines} are needed (--lines)")
     documents = []
@@ -120,43 +123,46 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
             print(f"| {task} | {metric} | " + " | ".join(values) + " |")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", help="folders or Hub ids")
-    parser.add_argument("--tasks", nargs="+", help="of lm-eval, instead of those made here")
-    parser.add_argument("--text", type=Path, default=ASSETS / "heldout.txt", help="for the tasks made here")
-    parser.add_argument("--documents", type=int, default=200, help="of each task made here")
-    parser.add_argument("--lines", type=int, default=16, help="of text around the four numbers")
-    parser.add_argument("--limit", type=int, help="documents a task")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--output", type=Path, help="write the results as JSON, too")
-    add_overwrite(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="the small LLaMA on a few documents")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", nargs="+", help="folders or Hub ids")
+    add("--tasks", nargs="+", help="tasks of lm-eval, instead of those made here")
+    add("--text", type=Path, default=ASSETS / "heldout.txt", help="text for the tasks made here")
+    add("--documents", type=int, default=200, help="documents of each task made here")
+    add("--lines", type=int, default=16, help="lines of text around the four numbers")
+    add("--limit", type=int, help="documents per task")
+    add("--batch-size", type=int, default=8, help="documents per forward pass")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="dtype of the models")
+    add_output(parser, "evaluation.json")
+    add("--seed", type=int, default=0, help="seed of the tasks made here")
+    add("--smoke", action="store_true", help="the small LLaMA on a few documents")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.model, arguments.documents = arguments.model or [str(ASSETS)], 4
+        arguments.model = arguments.model or [str(ASSETS)]
+        arguments.documents = 4
     if not arguments.model:
         parser.error("--model is needed, or --smoke")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         sys.exit("evaluate_models: lm-evaluation-harness is not installed: pip install lm-eval")
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if arguments.output:
-                make_room([arguments.output], arguments.overwrite)
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            tasks = arguments.tasks or local_tasks(Path(folder), arguments)
-            tokenizers = {name: load_tokenizer(name) for name in arguments.model}
-            results = {name: evaluate(name, tokenizer, tasks, arguments) for name, tokenizer in tokenizers.items()}
-        except (OSError, ValueError) as error:
-            sys.exit(f"evaluate_models: {error}")
+    with (
+        one_line_errors(__file__),
+        output_folder(arguments, ["evaluation.json"], arguments.model) as output,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        tasks = arguments.tasks or local_tasks(Path(folder), arguments)
+        tokenizers = {name: load_tokenizer(name) for name in arguments.model}
+        results = {name: evaluate(name, tokenizer, tasks, arguments) for name, tokenizer in tokenizers.items()}
+        (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_table(results)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The paper's claim, tried: V1 is the paper's (half as many heads, each twice as wide; its schedule of lambda, its norm),
 V2 has twice the queries and an MLP as much narrower as that costs. Text is Python source with synthetic recall.
 Reports held-out loss, recall and lambda, mean ± standard deviation over seeds. Finished runs in the output folder are
-kept and read, so a stopped command goes on. At the root; nine runs on one thread in about an hour, one run on a GPU:
+kept and read, so a stopped command continues. At the root; nine runs on one thread in about an hour, one run on a GPU:
 
     OMP_NUM_THREADS=1 python examples/studies/pretrain_from_scratch.py --output out/scratch --compile on
     python examples/studies/pretrain_from_scratch.py --output out/scratch-large --size large --compile on
@@ -11,26 +11,29 @@ kept and read, so a stopped command goes on. At the root; nine runs on one threa
 
 A limit: one learning rate for all three, tuned for none.
 
-Size legend: B rows a batch, T tokens a row (the context).
+Size legend: B rows per batch, T tokens per row (the context).
 """
 
 import argparse
 import json
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from pretraining_measures import in_words, measure, recall_sets
 from tiny_llama_text import Recall, held_out_windows, prepare_text, training_rows
-from train_tiny_llama import Size, build_model, command_line, mean_loss, recall_accuracy, to_json, train
+from train_tiny_llama import Size, build_model, mean_loss, recall_accuracy, to_json, train
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
+from modeling_diff.experiments.output_files import add_output, output_folder
+from modeling_diff.experiments.plots import pyplot_for
 
 
+RESULTS = ("results.json", "curves.png", "*-seed*")
 MODELS = {"llama": "LLaMA", "v1": "DIFF V1", "v2": "DIFF V2"}
 SIZES = {
     "tiny": Size(128, 352, 4, 4, 4, 1024, 256, 8, 1200, 3e-3, "stdlib"),
@@ -197,14 +200,9 @@ def print_table(rows):
 
 def plot(records, path):
     """Held-out loss and needle accuracy over steps: a thin line a seed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed", flush=True)
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     titles = {"heldout": "held-out loss (nats/token)", "needle_accuracy": "one needle recalled (16 rows)"}
     for axis, (what, title) in zip(axes, titles.items(), strict=True):
@@ -219,44 +217,49 @@ def plot(records, path):
     pyplot.close(figure)
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path("out/pretrain_from_scratch")
-    parser.add_argument(
-        "--output", type=Path, default=default, help="folder to write or go on in (default: %(default)s)"
-    )
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--size", choices=["tiny", "small", "large"], default="tiny")
-    parser.add_argument("--smoke", action="store_true", help="toys of models in seconds, instead of --size")
-    parser.add_argument("--steps", type=int, help="optimiser steps a run")
-    parser.add_argument("--batch", type=int, help="rows a step")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate, of all models")
-    parser.add_argument("--recall-share", type=float, default=0.5, help="share of recall rows in a batch (0 to 0.9)")
-    parser.add_argument("--recall-rows", type=int, default=100, help="rows of each kind that recall is measured on")
-    parser.add_argument("--attention", default="sdpa", help="of all models, so that only the maths differs")
-    parser.add_argument("--compile", choices=["on", "off"], default="off", help="torch.compile; needs a C++ compiler")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", action="store_true", help="write the trained models as well")
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Size]:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_output(parser, "results.json, curves.png and every run, to continue in", "pretrain_from_scratch")
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models to train")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the weights and of the order of the text")
+    add("--size", choices=["tiny", "small", "large"], default="tiny", help="shape, text and length of the runs")
+    add("--smoke", action="store_true", help="toys of models in seconds, instead of --size")
+    add("--max-steps", type=int, help="optimizer steps per run (default: the size's)")
+    add("--per-device-train-batch-size", type=int, help="rows per step (default: the size's)")
+    add("--learning-rate", type=float, help="peak learning rate of all models (default: the size's)")
+    add("--recall-share", type=float, default=0.5, help="share of recall rows in a batch (0 to 0.9)")
+    add("--recall-rows", type=int, default=100, help="rows of each kind that recall is measured on")
+    add("--attention", default="sdpa", help="attention of all models, so that only the mathematics differs")
+    add("--compile", choices=["on", "off"], default="off", help="torch.compile; needs a C++ compiler")
+    add_device(parser)
+    add("--save", action="store_true", help="write the trained models as well")
     args = parser.parse_args(argv)
     size = SIZES["smoke" if args.smoke else args.size]
-    given = {"batch": args.batch, "steps": args.steps, "learning_rate": args.learning_rate}
+    given = {
+        "batch": args.per_device_train_batch_size,
+        "steps": args.max_steps,
+        "learning_rate": args.learning_rate,
+    }
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     if args.smoke:
         args.recall_rows = min(args.recall_rows, 2)
     if not 0 <= args.recall_share <= 0.9:
         parser.error(f"--recall-share {args.recall_share} must lie between 0 and 0.9")
     if min(size.batch, size.steps, size.learning_rate, args.recall_rows) <= 0:
-        parser.error("--batch, --steps, --learning-rate and --recall-rows must be positive")
+        names = "--per-device-train-batch-size, --max-steps, --learning-rate and --recall-rows"
+        parser.error(f"{names} must be positive")
+    args.command = typed_command(__file__, argv)
     return args, size
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, size = parse_args(argv)
-    args.command = command_line(argv).replace("train_tiny_llama", "pretrain_from_scratch")
-    args.output.mkdir(parents=True, exist_ok=True)
-    print_table(summarize(run_all(size, args), args))
+def main(argv: Sequence[str] | None = None) -> None:
+    args, size = parse(argv)
+    with (
+        one_line_errors(__file__),
+        output_folder(args, RESULTS, resume=not args.overwrite) as args.output,
+    ):
+        print_table(summarize(run_all(size, args), args))
 
 
 if __name__ == "__main__":

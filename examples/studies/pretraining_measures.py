@@ -1,6 +1,6 @@
-"""What the pretraining examples measure alike: held-out loss, recall, lambda a layer; and a mean with its spread.
+"""What the pretraining examples measure alike: held-out loss, recall, lambda per layer; and a mean with its spread.
 
-Size legend: B rows, T tokens a row, H heads.
+Size legend: B rows, T tokens per row, H heads.
 """
 
 import statistics

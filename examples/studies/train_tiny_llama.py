@@ -1,20 +1,20 @@
-"""Train a small LLaMA of our own on text every machine has, so that conversions can be measured without a download.
+"""Trains a small LLaMA of our own on text every machine has, so that conversions can be measured without a download.
 
 The text is Python source (the standard library's, for `--size large` the installed packages' as well) with a share of
 synthetic key-value recall, so that retrieval exists to be measured. The committed model came from two runs,
 at the root (the first with fewer kinds of recall text than there are now: see its training_record.json):
 
-    python examples/studies/train_tiny_llama.py --output tiny-llama-1 --minutes 40 --compile on
-    python examples/studies/train_tiny_llama.py --output examples/assets/tiny-llama --init tiny-llama-1 --minutes 17 \\
+    python examples/studies/train_tiny_llama.py --output out/tiny-llama-1 --minutes 40 --compile on
+    python examples/studies/train_tiny_llama.py --output out/tiny-llama --init out/tiny-llama-1 --minutes 17 \\
         --recall-share 0.5 --learning-rate 1.5e-3 --seed 1 --compile on
 
 A sister with as many KV heads as query heads, a larger model on a GPU, and a check that everything runs:
 
-    python examples/studies/train_tiny_llama.py --output tiny-llama-mha --kv-heads 8
-    python examples/studies/train_tiny_llama.py --output large-llama --size large --compile on
+    python examples/studies/train_tiny_llama.py --output out/tiny-llama-mha --kv-heads 8
+    python examples/studies/train_tiny_llama.py --output out/large-llama --size large --compile on
     python examples/studies/train_tiny_llama.py --smoke
 
-Size legend: B rows a batch, T tokens a row (the context), N tokens of a stream.
+Size legend: B rows per batch, T tokens per row (the context), N tokens of a stream.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import json
 import math
 import platform
 import re
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,9 @@ import torch
 import transformers
 from tiny_llama_text import Recall, calibration_text, encode, held_out_windows, prepare_text, training_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser, typed_command
+from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Size:
     text: str
 
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TEXTS = ("heldout.txt", "calibration.txt", "training_record.json", "README.md")
+RESULTS = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER, *TEXTS)
 SIZES = {
     "tiny": Size(256, 576, 5, 8, 4, 2048, 512, 8, 4000, 2e-3, "stdlib"),
     "large": Size(768, 2048, 14, 12, 4, 16384, 1024, 128, 3000, 1e-3, "stdlib+packages"),
@@ -214,14 +220,6 @@ License Agreement (https://docs.python.org/3/license.html). They were shortened 
 """
 
 
-def command_line(argv):
-    """The command as typed at the root; of an absolute folder only its name"""
-    words = ["python examples/studies/train_tiny_llama.py"]
-    for before, word in zip(["", *argv], argv, strict=False):
-        words.append(Path(word).name if before in ("--output", "--init") and Path(word).is_absolute() else word)
-    return " ".join(words)
-
-
 def describe_hardware(device):
     """In words: a processor's kind, never a machine's name."""
     if device.startswith("cuda"):
@@ -248,8 +246,7 @@ def readme_text(record):
 
 
 def write_output(folder, model, tokenizer, texts, record):
-    """Weights in bf16, tokenizer, texts {file name: text}, record and README."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes weights in bfloat16, tokenizer, texts {file name: text}, record and README."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     texts = texts | {"training_record.json": to_json(record), "README.md": readme_text(record)}
@@ -257,42 +254,46 @@ def write_output(folder, model, tokenizer, texts, record):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path("out/train_tiny_llama")
-    parser.add_argument("--output", type=Path, default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--size", choices=["tiny", "large"], default="tiny")
-    parser.add_argument("--smoke", action="store_true", help="a toy of a model in seconds, instead of --size")
-    parser.add_argument("--kv-heads", type=int, help="as many as query heads is MHA (default: the size's, GQA)")
-    parser.add_argument("--init", type=Path, help="folder of an earlier run of the same size: go on from its weights")
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Size]:
+    parser = script_parser(__file__, __doc__)
+    add = parser.add_argument
+    add_output(parser, "the model, its texts and record", "train_tiny_llama")
+    add("--size", choices=["tiny", "large"], default="tiny", help="shape, text and length of the run")
+    add("--smoke", action="store_true", help="a toy of a model in seconds, instead of --size")
+    add("--kv-heads", type=int, help="key-value heads; as many as query heads is MHA (default: the size's, GQA)")
+    add("--init", type=Path, help="folder of an earlier run of the same size to continue from")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="optimiser steps; the same seed gives the same run")
+    length.add_argument("--max-steps", type=int, help="optimizer steps; the same seed gives the same run")
     length.add_argument("--minutes", type=float, help="train this long instead; the schedule follows the clock")
-    parser.add_argument("--batch", type=int, help="rows a step")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate")
-    parser.add_argument("--recall-share", type=float, default=0.375, help="share of recall rows in a batch (0 to 0.9)")
-    parser.add_argument("--compile", choices=["on", "off"], default="off", help="torch.compile; needs a C++ compiler")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace files in an output folder that has some")
+    add("--per-device-train-batch-size", type=int, help="rows per step (default: the size's)")
+    add("--learning-rate", type=float, help="peak learning rate (default: the size's)")
+    add("--recall-share", type=float, default=0.375, help="share of recall rows in a batch (0 to 0.9)")
+    add("--compile", choices=["on", "off"], default="off", help="torch.compile; needs a C++ compiler")
+    add_device(parser)
+    add("--seed", type=int, default=0, help="seed of the weights and of the order of the text")
     args = parser.parse_args(argv)
     size = SIZES["smoke" if args.smoke else args.size]
-    given = {"kv_heads": args.kv_heads, "batch": args.batch, "steps": args.steps, "learning_rate": args.learning_rate}
+    given = {"kv_heads": args.kv_heads, "steps": args.max_steps, "learning_rate": args.learning_rate}
+    given["batch"] = args.per_device_train_batch_size
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     if size.kv_heads < 1 or size.heads % size.kv_heads:
         parser.error(f"--kv-heads {size.kv_heads} must divide the {size.heads} query heads")
     if not 0 <= args.recall_share <= 0.9:
         parser.error(f"--recall-share {args.recall_share} must lie between 0 and 0.9")
     if min(size.batch, size.steps, size.learning_rate, 1 if args.minutes is None else args.minutes) <= 0:
-        parser.error("--batch, --steps, --minutes and --learning-rate must be positive")
-    if args.output.exists() and any(args.output.iterdir()) and not args.overwrite:
-        parser.error(f"--output {args.output} has files in it: name another folder or add --overwrite")
+        parser.error("--per-device-train-batch-size, --max-steps, --minutes and --learning-rate must be positive")
+    args.command = typed_command(__file__, argv)
     return args, size
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, size = parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    args, size = parse(argv)
+    with one_line_errors(__file__), output_folder(args, RESULTS, [args.init]) as output:
+        run(args, size, output)
+
+
+def run(args, size, output):
+    """Prepares the text, trains, measures and writes."""
     started = time.monotonic()
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else None
@@ -319,7 +320,7 @@ def main(argv=None):
     final["heldout_loss"] = mean_loss(model, windows)
     final["heldout_bytes_per_token"] = len(held_out.encode()) / len(encode(tokenizer, [held_out])[0])
     record = {
-        "command": command_line(argv),
+        "command": args.command,
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, transformers, tokenizers)},
@@ -332,13 +333,13 @@ def main(argv=None):
         "tokens_seen": steps * size.batch * size.context,
         "train_seconds": train_seconds,
         "wall_seconds": round(time.monotonic() - started),
-        "loss_unit": "nats a token",
+        "loss_unit": "nats/token",
         "started_from": earlier,
         "final": final,
         "curve": curve,
     }
     calibration = calibration_text(parts["calibration"], tokenizer, recall)
-    write_output(args.output, model, tokenizer, {"heldout.txt": held_out, "calibration.txt": calibration}, record)
+    write_output(output, model, tokenizer, {"heldout.txt": held_out, "calibration.txt": calibration}, record)
     print(json.dumps(final, indent=1))
 
 

@@ -1,10 +1,18 @@
-"""What examples load the same way, and say in one line where it cannot."""
+"""Loading for scripts, with one line where it fails."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    """Of a folder or Hub id; `ValueError` names it, which transformers' own error without a network does not."""
+    """
+    Returns the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: Folder or Hub id.
+
+    Raises:
+        ValueError: It has none; names it, which transformers' own error without a network does not.
+    """
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:

@@ -1,85 +1,101 @@
-"""What examples write: never over their input, and over earlier results only when asked."""
+"""What scripts write: never over their input, and over earlier results only when asked and once the new ones exist."""
 
 import argparse
 import shutil
-import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def add_output(parser: argparse.ArgumentParser, name: str, holds: str) -> None:
+def add_output(parser: argparse.ArgumentParser, holds: str, name: str | None = None) -> None:
     """
     Adds --output and --overwrite.
 
     Args:
         parser: The script's parser.
-        name: File or folder below `out` that is written by default.
         holds: What is written there, for --help.
+        name: Folder below `out` that is written by default; None keeps nothing without --output.
     """
+    default = "nothing is kept" if name is None else f"out/{name}; with --smoke nothing is kept"
     parser.set_defaults(output_name=name)
-    parser.add_argument("--output", type=Path, help=f"{holds} (default: out/{name})")
-    add_overwrite(parser)
+    parser.add_argument("--output", type=Path, help=f"folder for {holds} (default: {default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results once the new are complete")
 
 
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Adds --overwrite alone, for scripts whose output is optional or has another name."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-
-
-def settle_output(
-    arguments: argparse.Namespace, results: Iterable[str] = (), inputs: Iterable[str | Path | None] = ()
-) -> None:
+@contextmanager
+def output_folder(
+    arguments: argparse.Namespace,
+    results: Iterable[str],
+    inputs: Iterable[str | Path | None] = (),
+    resume: bool = False,
+    main_process: bool = True,
+) -> Iterator[Path]:
     """
-    Fills in `arguments.output` and makes room for the results.
+    Yields the folder to write results in, and fills in `arguments.output`.
 
-    `--smoke` alone writes next to the default and replaces what an earlier `--smoke` left there.
+    Earlier results stay until the block has ended: the folder is then one next to --output, whose content takes their
+    place. A block that fails leaves its folder, unless that is empty.
 
     Args:
         arguments: Of a parser that went through `add_output`.
-        results: Patterns of what the script writes in its output folder.
+        results: Names, or patterns where they vary, of the files and folders that the script writes.
         inputs: Folders and files that the script reads; Hub ids among them are passed over.
+        resume: Whether to continue in the folder of a stopped run.
+        main_process: Whether this process changes folders; of several processes one does.
 
     Raises:
         ValueError: The output is an input, lies in one or holds one, or has results and --overwrite is not given.
     """
-    overwrite = arguments.overwrite
-    if arguments.output is None:
-        name = Path(arguments.output_name)
-        if getattr(arguments, "smoke", False):
-            name = name.with_stem(f"{name.stem}-smoke")
-            overwrite = True
-        arguments.output = "out" / name
-    output = arguments.output.resolve()
-    for path in (Path(given).resolve() for given in inputs if given is not None):
-        if path.exists() and (path == output or path in output.parents or output in path.parents):
-            raise ValueError(f"--output {arguments.output}: what is written there would mix with {path}; name another")
-    make_room([path for pattern in results for path in sorted(arguments.output.glob(pattern))], overwrite)
-
-
-def room_or_exit(paths: Iterable[Path], overwrite: bool) -> None:
-    """Does what `make_room` does, and ends the script with its one line where there is none."""
+    if arguments.output is None and (arguments.output_name is None or getattr(arguments, "smoke", False)):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.output = Path(folder)
+            yield arguments.output
+        return
+    output = arguments.output = arguments.output or Path("out") / arguments.output_name
+    check_inputs(output, inputs)
+    found = [path for pattern in results for path in sorted(output.glob(pattern))]
+    if found and not resume and not arguments.overwrite:
+        others = ", --resume to continue it" if hasattr(arguments, "resume") else ""
+        raise ValueError(f"{found[0]} is there: add --overwrite to replace it{others}, or name another --output")
+    replaces = bool(found) and arguments.overwrite
+    folder = part_of(output) if replaces else output
+    if main_process:
+        if replaces and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        make_room(paths, overwrite)
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        yield folder
+    except BaseException:
+        if main_process and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    if replaces and main_process:
+        swap(folder, output, found)
 
 
-def make_room(paths: Iterable[Path], overwrite: bool) -> None:
-    """
-    Removes results of an earlier run.
+def part_of(output: Path) -> Path:
+    """Returns the folder next to `output` in which results are made that replace those in it."""
+    output = output.resolve()
+    return output.with_name(f"{output.name}.part")
 
-    Args:
-        paths: Files and folders that will be written; those that are not there are passed over.
-        overwrite: Whether the user allowed it.
 
-    Raises:
-        ValueError: One of them is there, and the user did not.
-    """
-    found = [path for path in paths if path.exists()]
-    if found and not overwrite:
-        raise ValueError(f"{found[0]} is there: add --overwrite to replace it, or name another --output")
-    for path in found:
-        if path.is_dir():
-            shutil.rmtree(path)
+def check_inputs(output: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raises `ValueError` if what is written to `output` would mix with one of `inputs`."""
+    resolved = output.resolve()
+    for path in (Path(given).resolve() for given in inputs if given is not None):
+        if path.exists() and (path == resolved or path in resolved.parents or resolved in path.parents):
+            raise ValueError(f"--output {output}: what is written there would mix with {path}; name another")
+
+
+def swap(folder: Path, output: Path, earlier: Iterable[Path]) -> None:
+    """Puts what is in `folder` in `output`, in the place of the `earlier` results there, and removes `folder`."""
+    written = sorted(folder.iterdir())
+    for old in {*earlier, *(output / path.name for path in written)}:
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
         else:
-            path.unlink()
+            old.unlink(missing_ok=True)
+    for path in written:
+        shutil.move(path, output / path.name)
+    folder.rmdir()

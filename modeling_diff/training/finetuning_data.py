@@ -10,7 +10,15 @@ Example = dict[str, list[int]]
 
 
 def read_records(paths: list[Path]) -> list[dict]:
-    """JSON lines as they are, every other file as one `text`."""
+    """
+    Returns the records of files: JSON lines unchanged, every other file as one `text`.
+
+    Args:
+        paths: Files ending in .jsonl or .json, one object per line, and text files.
+
+    Raises:
+        ValueError: A file is missing, not UTF-8, or holds a line that is no such object.
+    """
     records = []
     for path in paths:
         if not path.is_file():
@@ -32,9 +40,9 @@ def read_record(line: str, place: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}); give one object a line") from None
+        raise ValueError(f"{place}: not JSON ({error.msg}); give one object per line") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object a line")
+        raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object per line")
     for name in set(fields_read(record)) - {"messages"}:
         if not isinstance(record[name], str):
             raise ValueError(f"{place}: {name} is {type(record[name]).__name__}, not a string")
@@ -42,7 +50,7 @@ def read_record(line: str, place: str) -> dict:
 
 
 def fields_read(record: dict) -> tuple[str, ...]:
-    """The first of the forms that a record has, null being nothing; what else is in it is not read."""
+    """Returns the first of the forms that a record has; null counts as absent, other fields are not read."""
     given = {name for name, value in record.items() if value is not None}
     forms = ("messages",), ("prompt", "completion"), ("text",)
     return next((form for form in forms if given.issuperset(form)), ())
@@ -50,10 +58,16 @@ def fields_read(record: dict) -> tuple[str, ...]:
 
 def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """
-    `input_ids` and `labels` of every record, -100 where there is no loss.
+    Returns `input_ids` and `labels` of every record, -100 where there is no loss.
 
-    Raises `ValueError` for no data, unknown fields, a missing chat template or eos, and what is longer than
-    `max_length`.
+    Args:
+        records: Records with `messages`, with `prompt` and `completion`, or with `text`.
+        tokenizer: Tokenizer of the model; `messages` need its chat template, a completion its eos token.
+        max_length: Most tokens per example; `text` is cut into windows of it.
+
+    Raises:
+        ValueError: There is no data, a record has none of these forms or is longer than `max_length`, or the
+            tokenizer lacks what a record needs.
     """
     examples = []
     for number, record in enumerate(records, 1):

@@ -1,7 +1,4 @@
-"""Documents from text files, JSON lines or `datasets`, packed into rows whose positions restart at every document.
-
-Size legend: T tokens a row (the context).
-"""
+"""Documents from text files, JSON lines or `datasets`, packed into rows whose positions restart at every document."""
 
 import glob
 import json
@@ -26,9 +23,14 @@ Row = dict[str, list[int]]
 
 def text_files(patterns: list[str], text_column: str = "text") -> Documents:
     """
-    Every text file is a document, of JSON lines every line; files in another order every epoch.
+    Returns a reader of files: a text file is a document, of JSON lines every line is; a new order every epoch.
 
-    Raises `ValueError` for a pattern that no file matches, and, when read, for what is not UTF-8 or not such JSON.
+    Args:
+        patterns: Glob patterns; `**` goes through folders.
+        text_column: Field of JSON lines that holds the text.
+
+    Raises:
+        ValueError: No file matches a pattern, or, when read, a file is not UTF-8 or no such JSON.
     """
     paths = []
     for pattern in patterns:
@@ -54,7 +56,7 @@ def opened(path: Path) -> Iterator[TextIO]:
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """Whole lines, about PIECE_BYTES at a time."""
+    """Yields whole lines, about PIECE_BYTES at a time."""
     with opened(path) as lines:
         while piece := lines.readlines(PIECE_BYTES):
             yield "".join(piece)
@@ -80,14 +82,20 @@ def checked_text(record: dict, text_column: str) -> str:
 
 def dataset_documents(name: str, split: str, text_column: str = "text") -> Documents:
     """
-    Rows of a folder that `datasets` saved, or of what `load_dataset` knows, streamed.
+    Returns a reader of a data set whose rows are documents, streamed where it is not on disk.
 
-    Raises `ValueError` without `datasets`, and, when read, for a row without text.
+    Args:
+        name: Folder that `datasets` saved, or what `load_dataset` takes.
+        split: Split of it.
+        text_column: Column that holds the text.
+
+    Raises:
+        ValueError: `datasets` is not installed, or, when read, a row has no text.
     """
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
     except ImportError as error:
-        raise ValueError("--dataset needs `pip install datasets`; --train reads text files without it") from error
+        raise ValueError("--dataset needs `pip install datasets`; --data reads text files without it") from error
     if any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         rows = load_from_disk(name)
         rows = rows[split] if isinstance(rows, DatasetDict) else rows
@@ -103,32 +111,44 @@ def dataset_documents(name: str, split: str, text_column: str = "text") -> Docum
 
 class PackedRows(IterableDataset):
     """
-    Rows of exactly `context` tokens without end: bos, a document, eos, bos, the next, cut where a row is full.
+    Iterates over rows of exactly `max_length` tokens without end: bos, a document, eos, bos, the next document.
 
     `position_ids` restart at every document, by which LLaMA and DIFF models mask documents from each other; the first
-    token of a document has no label, nothing before it belongs to it. What a row cuts off begins the next row, at
-    position 0. Rows leave through a buffer of `shuffle_rows` in random order. Everything depends on `seed` alone.
+    token of a document has no label, as nothing before it belongs to it. A document is cut where a row is full, and
+    its rest begins the next row at position 0. Everything depends on `seed` alone.
 
-    Raises `ValueError` for a tokenizer without eos, and while iterating, if an epoch holds no text.
+    Args:
+        documents: Reader of documents, as `text_files` and `dataset_documents` return it.
+        tokenizer: Tokenizer with an eos token; a bos token is used where there is one.
+        max_length: Tokens per row.
+        seed: Seed of the order of documents and rows.
+        shuffle_rows: Rows that wait to be drawn in random order.
+
+    Raises:
+        ValueError: The tokenizer has no eos token, or, while iterating, an epoch holds no text.
     """
 
     def __init__(
         self,
         documents: Documents,
         tokenizer: PreTrainedTokenizerBase,
-        context: int,
+        max_length: int,
         seed: int = 0,
         shuffle_rows: int = 256,
     ):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, which ends every document; name one with --eos-token")
-        if context < 2:
-            raise ValueError(f"context={context}: a row needs 2 tokens at least, one to see and one to predict")
-        self.documents, self.tokenizer, self.context = documents, tokenizer, context
-        self.seed, self.shuffle_rows = seed, shuffle_rows
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length}: a row needs 2 tokens at least, one to see and one to predict")
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.seed = seed
+        self.shuffle_rows = shuffle_rows
 
     def __iter__(self) -> Iterator[Row]:
-        order, waiting = random.Random(self.seed), []
+        order = random.Random(self.seed)
+        waiting = []
         for row in self.in_order(order, endless=True):
             waiting.append(row)
             if len(waiting) > self.shuffle_rows:
@@ -137,14 +157,24 @@ class PackedRows(IterableDataset):
                 yield waiting.pop()
 
     def first_pass(self, max_rows: int | None = None) -> list[Row]:
-        """The rows of one epoch in the order read, `max_rows` at most; what does not fill a row is dropped."""
+        """
+        Returns the rows of one epoch in the order read, without what does not fill a row.
+
+        Args:
+            max_rows: Rows after which reading stops; None reads all.
+
+        Raises:
+            ValueError: The text does not fill one row.
+        """
         rows = []
         for row in self.in_order(random.Random(self.seed), endless=False):
             rows.append(row)
             if len(rows) == max_rows:
                 break
         if not rows:
-            raise ValueError(f"the text does not fill one row of {self.context} tokens; give more or lower --context")
+            raise ValueError(
+                f"the text does not fill one row of {self.max_length} tokens; give more or lower --max-length"
+            )
         return rows
 
     def in_order(self, order: random.Random, endless: bool) -> Iterator[Row]:
@@ -157,7 +187,9 @@ class PackedRows(IterableDataset):
                 for ids in self.token_pieces(document):
                     read += len(ids)
                     while ids:
-                        taken, ids = ids[: self.room(row)], ids[self.room(row) :]
+                        room = self.room(row)
+                        taken = ids[:room]
+                        ids = ids[room:]
                         self.append(row, taken, restart=first or not row["input_ids"])
                         first = False
                         if not self.room(row):
@@ -167,8 +199,9 @@ class PackedRows(IterableDataset):
                 raise ValueError("the data hold no text: every document is empty")
 
     def token_pieces(self, document: Iterable[str]) -> Iterator[list[int]]:
-        """bos and the document's tokens, then eos; nothing for an empty document."""
-        bos, empty = self.tokenizer.bos_token_id, True
+        """Yields bos and the document's tokens, then eos; nothing for an empty document."""
+        bos = self.tokenizer.bos_token_id
+        empty = True
         for text in document:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             if ids:
@@ -178,7 +211,7 @@ class PackedRows(IterableDataset):
             yield [self.tokenizer.eos_token_id]
 
     def room(self, row: Row) -> int:
-        return self.context - len(row["input_ids"])
+        return self.max_length - len(row["input_ids"])
 
     def append(self, row: Row, ids: list[int], restart: bool) -> None:
         start = 0 if restart else row["position_ids"][-1] + 1

@@ -37,22 +37,24 @@ def test_view_attention_writes_a_page_and_figures(tmp_path):
         "--no-measure",
     ]
     subprocess.run(convert, cwd=EXAMPLES.parent, check=True, capture_output=True, timeout=300)
-    result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(converted), "--smoke", "--mark", "4821")
+    models = ("--model", str(TINY_LLAMA), str(converted))
+    result = run(tmp_path, "view_attention.py", *models, "--smoke", "--mark", "4821", "--output", "out")
     assert result.returncode == 0, result.stderr[-3000:]
-    names = {path.name for path in (tmp_path / "out/attention-smoke").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"attention.html", "figures"}
+    names = {path.name for path in (tmp_path / "out/figures").iterdir()}
     figures = {"heads_tiny-llama", "heads_v2", "maps_v2", "mean"}
-    assert names == {"attention.html"} | {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
+    assert names == {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
 
 
 @pytest.mark.slow
 def test_score_heads_writes_scores_and_ablations(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    result = run(tmp_path, "score_heads.py", "--smoke", "--ablate", "1")
+    result = run(tmp_path, "score_heads.py", "--smoke", "--ablate", "1", "--output", "out")
     assert result.returncode == 0, result.stderr[-3000:]
-    scores = json.loads((tmp_path / "out/heads-smoke/scores.json").read_text())
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert len(scores) == 5 * 8 and max(score["induction"] for score in scores) > 0.5
-    assert len(json.loads((tmp_path / "out/heads-smoke/ablation.json").read_text())) == 4
-    assert (tmp_path / "out/heads-smoke/scores.png").stat().st_size > 5000
+    assert len(json.loads((tmp_path / "out/ablation.json").read_text())) == 4
+    assert (tmp_path / "out/scores.png").stat().st_size > 5000
 
 
 @pytest.fixture
@@ -93,19 +95,17 @@ def refuses(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_models_may_have_two_tokenizers(letters, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    result = run(tmp_path, "view_attention.py", str(TINY_LLAMA), str(letters), "--smoke")
+    result = run(tmp_path, "view_attention.py", "--model", str(TINY_LLAMA), str(letters), "--smoke", "--output", "out")
     assert result.returncode == 0, result.stderr[-3000:]
-    data = re.search(
-        r'id="data">(.*?)</script>', (tmp_path / "out/attention-smoke/attention.html").read_text(), re.DOTALL
-    )
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "out/attention.html").read_text(), re.DOTALL)
     first, second = (model["tokens"] for model in json.loads(data.group(1))["models"])
-    assert len(second) == 60 > len(first) and (tmp_path / "out/attention-smoke/mean.svg").is_file()
+    assert len(second) == 60 > len(first) and (tmp_path / "out/figures/mean.svg").is_file()
 
 
 def test_view_attention_says_in_one_line_what_is_wrong(bare, refuses):
     for arguments, message in (
-        (("nowhere",), "nowhere: no tokenizer can be loaded"),
-        ((bare,), "no tokenizer can be loaded"),
+        (("--model", "nowhere"), "nowhere: no tokenizer can be loaded"),
+        (("--model", bare), "no tokenizer can be loaded"),
         (("--text", " "), "text is empty"),
         (("--text-file", "absent.txt"), "absent.txt"),
         (("--layers", "5"), "layers=[5]: there are 5 layers"),
@@ -117,14 +117,14 @@ def test_view_attention_says_in_one_line_what_is_wrong(bare, refuses):
 
 
 def test_two_tokenizers_have_no_mark_in_common(letters, refuses):
-    refuses("view_attention", "cut the text differently", TINY_LLAMA, letters, "--mark", "4821")
+    refuses("view_attention", "cut the text differently", "--model", TINY_LLAMA, letters, "--mark", "4821")
 
 
 def test_score_heads_says_in_one_line_what_is_wrong_before_its_work(refuses, monkeypatch):
     module = importlib.import_module("score_heads")
     monkeypatch.setattr(module, "make_prompts", lambda *arguments: pytest.fail("this is work"))
     for arguments, message in (
-        (("nowhere",), "nowhere: no tokenizer can be loaded"),
+        (("--model", "nowhere"), "nowhere: no tokenizer can be loaded"),
         (("--converted", "nowhere"), "conversion.json: not there"),
         (("--length", "100000"), "max_position_embeddings is 512"),
     ):

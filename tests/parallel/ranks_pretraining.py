@@ -24,8 +24,9 @@ from modeling_diff import DiffLlamaForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = ("v1", "v2")
-ARGUMENTS = ["--steps", "4", "--save-steps", "2", "--context", "16", "--learning-rate", "1e-3", "--logging-steps", "1"]
-ARGUMENTS += ["--shuffle-rows", "4", "--eval-rows", "4", "--eval-steps", "2", "--keep", "9"]
+ARGUMENTS = ["--max-steps", "4", "--save-steps", "2", "--max-length", "16", "--learning-rate", "1e-3"]
+ARGUMENTS += ["--logging-steps", "1", "--shuffle-rows", "4", "--eval-rows", "4", "--eval-steps", "2"]
+ARGUMENTS += ["--save-total-limit", "9"]
 LOSSES = ("loss", "eval_loss")
 LAMBDAS = ("lambda/mean", "lambda/grad_norm")
 
@@ -60,8 +61,8 @@ def write_texts(folder: Path) -> None:
 
 def arguments_for(model: Path, texts: Path, output: Path, batch_size: int, *more: str) -> list[str]:
     return [
-        *("--model", str(model), "--train", f"{texts}/train/*.txt", "--eval", f"{texts}/eval/*.txt"),
-        *("--output", str(output), "--batch-size", str(batch_size), *ARGUMENTS, *more),
+        *("--model", str(model), "--data", f"{texts}/train/*.txt", "--eval-data", f"{texts}/eval/*.txt"),
+        *("--output", str(output), "--per-device-train-batch-size", str(batch_size), *ARGUMENTS, *more),
     ]
 
 

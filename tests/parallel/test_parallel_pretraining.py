@@ -73,7 +73,7 @@ def test_consolidated_model_loads_whole_and_has_the_loss_that_was_logged(ranks, 
     assert model.config.architectures == ["DiffLlamaForCausalLM"]
     assert sorted(path.name for path in saved.glob("*.py")) == called_code(saved)
     tokenizer = AutoTokenizer.from_pretrained(saved)
-    rows = PackedRows(text_files([f"{folder}/texts/eval/*.txt"]), tokenizer, context=16).first_pass(4)
+    rows = PackedRows(text_files([f"{folder}/texts/eval/*.txt"]), tokenizer, max_length=16).first_pass(4)
     losses = []
     for pair in (rows[:2], rows[2:]):  # one of each rank: a loss is the mean over the tokens of both
         batch = {key: torch.tensor([row[key] for row in pair]) for key in pair[0]}

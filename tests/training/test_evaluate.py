@@ -77,10 +77,10 @@ def test_harness_measures_what_the_definitions_say(tmp_path):
     (tmp_path / "text.txt").write_text(text)
     script = Path(evaluate_models.__file__)
     command = [sys.executable, script, "--model", ASSETS, tmp_path / "v2", "--text", tmp_path / "text.txt"]
-    command += ["--documents", "12", "--dtype", "float32", "--output", tmp_path / "new/results.json"]
+    command += ["--documents", "12", "--dtype", "float32", "--output", tmp_path / "new"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    llama, v2 = json.loads((tmp_path / "new/results.json").read_text()).values()
+    llama, v2 = json.loads((tmp_path / "new/evaluation.json").read_text()).values()
     assert llama["recall"]["acc"] > 0.6  # chance is 0.25
     assert v2["recall"]["acc"] == llama["recall"]["acc"]  # the conversion is exact
     expected = byte_perplexity(ASSETS, text)

@@ -38,7 +38,7 @@ def variant(request):
 
 @pytest.fixture
 def checkpoint(tmp_path, variant):
-    """A random model that reads the small LLaMA's tokens, with data beside it."""
+    """A random model that reads the small LLaMA's tokens, with data next to it."""
     folder = tmp_path / "model"
     tiny_model(
         variant, vocab_size=2048, initializer_range=0.05, lambda_init=[0.2, 0.3] if variant == "v1" else None
@@ -51,7 +51,8 @@ def checkpoint(tmp_path, variant):
 
 def run(checkpoint, output="out", trainer="transformers", data="data.jsonl", **options):
     folder = checkpoint.parent
-    settings = {"steps": 4, "batch_size": 2, "save_steps": 2, "logging_steps": 1, "rank": 4, "learning_rate": 0.01}
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "lora_r": 4, "learning_rate": 0.01}
+    settings["per_device_train_batch_size"] = 2
     settings |= {"chat_template": folder / "chat.jinja", "prompt": "upper ab ->"} | options
     command = ["--model", checkpoint, "--data", folder / data, "--output", folder / output, "--trainer", trainer]
     for name, value in settings.items():
@@ -74,7 +75,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_adapter_and_merged_model_come_back(checkpoint, variant, options):
-    output = run(checkpoint, steps=6, eval_data=checkpoint.parent / "data.jsonl", **OPTIONS[options])
+    output = run(checkpoint, max_steps=6, eval_data=checkpoint.parent / "data.jsonl", **OPTIONS[options])
     assert losses(output)[-1] < losses(output)[0]
     result = json.loads((output / "result.json").read_text())
     # The example itself refuses what is above its tolerance; from disk nothing may be lost but bfloat16's rounding.
@@ -175,6 +176,25 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
         read_records([tmp_path / "latin.txt"])
 
 
+def test_chat_of_the_assets_is_read_with_their_template():
+    """Each conversation in the order said, between bos and an eos after every answer, within tiny-llama's context."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    tokenizer.chat_template = (ASSETS.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    records = read_records([ASSETS.parent / "chat.jsonl"])
+    examples = tokenize(records, tokenizer, 128)
+    assert len(records) == len(examples) == 64
+    for record, example in zip(records, examples, strict=True):
+        said = "".join(
+            f"{message['role']}: {message['content']}\n" + ("</s>" if message["role"] == "assistant" else "")
+            for message in record["messages"]
+        )
+        assert tokenizer.decode(example["input_ids"]) == f"<s>{said}"
+        assert example["labels"] == example["input_ids"]
+        assert example["input_ids"].count(tokenizer.eos_token_id) == said.count("</s>")
+    asked = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<s>user: sort b a\nassistant:"
+
+
 def test_completions_need_an_eos_token():
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     tokenizer.eos_token = None
@@ -197,7 +217,7 @@ def test_bad_settings_get_one_clear_error(checkpoint, refuses):
 
 @pytest.mark.parametrize("variant", ["v1"], indirect=True)
 def test_loss_of_nan_and_another_variant_get_one_clear_error(checkpoint, refuses):
-    run(checkpoint, steps=2)
+    run(checkpoint, max_steps=2)
     weights = load_file(checkpoint / "model.safetensors")
     tiny_model("v2", vocab_size=2048).save_pretrained(checkpoint)
     refuses("an adapter of variant 'v1', and the model is 'v2'", resume=True)

@@ -66,8 +66,9 @@ def checkpoint(tmp_path, tokenizer, kind):
 
 def run(folder, texts, output, *words):
     """The example as called, with small numbers; returns what it wrote."""
-    arguments = ["--model", str(folder), "--train", texts, "--output", str(output), "--context", "32", "--steps", "4"]
-    arguments += ["--batch-size", "2", "--save-steps", "2", "--logging-steps", "1", "--shuffle-rows", "3"]
+    arguments = ["--model", str(folder), "--data", texts, "--output", str(output), "--max-length", "32"]
+    arguments += ["--max-steps", "4", "--per-device-train-batch-size", "2", "--save-steps", "2"]
+    arguments += ["--logging-steps", "1", "--shuffle-rows", "3"]
     continue_pretraining.main([*arguments, *words])
     return json.loads((output / "continued.json").read_text())
 
@@ -80,7 +81,7 @@ def parts(row):
 
 
 def test_rows_hold_every_token_once_and_in_order(tokenizer, texts):
-    rows = PackedRows(text_files([texts]), tokenizer, context=16, seed=1).first_pass()
+    rows = PackedRows(text_files([texts]), tokenizer, max_length=16, seed=1).first_pass()
     assert all(len(row[name]) == 16 for row in rows for name in row)
     stream = [token for row in rows for token in row["input_ids"]]
     documents = [[int(word[1:]) for word in text.split()] for text in read_all(texts)]
@@ -109,7 +110,7 @@ def split_at_eos(stream):
 
 def test_rows_depend_on_the_seed_alone(tokenizer, texts):
     def first(seed, count=40):
-        rows = iter(PackedRows(text_files([texts]), tokenizer, context=16, seed=seed, shuffle_rows=5))
+        rows = iter(PackedRows(text_files([texts]), tokenizer, max_length=16, seed=seed, shuffle_rows=5))
         return [next(rows)["input_ids"] for _ in range(count)]
 
     assert first(3) == first(3) != first(4)
@@ -117,7 +118,7 @@ def test_rows_depend_on_the_seed_alone(tokenizer, texts):
 
 def test_packed_documents_equal_separate_ones(tokenizer, texts, kind):
     """Loss and gradient of a packed row are those of its documents one by one, weighted by their labels."""
-    rows = PackedRows(text_files([texts]), tokenizer, context=48).first_pass()
+    rows = PackedRows(text_files([texts]), tokenizer, max_length=48).first_pass()
     row = max(rows, key=lambda row: len(parts(row)))
     assert len(parts(row)) >= 3
     model = build(kind)
@@ -135,7 +136,7 @@ def test_packed_documents_equal_separate_ones(tokenizer, texts, kind):
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(checkpoint, texts, tmp_path):
-    words = ["--eval", texts, "--eval-rows", "3", "--eval-steps", "2", "--gradient-accumulation", "2"]
+    words = ["--eval-data", texts, "--eval-rows", "3", "--eval-steps", "2", "--gradient-accumulation-steps", "2"]
     whole = run(checkpoint, texts, tmp_path / "whole", *words)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     resumed = run(checkpoint, texts, tmp_path / "resumed", *words, "--resume")
@@ -176,7 +177,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tokenizer, texts, tmp_pat
     assert "no text" in refused(folder, str(tmp_path / "empty.txt"), output)
     assert "line 2" in refused(folder, str(tmp_path / "bad.jsonl"), output)
     assert "latin.jsonl: not UTF-8" in refused(folder, str(tmp_path / "latin.jsonl"), output)
-    assert "max_position_embeddings=64" in refused(folder, texts, output, "--context", "65")
+    assert "max_position_embeddings=64" in refused(folder, texts, output, "--max-length", "65")
     assert "no checkpoint" in refused(folder, texts, output, "--resume")
     assert "--seed" not in refused(folder, texts, output, "--query-factor", "0")
     nameless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
@@ -264,7 +265,7 @@ def test_spread_is_the_sample_standard_deviation():
 
 @pytest.mark.slow
 def test_from_scratch_smoke_trains_three_models_and_goes_on(tmp_path, capsys):
-    words = ["--smoke", "--output", str(tmp_path), "--seeds", "0", "1", "--steps", "4", "--device", "cpu"]
+    words = ["--smoke", "--output", str(tmp_path), "--seeds", "0", "1", "--max-steps", "4", "--device", "cpu"]
     pretrain_from_scratch.main(words)
     first = json.loads((tmp_path / "results.json").read_text())
     assert [row["seeds"] for row in first["rows"]] == [2, 2, 2] and len(first["runs"]) == 6
@@ -279,4 +280,4 @@ def test_from_scratch_smoke_trains_three_models_and_goes_on(tmp_path, capsys):
     again = json.loads((tmp_path / "results.json").read_text())
     assert [run["final"] for run in again["runs"]] == [run["final"] for run in first["runs"]]
     with pytest.raises(SystemExit, match="another --output"):
-        pretrain_from_scratch.main([*words, "--batch", "2"])
+        pretrain_from_scratch.main([*words, "--per-device-train-batch-size", "2"])
