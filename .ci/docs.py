@@ -1,14 +1,15 @@
 """
-What the documentation takes from the code: the command line's reference, the file tree, and files outside docs/.
+What the documentation takes from the code: the command line's reference, tables, and files outside docs/.
 
-    docs.py          writes the file tree into docs/developer/architecture.md
-    docs.py check    says whether it is as it should be
+    docs.py          writes the file tree and the table of models into their pages
+    docs.py check    says whether they are as they should be
 
 As a hook of mkdocs (`mkdocs build`) it fills in the command line's reference, and makes pages of README, the changelog
 and the notebook, so that links of pages which are read on a code host lead somewhere in the built site as well.
 """
 
 import ast
+import html
 import importlib
 import json
 import posixpath
@@ -21,8 +22,6 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURE = ROOT / "docs/developer/architecture.md"
-TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
 TREE_FOLDERS = ("modeling_diff", "conversion", "examples")
 COMMANDS = "<!-- commands -->"
 NOTEBOOK = "examples/notebooks/convert_and_compare.ipynb"
@@ -60,9 +59,34 @@ def file_tree() -> str:
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def with_tree(text: str) -> str:
-    """Returns the page on architecture with the file tree of today."""
-    return TREE.sub(lambda found: found[1] + file_tree() + found[2], text)
+def model_table() -> str:
+    """Returns the models that can be converted as a table of Markdown."""
+    from conversion.source.architectures import ARCHITECTURES
+
+    rows = [
+        f"| `{name}` | {cell(row.models)} | {cell(row.adds)} | {cell(row.limits)} |"
+        for name, row in ARCHITECTURES.items()
+    ]
+    header = [
+        "| `model_type` | models | what its layers have that LLaMA's have not | what is refused |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*header, *rows]) + "\n"
+
+
+# Between two comments of its name in a page: readable on a code host, and a test says when it is old.
+WRITTEN = {
+    "docs/developer/architecture.md": ("tree", file_tree),
+    "docs/concepts/conversion.md": ("models", model_table),
+}
+
+
+def renewed(page: str) -> str:
+    """Returns the text of a page of `WRITTEN` with its block as the code has it today."""
+    name, block = WRITTEN[page]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    return text[: text.index(start) + len(start)] + block() + text[text.index(end) :]
 
 
 def program() -> Any:
@@ -81,7 +105,7 @@ def command_reference() -> str:
         context = command.context_class(command, info_name=f"diff-llama {name}")
         usage = command.get_usage(context).partition(": ")[2]
         records = [param.get_help_record(context) for param in command.get_params(context)]
-        rows = [f"| `{cell(option)}` | {cell(meaning)} |" for option, meaning in filter(None, records)]
+        rows = [f"| {code(option)} | {cell(meaning)} |" for option, meaning in filter(None, records)]
         table = "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
         sections.append(f"## diff-llama {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{table}\n")
     return "\n".join(sections)
@@ -89,6 +113,11 @@ def command_reference() -> str:
 
 def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", r"\|")
+
+
+def code(text: str) -> str:
+    """Returns code for a cell; between backticks Python-Markdown would show the backslash before a bar."""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 def notebook_page(path: Path) -> str:
@@ -167,13 +196,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    text = ARCHITECTURE.read_text(encoding="utf-8")
-    if arguments == ["check"] and text != with_tree(text):
-        raise SystemExit("docs/developer/architecture.md: its file tree is not that of today; run python .ci/docs.py")
     if arguments not in ([], ["check"]):
         raise SystemExit(__doc__)
-    if not arguments:
-        ARCHITECTURE.write_text(with_tree(text), encoding="utf-8")
+    sys.path.insert(0, str(ROOT))
+    for page in WRITTEN:
+        text = renewed(page)
+        if not arguments:
+            (ROOT / page).write_text(text, encoding="utf-8")
+        elif text != (ROOT / page).read_text(encoding="utf-8"):
+            raise SystemExit(f"{page}: what is written from the code is not that of today; run python .ci/docs.py")
 
 
 if __name__ == "__main__":
