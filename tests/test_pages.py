@@ -36,6 +36,13 @@ SHORTER = {
 # Checkpoints that pages speak of and some page makes; others find them there.
 MADE_BEFORE = {"out/v1": ("v1", {"uncalibrated": True}), "out/v2": ("v2", {})}
 
+# Of accelerate, pip and vLLM.
+OPTIONS_OF_OTHERS = [
+    *("--config_file", "--num_processes", "--quiet", "--no-deps", "--editable"),
+    *("--trust-remote-code", "--model-impl", "--tensor-parallel-size", "--served-model-name", "--enable-lora"),
+    *("--max-lora-rank", "--lora-modules", "--model", "--dtype"),
+]
+
 
 def name_of(page):
     return page.relative_to(ROOT).as_posix()
@@ -203,6 +210,20 @@ def test_reference_of_the_command_line_has_every_command_and_option(docs_hook):
             written = [*param.opts, *param.secondary_opts] if is_option else [param.metavar or param.name.upper()]
             assert all(f"<code>{text}" in section or f"/ {text}" in section for text in written), (name, param.name)
     assert reference == docs_hook.command_reference()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_options_that_pages_name_exist(page, docs_hook):
+    """Also where a command is only spoken of, or cannot be run."""
+    commands = docs_hook.program().commands.values()
+    options = {
+        option for command in commands for param in command.params for option in param.opts + param.secondary_opts
+    }
+    scripts = [*(ROOT / "examples").rglob("*.py"), *(path for path in (ROOT / ".ci").iterdir() if path.is_file())]
+    options |= {option for path in scripts for option in re.findall(r"--[\w-]+", text_of(path))}
+    options |= {"--help", *OPTIONS_OF_OTHERS}
+    named = re.findall(r"(?<![\w<-])--[a-z][\w-]*", text_of(page).partition("<!-- tree -->")[0])
+    assert not [option for option in named if option not in options]
 
 
 def test_links_of_the_site_stay_in_the_site(docs_hook):
