@@ -48,8 +48,8 @@ def output_folder(
         ValueError: The output is an input, lies in one or holds one, or has results and --overwrite is not given.
     """
     if arguments.output is None and (arguments.output_name is None or getattr(arguments, "smoke", False)):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments.output = Path(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            arguments.output = Path(temporary)
             yield arguments.output
         return
     output = arguments.output = arguments.output or Path("out") / arguments.output_name
