@@ -1,4 +1,4 @@
-"""Adapters of PEFT: which modules they target here, and which were made for another model. PEFT is never imported."""
+"""PEFT's adapters: the modules that they target, and a check that they belong to a model. PEFT is never imported."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 MODEL_TYPE = "diff_llama"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Few and small: they train whole. A bare lambda vector could not be named here, PEFT takes modules alone.
+# Few and small: they are trained in full. A bare lambda vector could not be named here, as PEFT takes only modules.
 NEW_MODULES = {"v1": ["diff_lambda", "sub_norm"], "v2": ["lambda_proj"]}
 # Keywords that say where on the Hub a file is, and which one.
 WHERE = ("token", "revision", "cache_dir", "local_files_only", "subfolder", "proxies")
@@ -22,11 +22,11 @@ ABSENT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for
 
 def register_with_peft() -> None:
     """
-    Lets every PEFT method find its targets without being told, once PEFT is imported: LoRA's as above, the others' as
-    for LLaMA. Norm tuning takes in V1's norm over heads and those of queries and keys as well.
+    Registers default targets with every PEFT method, once PEFT is imported: LoRA's as above, the others' as for LLaMA.
+    Norm tuning includes V1's norm over heads, and those of queries and keys.
 
-    PEFT looks them up by model type right after it has asked a model's config for its dictionary, which calls this: so
-    it works in whatever order PEFT, this code and a checkpoint are loaded, and costs nothing without PEFT.
+    PEFT looks them up by model type right after it has read a config with `to_dict`, which calls this. So it works in
+    any order of importing PEFT, this code and a checkpoint, and costs nothing without PEFT.
     """
     for name, targets in list(vars(sys.modules.get("peft.utils.constants", object)).items()):
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(targets, dict) and "llama" in targets:
@@ -62,7 +62,8 @@ def check_adapter_fits(
             f"{adapter}: an adapter of variant {made_for!r}, and the model is {variant!r}; load it on the model that "
             "it was trained on."
         )
-    base, own = str(config.get("base_model_name_or_path") or ""), str(model.name_or_path or "")
+    base = str(config.get("base_model_name_or_path") or "")
+    own = str(model.name_or_path or "")
     found = {} if made_for or base == own else _base_config(base)
     model_type = found.get("model_type")
     if model_type == MODEL_TYPE and found.get("variant") != variant:
@@ -130,13 +131,13 @@ def read_adapter(folder: str, **options: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def _variant_trained(modules_to_save: Iterable[str] | None, shapes: Iterable[str]) -> str | None:
-    """The variant whose own modules the adapter trained; None if none of them."""
+    """Returns the variant whose own modules the adapter trained; None if none of them."""
     names = {part for name in [*(modules_to_save or ()), *shapes] for part in name.split(".")}
     return next((variant for variant, modules in NEW_MODULES.items() if names & set(modules)), None)
 
 
 def _base_config(base: str) -> dict[str, Any]:
-    """config.json of a model on this machine: of a folder, or in the Hub's cache; empty if it is not there."""
+    """Reads config.json of a model on this machine, from a folder or the Hub's cache; empty if it is not there."""
     if not base:
         return {}
     if Path(base).is_dir():
@@ -158,7 +159,7 @@ def _read_json(path: str | Path | None) -> dict[str, Any]:
 
 
 def _shapes(weights: str) -> dict[str, Iterable[int]]:
-    """Shapes in a safetensors file, from its header alone."""
+    """Reads the shapes of tensors from the header of a safetensors file."""
     with open(weights, "rb") as stream:
         length = min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES)
         try:
@@ -169,11 +170,12 @@ def _shapes(weights: str) -> dict[str, Iterable[int]]:
 
 
 def _check_shapes(model: Any, adapter: str, base: str, shapes: Mapping[str, Iterable[int]]) -> None:
-    """Raises `ValueError` where LoRA's second matrix has not as many rows as its projection."""
+    """Raises `ValueError` if LoRA's second matrix has another number of rows than its projection."""
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
         path, found, _ = name.removeprefix("base_model.model.").partition(".lora_B.")
-        rows, expected = next(iter(shape), None), getattr(modules.get(path), "out_features", None)
+        rows = next(iter(shape), None)
+        expected = getattr(modules.get(path), "out_features", None)
         if found and expected is not None and rows != expected:
             variant = model.config.variant
             raise ValueError(

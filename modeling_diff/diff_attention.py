@@ -1,7 +1,7 @@
 """
 Differential attention on tensors: the reference, the eager path with its maps, and the one standard attention call.
 
-B batch, T queries, S keys, H heads, K key-value heads, G = H / K heads a key-value head, d map_dim, D head_dim.
+B batch, T queries, S keys, H heads, K key-value heads, G = H / K heads per key-value head, d map_dim, D head_dim.
 Maps 2i and 2i + 1 belong to head i, which reads key-value head i // G. In V1 a key is [k1; k2] and D = 2d; in V2 both
 maps of a head read the same key and D = d.
 """
@@ -20,15 +20,22 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class AttentionMaps:
-    """A layer's two softmax maps and what is taken of the second: `positive - diff_lambda * negative` weighs V."""
+    """
+    A layer's two softmax maps and lambda: `positive - diff_lambda * negative` weighs V.
 
-    positive: torch.Tensor  # (B, H, T, S), rows sum to 1
-    negative: torch.Tensor  # (B, H, T, S), rows sum to 1
-    diff_lambda: torch.Tensor  # () in V1, (B, T, H) in V2
+    Attributes:
+        positive: A1, (B, H, T, S); the weights of a query sum to 1.
+        negative: A2, (B, H, T, S); the weights of a query sum to 1.
+        diff_lambda: lambda, () in V1, (B, T, H) in V2.
+    """
+
+    positive: torch.Tensor
+    negative: torch.Tensor
+    diff_lambda: torch.Tensor
 
 
 def lambda_over_maps(diff_lambda: torch.Tensor) -> torch.Tensor:
-    """lambda of shape () or (B, T, H) so that it broadcasts over (B, H, T, S)."""
+    """Reshapes lambda, () or (B, T, H), so that it broadcasts over (B, H, T, S)."""
     return diff_lambda if diff_lambda.dim() == 0 else diff_lambda.transpose(1, 2).unsqueeze(-1)
 
 
@@ -36,11 +43,19 @@ def attention_maps(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Both softmax maps, each (B, H, T, S), in float32 or the queries' dtype if that is wider.
+    Computes both softmax maps in float32, or in the queries' dtype if it is wider.
 
-    `query` (B, 2H, T, d), `key` (B, K, S, D), `attention_mask` (B, 1, T, S) boolean or additive, or None for all keys.
+    Args:
+        query: (B, 2H, T, d).
+        key: (B, K, S, D).
+        attention_mask: (B, 1, T, S), boolean or additive. None for all keys.
+        scaling: Factor of the scores.
+
+    Returns:
+        A1 and A2, (B, H, T, S) each.
     """
-    num_maps, map_dim = query.shape[1], query.shape[-1]
+    num_maps = query.shape[1]
+    map_dim = query.shape[-1]
     key = key.unflatten(-1, (-1, map_dim)).transpose(2, 3).unsqueeze(2)  # (B, K, 1, 2 in V1 or 1 in V2, S, d)
     key = key.expand(-1, -1, num_maps // key.shape[1] // 2, 2, -1, -1).flatten(1, 3)  # (B, 2H, S, d)
     # Laid out and multiplied as in LLaMA's eager attention, so that equal maps come out equal to the last bit.
@@ -62,10 +77,20 @@ def diff_attention_reference(
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    O = (softmax(s q1 k1^T) - lambda softmax(s q2 k2^T)) v, before any norm, as (B, T, H, D) (arXiv:2410.05258, eq. 1).
+    Computes O = (softmax(s q1 k1^T) - lambda softmax(s q2 k2^T)) v, before any norm (arXiv:2410.05258, eq. 1).
 
-    `query` (B, 2H, T, d), `key` and `value` (B, K, S, D), `diff_lambda` () in V1 or (B, T, H) in V2, `attention_mask`
-    additive (B, 1, T, S). Nothing is rounded on the way: in float64 everything else is tested against this.
+    Nothing is rounded in between: in float64 every other path is tested against this.
+
+    Args:
+        query: (B, 2H, T, d); maps 2i and 2i + 1 belong to head i.
+        key: (B, K, S, D), in V1 [k1; k2].
+        value: (B, K, S, D).
+        diff_lambda: lambda, () in V1 or (B, T, H) in V2.
+        scaling: Factor of the scores, d^-1/2 in the paper.
+        attention_mask: (B, 1, T, S), boolean (True for visible) or additive. None for all keys.
+
+    Returns:
+        Outputs of heads, (B, T, H, D), in float32 or wider.
     """
     positive, negative = attention_maps(query, key, attention_mask, scaling)
     value = value.repeat_interleave(positive.shape[1] // value.shape[1], dim=1)
@@ -84,9 +109,21 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The definition, with the tensor that multiplies V returned beside the output (B, T, H, D) as (B, H, T, S).
+    Computes attention by definition, and keeps what multiplies V.
 
-    A dictionary given as `attention_maps_by_layer` receives this layer's `AttentionMaps`.
+    Args:
+        module: The attention module.
+        query: (B, 2H, T, d).
+        key: (B, K, S, D).
+        value: (B, K, S, D).
+        attention_mask: (B, 1, T, S), boolean or additive. None for all keys.
+        scaling: Factor of the scores.
+        diff_lambda: lambda, () in V1 or (B, T, H) in V2.
+        attention_maps_by_layer: A dictionary that receives this layer's `AttentionMaps`.
+        kwargs: What other implementations read.
+
+    Returns:
+        Outputs of heads, (B, T, H, D), and A1 - lambda A2, (B, H, T, S).
     """
     positive, negative = attention_maps(query, key, attention_mask, scaling)
     if attention_maps_by_layer is not None:
@@ -98,21 +135,21 @@ def eager_attention_forward(
 
 def place_queries(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     """
-    Queries for one standard attention call: (B, 2H, T, d) -> (B, 2H, T, D).
+    Pads queries for one standard attention call: (B, 2H, T, d) -> (B, 2H, T, D).
 
-    In V1 a key is [k1; k2], so the first map of a head asks with [q1; 0] and the second with [0; q2]: the scores are
-    those of the map alone. In V2 keys are as wide as queries, and nothing is to be done.
+    In V1 a key is [k1; k2], so the queries of the positive map become [q1; 0] and those of the negative one [0; q2]:
+    the scores are those of each map alone. In V2 keys are as wide as queries, which are returned unchanged.
     """
     map_dim = query.shape[-1]
     if map_dim == head_dim:
         return query
-    by_place = query.unflatten(1, (-1, 2)).movedim(2, -1).diag_embed(dim1=2, dim2=4)  # (B, H, 2, T, 2, d)
-    return by_place.flatten(1, 2).flatten(3)
+    padded = query.unflatten(1, (-1, 2)).movedim(2, -1).diag_embed(dim1=2, dim2=4)  # (B, H, 2, T, 2, d)
+    return padded.flatten(1, 2).flatten(3)
 
 
 def operator_namespace(kind: str, module_name: str) -> str:
     """
-    Returns the namespace of a module's operators, its own for every copy of a file that lives in one process.
+    Returns the namespace of a module's operators, different for every copy of a file in one process.
 
     A bundle's module is named after its folder, in any script and of any length, while torch takes ASCII letters only.
     """
@@ -129,38 +166,38 @@ def warn_without_maps(implementation: str, output_attentions: bool | None) -> No
 
 
 def attends_causally(module: Any, is_causal: bool | None) -> bool:
-    """Whether a call without a mask is causal: as it says, else as its module does."""
+    """Returns whether a call without a mask is causal: what it says, else what its module says."""
     return getattr(module, "is_causal", True) if is_causal is None else is_causal
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast, where it is on."""
-    on = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to be asked there
-    return torch.get_autocast_dtype(device_type) if on else None
+    """Returns the dtype of autocast if it is on, else None."""
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises on meta
+    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def computing_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What attention on states of `dtype` is computed in."""
+    """Returns the dtype in which attention on states of `dtype` is computed."""
     return autocast_dtype(device_type) or dtype
 
 
 def is_exporting() -> bool:
-    """What torch.compiler.is_exporting() says, but for torch 2.11, where that is true of all that it compiles."""
+    """Returns torch.compiler.is_exporting(), except under torch 2.11, where that is True while compiling as well."""
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def cast_for_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The states as autocast, where it is on, casts them before scaled_dot_product_attention."""
+    """Casts states as autocast, if it is on, does before scaled_dot_product_attention."""
     dtype = autocast_dtype(states[0].device.type)
     return states if dtype is None else tuple(state.to(dtype) for state in states)
 
 
 def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch.Tensor:
     """
-    O = A1 V - lambda A2 V from the outputs of both maps, (B, T, 2H, D) -> (B, T, H, D).
+    Computes O = A1 V - lambda A2 V from the outputs of both maps, (B, T, 2H, D) -> (B, T, H, D).
 
-    float32 or wider: the difference cancels leading digits, so it is taken, and normalised after, before rounding.
+    It is in float32 or wider: the difference cancels leading digits, so it is normalized before it is rounded.
     """
     wide = attn_output.to(torch.promote_types(attn_output.dtype, torch.float32))
-    first, second = wide.unflatten(2, (-1, 2)).unbind(3)
-    return torch.addcmul(first, diff_lambda[..., None], second, value=-1)
+    positive, negative = wide.unflatten(2, (-1, 2)).unbind(3)
+    return torch.addcmul(positive, diff_lambda[..., None], negative, value=-1)

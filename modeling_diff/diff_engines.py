@@ -1,7 +1,7 @@
 """
-Inference engines that run this code through transformers' attention interface, vLLM and SGLang: what they are told.
+Inference engines that run this code through transformers' attention interface: vLLM and SGLang.
 
-No engine is imported here: what is looked up is there only in its own processes.
+No engine is imported here; its modules are looked up in its own processes only.
 """
 
 import sys
@@ -33,7 +33,7 @@ def count_both_maps(base: type) -> type:
 
 def register_with_vllm() -> None:
     """
-    Lets vLLM count 2H heads, as the one attention call asks with; `num_attention_heads` is H in every saved config.
+    Makes vLLM count 2H heads, as the one attention call has; `num_attention_heads` is H in every saved config.
 
     vLLM reads a config's heads right after it has built the config, which calls this.
     """
@@ -48,7 +48,10 @@ def prepare_for_engine(config: Any) -> None:
     """
     Prepares a config for the engine that builds a model of it, and checks that the engine can run that model.
 
-    The tensor parallel plan keeps the styles of linear layers alone: SGLang refuses any other, and no engine trains.
+    The tensor parallel plan keeps only styles of linear layers: SGLang refuses any other, and no engine trains.
+
+    Args:
+        config: The model's config, changed in place.
 
     Raises:
         ValueError: Its layers differ in their number of heads, which engines do not allow.
@@ -85,7 +88,7 @@ def check_engine_heads(attention_instances: Any, layer_idx: int, num_heads: int)
     found = getattr(instance, "num_heads", getattr(instance, "tp_q_head_num", None))  # of vLLM, of SGLang
     if found != num_heads:
         raise ValueError(
-            f"the engine counts {found} attention heads in layer {layer_idx}, and {num_heads} are asked with: it does "
-            f"not read {VLLM_CONVERTORS}.MODEL_ARCH_CONFIG_CONVERTORS; docs/serving.md of diff-llama says which were "
-            "tested."
+            f"the engine counts {found} attention heads in layer {layer_idx}, and the attention call has {num_heads}: "
+            f"it does not read {VLLM_CONVERTORS}.MODEL_ARCH_CONFIG_CONVERTORS; docs/serving.md of diff-llama says "
+            "which engines were tested."
         )

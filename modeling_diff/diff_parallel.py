@@ -1,4 +1,4 @@
-"""Tensor parallelism: what the heads of every rank share."""
+"""Tensor parallelism: the parallel style of modules that the heads of every rank share."""
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ SHARED_BY_HEADS = "shared_by_heads"  # the name used in the configuration's plan
 
 class SharedByHeadsParallel(TensorParallelLayer):
     """
-    Whole on every rank, used by that rank's heads only: each backward pass sums its gradient over the ranks.
+    Keeps a module complete on every rank, for that rank's heads; each backward pass sums its gradient over ranks.
 
     transformers' "replicated_with_grad_allreduce" sums the *accumulated* gradient, so that with gradient accumulation
     earlier passes count once more each time, and in 5.17 leaves modules without inputs unsummed.
@@ -48,7 +48,7 @@ class SharedByHeadsParallel(TensorParallelLayer):
 
 
 def check_tensor_parallel_size(config, tp_size: int) -> None:
-    """Raises `ValueError` where ranks cannot hold whole key-value heads."""
+    """Raises `ValueError` if ranks would hold parts of key-value heads."""
     if config.num_key_value_heads % tp_size:
         raise ValueError(
             f"tp_size={tp_size} does not divide num_key_value_heads={config.num_key_value_heads}: a rank holds whole "
@@ -56,6 +56,6 @@ def check_tensor_parallel_size(config, tp_size: int) -> None:
         )
 
 
-# What is there stays: another revision of this code may be loaded beside this one, and the name says what is done.
+# An existing style stays: another revision of this code, loaded in this process, may have registered it.
 if HAS_TENSOR_PARALLEL and SHARED_BY_HEADS not in ALL_PARALLEL_STYLES:
     ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, SharedByHeadsParallel())  # type: ignore[arg-type]

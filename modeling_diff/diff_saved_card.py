@@ -1,4 +1,4 @@
-"""A conversion's card and record in a folder into which other weights are saved: they speak of the earlier ones."""
+"""The card and the record of a conversion, in a folder into which `save_pretrained` saves other weights."""
 
 import re
 from pathlib import Path
@@ -18,11 +18,16 @@ another change. What was promised and measured of the conversion is not known of
 
 
 def retire_card(folder: Path) -> None:
-    """Takes its word from the card that `diff-llama` wrote into a folder, and renames the record of the conversion.
-
-    The card keeps its metadata (license, base model) without results; one written by a user is left alone.
     """
-    record, card = folder / RECORD, folder / CARD
+    Replaces the text of the card that `diff-llama` wrote into a folder, and renames the record of the conversion.
+
+    The card keeps its metadata (license, base model) without results; one written by a user is unchanged.
+
+    Args:
+        folder: The folder to save into.
+    """
+    record = folder / RECORD
+    card = folder / CARD
     if not record.is_file():
         return
     if card.is_file():

@@ -1,9 +1,9 @@
 """
-Whether the installed transformers calls this code as it was written for.
+Checks that the installed transformers calls this code as it expects.
 
-Two checks. The structure: what LLaMA's layers hand to attention, to caches and to mask functions, read from
-transformers' source when the model file is imported. The behavior: under a release that was not tested, tiny models
-are compared with the definition before anything is computed, as the kernels are in `diff_attention_triton_check.py`.
+Structure: what LLaMA's layers pass to attention, caches and mask functions is read from transformers' source when the
+model file is imported. Behavior: under a release that was not tested, tiny models are compared with the definition
+before anything is computed, as the kernels are in `diff_attention_triton_check.py`.
 
 B batch, T tokens, H heads, K key-value heads, d map_dim, D head_dim, C hidden size.
 """
@@ -55,7 +55,7 @@ TOLERANCE = 1e-3
 
 
 def skip_checks() -> bool:
-    """Whether the user switched the checks off; warns about it."""
+    """Returns whether the user switched the checks off; warns about it."""
     if not os.environ.get(SKIP_VARIABLE):
         return False
     warnings.warn(
@@ -264,7 +264,7 @@ def decoded_logits(model: Any, input_ids: torch.Tensor, visible: torch.Tensor) -
 
 
 def generates_by_definition(model: Any, input_ids: torch.Tensor, visible: torch.Tensor) -> bool:
-    """Whether `generate` gives the two tokens of the largest logits by definition."""
+    """Returns whether `generate` gives the two tokens of the largest logits by definition."""
     generated = model.generate(input_ids, attention_mask=visible, max_new_tokens=2, do_sample=False)
     for _ in range(2):
         logits = logits_by_definition(model, input_ids, visible)
@@ -313,21 +313,21 @@ def _heads_by_definition(config, layer_idx, layer, normed, mask) -> Iterator[tor
     if config.variant == "v2" and not config.is_differential(layer_idx):
         query = query.repeat_interleave(2, dim=2)  # one map per head, twice
     key = key.flatten(2).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, K, T, D)
-    positive, negative = attention_maps(query.transpose(1, 2), key, mask, map_dim**-0.5)  # (B, H, T, T) each
+    positive, negative = attention_maps(query.transpose(1, 2), key, mask, scaling=map_dim**-0.5)  # (B, H, T, T) each
     for head in range(config.num_attention_heads):
         head_value = value[:, head // (config.num_attention_heads // config.num_key_value_heads)]
-        first = positive[:, head] @ head_value
-        second = negative[:, head] @ head_value
+        added = positive[:, head] @ head_value
+        subtracted = negative[:, head] @ head_value
         if not config.is_differential(layer_idx):  # in V2 both are equal
-            yield torch.cat((first[..., :map_dim], second[..., map_dim:]), dim=-1)
+            yield torch.cat((added[..., :map_dim], subtracted[..., map_dim:]), dim=-1)
         elif config.variant == "v2":
-            yield first - (normed @ layer["self_attn.lambda_proj.weight"][head]).sigmoid()[..., None] * second
+            yield added - (normed @ layer["self_attn.lambda_proj.weight"][head]).sigmoid()[..., None] * subtracted
         else:
             vectors = [layer[f"self_attn.diff_lambda.lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
             lambda_init = config.lambda_init[layer_idx]
             diff_lambda = (vectors[0] @ vectors[1]).exp() - (vectors[2] @ vectors[3]).exp() + lambda_init
             norm_eps = config.layer_sub_norm_eps(layer_idx)
-            normalized = _rms_norm(first - diff_lambda * second, layer["self_attn.sub_norm.weight"], norm_eps)
+            normalized = _rms_norm(added - diff_lambda * subtracted, layer["self_attn.sub_norm.weight"], norm_eps)
             yield (1 - lambda_init) * normalized
 
 

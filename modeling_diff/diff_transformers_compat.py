@@ -1,8 +1,8 @@
 """
 The releases of transformers that this code runs on, and every difference between them.
 
-Nothing else in the project asks for a version of transformers to choose how the model is called. The configuration
-imports this file first, so it imports no more than is needed to say that a release is too old.
+No other file checks the version of transformers to choose how the model is called. The configuration imports this file
+first, so it imports no more than is needed to say that a release is too old.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 
-OLDEST_TRANSFORMERS = "5.6.0"  # LLaMA-Factory 0.9.5 takes nothing newer
+OLDEST_TRANSFORMERS = "5.6.0"  # LLaMA-Factory 0.9.5 accepts nothing newer
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"  # newer ones are checked at the first use (diff_transformers_check.py)
 OLDEST_TORCH = "2.11"
 
@@ -119,7 +119,7 @@ def refuse_lost_cache(kwargs: MutableMapping[str, Any]) -> None:
 
 class UnsupportedTransformersError(ImportError):
     """
-    The installed transformers differs from all that this code was tested with, in a way that changes tokens.
+    Raised if the installed transformers differs from all tested releases in a way that changes tokens.
 
     Args:
         difference: What differs, in words.

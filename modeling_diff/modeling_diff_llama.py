@@ -58,6 +58,7 @@ from .diff_transformers_compat import append_to_cache
 
 if TYPE_CHECKING:
     # From a local folder, transformers 5.6 copies the files that this one names, not those that they name in turn.
+    from .diff_attention_chunked_blocks import Blocks  # noqa: F401
     from .diff_attention_triton_backward_kernels import bwd_pre_kernel  # noqa: F401
     from .diff_attention_triton_check import kernels_agree  # noqa: F401
     from .diff_attention_triton_kernels import fwd_kernel  # noqa: F401

@@ -9,8 +9,9 @@ import torch
 from diff_llama_by_definition import attention_by_definition
 from torch import nn
 
-from modeling_diff import diff_attention_chunked, diff_attention_reference
-from modeling_diff.diff_attention_chunked import BLOCK_ROWS, FEW_QUERIES, chunked_attention_forward, split_keys
+from modeling_diff import diff_attention_chunked, diff_attention_chunked_blocks, diff_attention_reference
+from modeling_diff.diff_attention_chunked import FEW_QUERIES, chunked_attention_forward
+from modeling_diff.diff_attention_chunked_blocks import BLOCK_ROWS, split_keys
 
 
 CAUSAL = SimpleNamespace(is_causal=True)
@@ -89,8 +90,8 @@ def test_chunked_blocks_of_any_size_give_the_same(variant, block_scores, threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     visible = visible_keys(mask_kind, 20, 20, batch_size=3)
     additive = as_additive(visible)
-    monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(diff_attention_chunked_blocks, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(diff_attention_chunked_blocks, "BLOCK_SCORES", block_scores)
     mask = visible if mask_kind == "padded" else None
     assert_gives_the_reference(random_inputs(variant, 3, 2, 20, 20, batch_size=3), mask, additive)
 
@@ -100,16 +101,16 @@ def test_chunked_blocks_are_larger_for_more_threads_and_for_long_texts(monkeypat
 
     def shapes_of_blocks():
         query, key, value, diff_lambda = random_inputs("v1", 4, 2, 64, 64)
-        blocks = diff_attention_chunked.Blocks(query, key, value, diff_lambda, None, 0.4, True)
+        blocks = diff_attention_chunked_blocks.Blocks(query, key, value, diff_lambda, None, 0.4, True)
         return {(block.heads.stop - block.heads.start, block.queries.stop - block.queries.start) for block in blocks}
 
-    monkeypatch.setattr(diff_attention_chunked, "BLOCK_SCORES", 1)
-    monkeypatch.setattr(diff_attention_chunked, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(diff_attention_chunked_blocks, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(diff_attention_chunked_blocks, "BLOCK_ROWS", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert shapes_of_blocks() == {(1, 8)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert shapes_of_blocks() == {(2, 8)}
-    monkeypatch.setattr(diff_attention_chunked, "LONG_TEXT", 64)
+    monkeypatch.setattr(diff_attention_chunked_blocks, "LONG_TEXT", 64)
     assert shapes_of_blocks() == {(2, 16)}
 
 

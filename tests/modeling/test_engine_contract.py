@@ -109,7 +109,9 @@ def test_attention_of_an_engine_gives_equal_logits(engine_model, random_ids, var
 def test_an_engine_that_counts_one_map_per_head_is_refused(engine_model, random_ids, variant, differential_layers):
     model, arguments = engine_model(variant, num_heads=4, differential_layers=differential_layers)
     model.config._attn_implementation = "vllm"
-    with pytest.raises(ValueError, match=r"the engine counts 4 attention heads in layer 0, and 8 are asked with"):
+    with pytest.raises(
+        ValueError, match=r"the engine counts 4 attention heads in layer 0, and the attention call has 8"
+    ):
         model(random_ids(1, 5), **arguments)
 
 
