@@ -138,11 +138,15 @@ def _adapt(source: Path, output: Path, config: ConversionConfig) -> ConversionRe
 def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settled:
     """Finds and checks the source, the target and every choice; reads no weights and writes nothing."""
     check_uncalibrated(config)
-    if config.variant is None or (config.variant == "v1" and config.calibration is None and not config.uncalibrated):
-        # Only an import needs no choice. A Hub source is asked for its config alone, before gigabytes come down.
-        described = locate_source(source, config.revision, config_only=True).folder
-        kind = read_source_model(described, config.source_layout, config.backbone_only).kind
-        config = replace(config, variant=variant_of_import(kind, config.variant))
+    if config.variant != "v2":
+        # A Hub source is asked for its config alone, before gigabytes come down.
+        described = locate_source(source, config.revision, config_only=True)
+        found = read_source_model(described.folder, config.source_layout, config.backbone_only)
+        if config.variant is None or (config.calibration is None and not config.uncalibrated):
+            # Only an import needs no choice.
+            config = replace(config, variant=variant_of_import(found.kind, config.variant))
+        if not config.pad_heads:
+            check_pairs(found.sizes.num_heads, found.sizes.num_kv_heads)
     text = config.calibration_text
     opened = open_source(
         source,
@@ -152,8 +156,6 @@ def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settl
         allow_pickle=config.allow_pickle,
         adapter=config.adapter,
     )
-    if config.variant == "v1":
-        check_pairs(opened.model.sizes.num_heads, opened.model.sizes.num_kv_heads)
     check_target(output, source=opened.folder, overwrite=config.overwrite)
     carried = None
     if config.adapter is not None:

@@ -88,7 +88,7 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
 
 
 def _parameter_count(config: DiffLlamaConfig, record: Mapping[str, Any], found: int) -> Check:
-    """V1: the source's and 6 d a layer; V2: and H d D + H D a layer."""
+    """V1: the source's, 6 d per layer and idle heads; V2: and H d D + H D per layer."""
     layers = sum(config.is_differential(layer) for layer in range(config.num_hidden_layers))
     added = 6 * config.map_dim
     if config.variant == "v2":
@@ -96,7 +96,7 @@ def _parameter_count(config: DiffLlamaConfig, record: Mapping[str, Any], found: 
         added = queries + config.num_attention_heads * (config.hidden_size + config.lambda_bias)
     if record["source"]["kind"] != "llama":  # differential already: at most the norm's weight is new
         added = 2 * config.map_dim if record["source"]["kind"] == "diffllama" else 0
-    source = record["parameters"]["source"]
+    source = record["parameters"]["source"] + (record.get("padding") or {}).get("parameters", 0)
     good = found == source + added * layers
     return Check(
         "parameters", _outcome(good), f"{found:,} = {source:,} + {layers} layers x {added:,}", {"count": found}

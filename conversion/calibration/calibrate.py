@@ -36,7 +36,7 @@ from conversion.calibration.store import CalibrationStore, run_identity
 from conversion.calibration.streams import STRICT_EPS, LayerWeights, LlamaLayers, Streams
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
-from conversion.mapping.heads import HeadPairing
+from conversion.mapping.heads import HeadPairing, padded_counts
 from conversion.source.architectures import plain_config
 from conversion.source.config import check_pairs
 from modeling_diff.analysis.tokens import token_fault
@@ -90,6 +90,7 @@ def calibrate(
     norm: Norm = "strict",
     layers: Collection[int] | None = None,
     dtype: torch.dtype | None = None,
+    pad_heads: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     local: LocalFit = LocalFit(),  # noqa: B008 (frozen)
@@ -108,7 +109,9 @@ def calibrate(
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
     config = plain_config(config)
     stages = tuple(stage for stage in Stage if stage in stages or stage is Stage.COPY)
-    check_pairs(config.num_attention_heads, config.num_key_value_heads)
+    counts = padded_counts(config.num_attention_heads, config.num_key_value_heads)
+    if not pad_heads:
+        check_pairs(config.num_attention_heads, config.num_key_value_heads)
     check_tokens(config, tokens, stages)
     options: dict[str, Any] = {"stages": stages, "lambda": lambda_init, "norm": norm, "seed": seed}
     options |= {
@@ -136,7 +139,7 @@ def calibrate(
             weights = fit_stages(problem, stages, local, store, dtype, progress)
             converted = problem.diff_layer(weights)
         else:
-            pairing = HeadPairing.adjacent(config.num_attention_heads, config.num_key_value_heads)
+            pairing = HeadPairing.adjacent(*counts)
             weights = LayerWeights(pairing, paper_lambda_init(index), STRICT_EPS, {})
         chosen.append(weights)
         streams.advance(llama, converted)
@@ -200,7 +203,7 @@ def run_stage(
     """What one stage makes of the weights of the stage before."""
     config = problem.llama.config
     if stage is Stage.COPY:
-        pairing = HeadPairing.adjacent(config.num_attention_heads, config.num_key_value_heads)
+        pairing = HeadPairing.adjacent(*padded_counts(config.num_attention_heads, config.num_key_value_heads))
         return choose_lambda(problem, pairing, refit=Stage.REFIT in stages)
     if stage is Stage.PAIRING:
         return choose_lambda(problem, choose_pairing(problem), refit=Stage.REFIT in stages)
@@ -251,7 +254,8 @@ def check_tokens(config: PreTrainedConfig, tokens: torch.Tensor, stages: Collect
             f"{config.max_position_embeddings}; use shorter rows"
         )
     # Least squares with fewer tokens than o_proj has columns fits them exactly and says nothing of others.
-    needed = config.num_attention_heads * config.head_dim if set(stages) - {Stage.COPY, Stage.PAIRING} else 0
+    columns = padded_counts(config.num_attention_heads, config.num_key_value_heads)[0] * config.head_dim
+    needed = columns if set(stages) - {Stage.COPY, Stage.PAIRING} else 0
     fitted = (len(tokens) - max(1, len(tokens) // VALIDATION_SHARE)) * tokens.shape[1]
     if len(tokens) < 2 or fitted < needed:
         raise ConversionError(

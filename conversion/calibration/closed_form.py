@@ -24,7 +24,7 @@ from conversion.calibration.streams import (
     inputs_of,
     precision,
 )
-from conversion.mapping.heads import HeadPairing
+from conversion.mapping.heads import HeadPairing, padded_counts
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
 
@@ -72,9 +72,7 @@ class LayerProblem:
 
     def start(self, pairing: HeadPairing, lambda_init: float) -> LayerWeights:
         """The permuted copy, its norm calibrated."""
-        weights = copied_weights(
-            self.tensors, pairing, self.llama.config.head_dim, lambda_init, self.seed * 1000 + self.index
-        )
+        weights = copied_weights(self.tensors, self.llama.config, pairing, lambda_init, self.seed * 1000 + self.index)
         return calibrate_norm(self, weights)
 
     @torch.no_grad()
@@ -152,7 +150,7 @@ def choose_pairing(problem: LayerProblem) -> HeadPairing:
             maps = problem.llama.attention_maps(problem.layer, states)[0]
             values = attention.v_proj(problem.layer.input_layernorm(states))[0].unflatten(-1, (-1, config.head_dim))
             costs.add(maps, values.transpose(0, 1), problem.token_weights[row])
-    return match_heads(costs.costs(), config.num_key_value_heads)
+    return match_heads(costs.costs(), padded_counts(config.num_attention_heads, config.num_key_value_heads)[1])
 
 
 def choose_lambda(problem: LayerProblem, pairing: HeadPairing, refit: bool) -> LayerWeights:

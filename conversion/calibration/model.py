@@ -13,8 +13,8 @@ def calibrated_model(llama: Any, result: CalibrationResult) -> DiffLlamaForCausa
     """
     maps = plain_config(llama.config)
     heads = {
-        "num_attention_heads": maps.num_attention_heads // 2,
-        "num_key_value_heads": maps.num_key_value_heads // 2,
+        "num_attention_heads": len(result.pairings[0].query_heads) // 2,
+        "num_key_value_heads": len(result.pairings[0].kv_heads) // 2,
         "head_dim": 2 * maps.head_dim,
     }
     config = DiffLlamaConfig(

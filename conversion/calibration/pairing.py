@@ -10,7 +10,7 @@ import networkx
 import numpy
 import torch
 
-from conversion.mapping.heads import HeadPairing
+from conversion.mapping.heads import HeadPairing, padded_counts
 
 
 def match_heads(costs: torch.Tensor, num_kv_heads: int) -> HeadPairing:
@@ -66,6 +66,9 @@ class PairCosts:
     With U_ik = A_i V_k, what the pair gives in LLaMA is E W, E = [U_i,k(i), U_j,k(j)] (N, 2d) and W = [W_i; W_j]
     (2d, C); what a differential head offers is F = [U_i,k(i) - lambda U_j,k(i), U_i,k(j) - lambda U_j,k(j)] (N, 2d),
     under the strict norm divided by its own rms, token by token. Cost: min over B of |E W - F B|^2.
+
+    Where KV heads are odd in number, one idle KV head joins them. Its heads have the map and the values of whatever
+    head they pair with, and W_j = 0, so a head costs the same with any of them.
     """
 
     def __init__(
@@ -75,8 +78,9 @@ class PairCosts:
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.diff_lambda, self.strict = diff_lambda, strict
         self.weights = output_weight.double().t().unflatten(0, (num_heads, -1))  # (H, d, C)
+        self.num_padded, _ = padded_counts(num_heads, num_kv_heads)
         width = 4 * self.weights.shape[1]
-        shape = (num_heads, num_heads, width, width)
+        shape = (num_heads, num_heads + self.has_idle, width, width)  # the last one is with an idle head
         self.grams = torch.zeros(shape, dtype=torch.float64, device=output_weight.device)  # of [E, F]
 
     def partners(self, head: int) -> torch.Tensor:
@@ -96,24 +100,41 @@ class PairCosts:
             first = outputs[i, own] - self.diff_lambda * outputs[j, own]
             second = outputs[i, other] - self.diff_lambda * outputs[j, other]
             offered = torch.cat((first, second), dim=-1)
+            if self.has_idle:
+                alone = outputs[i, own].repeat(1, 1, 2)  # (1, T, 2d)
+                exact = torch.cat((exact, alone))
+                offered = torch.cat((offered, (1 - self.diff_lambda) * alone))
             if self.strict:
                 offered = offered / offered.square().mean(-1, keepdim=True).add(1e-5).sqrt()
             both = torch.cat((exact, offered), dim=-1)  # (P, T, 4d)
             # a row in float32, the sum of rows in float64
-            self.grams[i, j] += (both * token_weights[:, None]).transpose(1, 2) @ both
+            self.grams[i, self._with_idle(j)] += (both * token_weights[:, None]).transpose(1, 2) @ both
 
     def costs(self, ridge: float = 1e-6) -> torch.Tensor:
-        """(H, H); infinite for a head with itself or with one of its own KV head."""
-        costs = torch.full((self.num_heads, self.num_heads), torch.inf, dtype=torch.float64)
+        """(H, H), idle heads last; infinite for a head with itself or with one of its own KV head."""
+        costs = torch.full((self.num_padded, self.num_padded), torch.inf, dtype=torch.float64)
         half = self.grams.shape[-1] // 2
         for i in range(self.num_heads):
             j = self.partners(i)
-            gram = self.grams[i, j]
+            gram = self.grams[i, self._with_idle(j)]
             exact, cross, offered = gram[:, :half, :half], gram[:, :half, half:], gram[:, half:, half:]
             floor = ridge * offered.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(gram.dtype).tiny
             damped = offered + floor[:, None, None] * torch.eye(half).to(gram)
             explained = cross @ torch.linalg.solve(damped, cross.transpose(1, 2))
-            weights = torch.cat((self.weights[i].expand(len(j), -1, -1), self.weights[j]), dim=1)  # (P, 2d, C)
+            others = self.weights[j]
+            if self.has_idle:
+                others = torch.cat((others, torch.zeros_like(self.weights[:1])))
+            weights = torch.cat((self.weights[i].expand(len(others), -1, -1), others), dim=1)  # (P, 2d, C)
             unexplained = (exact - explained) * (weights @ weights.transpose(1, 2))
-            costs[i, j.cpu()] = unexplained.sum((1, 2)).clamp_min(0).cpu()
+            found = unexplained.sum((1, 2)).clamp_min(0).cpu()
+            costs[i, j.cpu()] = found[: len(j)]
+            if self.has_idle:
+                costs[i, self.num_heads :] = costs[self.num_heads :, i] = found[-1]
         return costs
+
+    @property
+    def has_idle(self) -> bool:
+        return self.num_padded > self.num_heads
+
+    def _with_idle(self, partners: torch.Tensor) -> torch.Tensor:
+        return torch.cat((partners, partners.new_tensor([self.num_heads]))) if self.has_idle else partners

@@ -102,6 +102,7 @@ def run_calibration(
         norm=options.norm,
         layers=options.differential_layers(source.model.sizes.num_layers),
         dtype=options.torch_dtype,
+        pad_heads=options.pad_heads,
         seed=options.seed,
         device=_device(),
         local=LocalFit(lambda_floor=calibration.text.lambda_floor),

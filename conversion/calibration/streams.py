@@ -114,8 +114,8 @@ def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlam
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=num_layers,
-        num_attention_heads=config.num_attention_heads // 2,
-        num_key_value_heads=config.num_key_value_heads // 2,
+        num_attention_heads=len(weights.pairing.query_heads) // 2,
+        num_key_value_heads=len(weights.pairing.kv_heads) // 2,
         head_dim=2 * config.head_dim,
         hidden_act=config.hidden_act,
         rms_norm_eps=config.rms_norm_eps,
@@ -133,14 +133,15 @@ def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlam
 
 
 def copied_weights(
-    tensors: Mapping[str, torch.Tensor], pairing: HeadPairing, map_dim: int, lambda_init: float, seed: int
+    tensors: Mapping[str, torch.Tensor], config: Any, pairing: HeadPairing, lambda_init: float, seed: int
 ) -> LayerWeights:
     """
-    LLaMA's attention tensors, rows and columns in the order of `pairing`, with a norm of weight 1.
+    LLaMA's attention tensors, rows and columns in the order of `pairing`, with a norm of weight 1. `config` is plain.
 
     The lambda vectors are random with q2 = q1 and k2 = k1: exponentials cancel exactly, and their gradients do not.
     """
-    layout = paired_layout(pairing, map_dim)
+    map_dim = config.head_dim
+    layout = paired_layout(pairing, config.num_attention_heads, config.num_key_value_heads, map_dim)
     attention = {}
     for name, tensor in tensors.items():
         if name.startswith("self_attn."):

@@ -3,13 +3,23 @@
 from dataclasses import dataclass
 
 
+def padded_counts(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Returns how many heads and KV heads there are once they pair: an odd count gets one more, idle KV head.
+
+    Heads per KV head stay as they are, so an idle KV head brings that many idle heads. Theirs are the last numbers.
+    """
+    kv_heads = num_kv_heads + num_kv_heads % 2
+    return num_heads // num_kv_heads * kv_heads, kv_heads
+
+
 @dataclass(frozen=True)
 class HeadPairing:
     """Which LLaMA heads make up the differential heads of one layer.
 
     `query_heads[2 i + m]` is the LLaMA head that becomes map m of head i, `kv_heads[2 g + m]` the KV head whose keys
     become map m's keys of KV head g and whose values become half m of its value. `query_heads` must read the KV
-    heads that `kv_heads` puts at their place. ValueError otherwise.
+    heads that `kv_heads` puts at their place. ValueError otherwise. Counts are those of `padded_counts`: heads that
+    LLaMA does not have are idle.
     """
 
     query_heads: tuple[int, ...]

@@ -54,6 +54,9 @@ def llama_tensors(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...], str, int
             yield template, sizes.shape(letters), role, None
 
 
+ZEROS = -1  # in an order of blocks
+
+
 class Transform(Protocol):
     """A rule for one tensor, which knows its own inverse and the shape it makes."""
 
@@ -96,7 +99,7 @@ class Scale:
 class TakeBlocks:
     """Blocks of `width` along `axis` in the order listed: a permutation, or a mirror where blocks repeat.
 
-    The inverse of a mirror takes the first of each block's copies.
+    `ZEROS` in the order is a block of zeros. The inverse of a mirror takes the first of each block's copies.
     """
 
     axis: int
@@ -107,24 +110,37 @@ class TakeBlocks:
         if self.order == tuple(range(tensor.shape[self.axis] // self.width)):
             return tensor
         blocks = tensor.unflatten(self.axis, (-1, self.width))
-        return blocks.index_select(self.axis, torch.tensor(self.order)).flatten(self.axis, self.axis + 1)
+        order = torch.tensor(self.order, device=tensor.device)
+        taken = blocks.index_select(self.axis, order.clamp_min(0))
+        if ZEROS in self.order:
+            taken.index_fill_(self.axis, (order == ZEROS).nonzero()[:, 0], 0)
+        return taken.flatten(self.axis, self.axis + 1)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[: self.axis], len(self.order) * self.width, *shape[self.axis + 1 :])
 
     def inverse(self) -> "TakeBlocks":
-        first_place = {block: place for place, block in reversed(list(enumerate(self.order)))}
+        first_place = {block: place for place, block in reversed(list(enumerate(self.order))) if block != ZEROS}
         return TakeBlocks(self.axis, self.width, tuple(first_place[block] for block in range(len(first_place))))
 
 
-def paired_layout(pairing: HeadPairing, map_dim: int) -> dict[str, Transform]:
-    """LLaMA -> V1: rows of q, k, v and the columns of o move together."""
+def paired_layout(pairing: HeadPairing, num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
+    """LLaMA -> V1: rows of q, k, v and the columns of o move together. Counts are LLaMA's own.
+
+    An idle head writes nothing. Its rows are those of its partner: then both maps of the pair are equal, their
+    difference is the partner's map but for a factor, and gradients part them, which between zeros there are none of.
+    """
+    kv_heads = _partners_for_idle(pairing.kv_heads, num_kv_heads)
     return {
-        "queries": TakeBlocks(0, map_dim, pairing.query_heads),
-        "keys": TakeBlocks(0, map_dim, pairing.kv_heads),
-        "values": TakeBlocks(0, map_dim, pairing.kv_heads),
-        "outputs": TakeBlocks(1, map_dim, pairing.query_heads),
+        "queries": TakeBlocks(0, map_dim, _partners_for_idle(pairing.query_heads, num_heads)),
+        "keys": TakeBlocks(0, map_dim, kv_heads),
+        "values": TakeBlocks(0, map_dim, kv_heads),
+        "outputs": TakeBlocks(1, map_dim, tuple(head if head < num_heads else ZEROS for head in pairing.query_heads)),
     }
+
+
+def _partners_for_idle(heads: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return tuple(head if head < count else heads[place ^ 1] for place, head in enumerate(heads))
 
 
 def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[str, Transform]:
@@ -137,7 +153,8 @@ def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[st
 
 def halves_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
     """transformers' `diffllama` -> V1: its o_proj already reads [v1; v2] head by head."""
-    return paired_layout(HeadPairing.halves(num_heads, num_kv_heads), map_dim) | {"outputs": Keep()}
+    pairing = HeadPairing.halves(num_heads, num_kv_heads)
+    return paired_layout(pairing, num_heads, num_kv_heads, map_dim) | {"outputs": Keep()}
 
 
 def interleaved_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:

@@ -48,7 +48,8 @@ def llama_v1_rules(
     The lambda vectors are such that their exponentials cancel exactly while gradients live; `norm_weights`, one a
     layer, fill `sub_norm.weight`.
     """
-    rules = _transform_rules(sizes, [paired_layout(pairing, sizes.map_dim) for pairing in pairings])
+    counts = sizes.num_heads, sizes.num_kv_heads, sizes.map_dim
+    rules = _transform_rules(sizes, [paired_layout(pairing, *counts) for pairing in pairings])
     for layer in sorted(layers):
         for name in LAMBDA_VECTORS:
             drawn_as = _attention(layer, f"diff_lambda.{name[:-1]}1")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversion.errors import ConversionError, typed
-from conversion.mapping.heads import HeadPairing, Sizes
+from conversion.mapping.heads import HeadPairing, Sizes, padded_counts
 from conversion.options.values import (
     ALLOW_PICKLE,
     DTYPES,
@@ -105,6 +105,9 @@ class ConversionOptions:
     )
     backbone_only: bool = option(False, help="Convert the model without its head (lm_head or a task head).")
     allow_nonfinite: bool = option(False, help="Carry NaN and Inf in the weights over, in place of refusing them.")
+    pad_heads: bool = option(
+        False, help="v1: add idle heads until heads and key-value heads pair, where their counts are odd."
+    )
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
@@ -122,7 +125,7 @@ class ConversionOptions:
             raise ConversionError(
                 f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
             )
-        v1_only = {"lambda_init": None, "norm": "strict", "pairings": None}
+        v1_only = {"lambda_init": None, "norm": "strict", "pairings": None, "pad_heads": False}
         given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
         if self.variant == "v2" and given:
             raise ConversionError(f"{typed(given[0])} belongs to variant v1; leave it out for v2")
@@ -189,14 +192,13 @@ class ConversionOptions:
         """One pairing a layer. ConversionError for one that is made for other head counts."""
         if unknown := sorted(set(self.pairings or {}) - set(range(sizes.num_layers))):
             raise ConversionError(f"pairings of layers {unknown}: expected indices from 0 to {sizes.num_layers - 1}")
-        default = HeadPairing.adjacent(sizes.num_heads, sizes.num_kv_heads)
+        expected = padded_counts(sizes.num_heads, sizes.num_kv_heads)
+        default = HeadPairing.adjacent(*expected)
         pairings = [(self.pairings or {}).get(layer, default) for layer in range(sizes.num_layers)]
         for layer, pairing in enumerate(pairings):
             counts = len(pairing.query_heads), len(pairing.kv_heads)
-            if counts != (sizes.num_heads, sizes.num_kv_heads):
-                raise ConversionError(
-                    f"pairing of layer {layer} is for {counts} heads, expected {sizes.num_heads, sizes.num_kv_heads}"
-                )
+            if counts != expected:
+                raise ConversionError(f"pairing of layer {layer} is for {counts} heads, expected {expected}")
         return pairings
 
     def recorded(self) -> dict[str, Any]:

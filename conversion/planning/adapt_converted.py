@@ -10,7 +10,7 @@ from conversion.checkpoint.companions import read_object
 from conversion.checkpoint.output_folder import check_target, locked, partial_folder, swap_in, sync_folder
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, file_errors
-from conversion.mapping.heads import HeadPairing, Sizes
+from conversion.mapping.heads import HeadPairing, Sizes, padded_counts
 from conversion.mapping.rules import Rule, llama_v1_rules, llama_v2_rules
 from conversion.options import ConversionConfig
 from conversion.planning.adapter_output import AdapterOutput, adapter_files
@@ -72,9 +72,10 @@ def adapt_converted(
         config = DiffLlamaConfig.from_dict(read_config(base))
     except CONFIG_ERRORS as error:
         raise ConversionError(f"{base / 'config.json'}: {' '.join(str(error).split())}") from error
-    sizes = _llama_sizes(config)
+    made: Mapping[str, Any] = read_object(base / RECORD)
+    sizes = _llama_sizes(config, made.get("padding") or {})
     found = read_adapter(adapter, sizes, allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite)
-    rules = _rules(base, config, sizes, read_object(base / RECORD))
+    rules = _rules(base, config, sizes, made)
     real = check_target(output, source=base, overwrite=overwrite)
     files = adapter_files(found, rules, str(base))
     if not dry_run:
@@ -87,16 +88,16 @@ def adapt_converted(
     return record, notes, sum(map(len, files.values()))
 
 
-def _llama_sizes(config: Any) -> Sizes:
-    """Of the LLaMA that a checkpoint was converted from."""
+def _llama_sizes(config: Any, padding: Mapping[str, int]) -> Sizes:
+    """Of the LLaMA that a checkpoint was converted from, which had no idle heads."""
     maps = 2 if config.variant == "v1" else 1  # that a head of ours takes the place of
     return Sizes(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
-        num_heads=maps * config.num_attention_heads,
-        num_kv_heads=maps * config.num_key_value_heads,
+        num_heads=maps * config.num_attention_heads - padding.get("heads", 0),
+        num_kv_heads=maps * config.num_key_value_heads - padding.get("key_value_heads", 0),
         map_dim=config.map_dim,
         attention_bias=config.attention_bias,
         attention_out_bias=config.attention_out_bias,
@@ -120,7 +121,7 @@ def _rules(base: Path, config: DiffLlamaConfig, sizes: Sizes, record: Mapping[st
             f"{base}: its layers were calibrated, so no adapter of the LLaMA fits them; merge it first, by converting "
             "the LLaMA again with --calibration and --adapter"
         )
-    default = HeadPairing.adjacent(sizes.num_heads, sizes.num_kv_heads)
+    default = HeadPairing.adjacent(*padded_counts(sizes.num_heads, sizes.num_kv_heads))
     given = {
         int(layer): HeadPairing(tuple(pair["query_heads"]), tuple(pair["kv_heads"]))
         for layer, pair in (record["options"].get("pairings") or {}).items()

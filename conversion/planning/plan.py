@@ -9,7 +9,7 @@ from conversion.mapping.stream import Plan
 from conversion.options import ConversionOptions
 from conversion.planning.adapter_output import AdapterOutput
 from conversion.planning.output_config import check_loadable, output_config
-from conversion.planning.variants import promise, rules_and_fields
+from conversion.planning.variants import padding, padding_note, promise, rules_and_fields
 from conversion.record import versions
 from conversion.source import Source
 from conversion.source.config import check_against_weights
@@ -57,6 +57,7 @@ def plan_conversion(
         "options": options.recorded(),
         "layout": "paired",
         "pairing": _pairing(options) if config.variant == "v1" else None,
+        "padding": padding(model.sizes) if options.pad_heads else None,
         "calibration": None,
         "promise": promise(model, options, {info.dtype for info in read}),
         "measured": None,
@@ -67,6 +68,8 @@ def plan_conversion(
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
         },
     }
+    if options.pad_heads:
+        notes.append(padding_note(model.sizes))
     if adapter is not None:
         record["adapter"] = adapter.record
         notes.append(adapter.note)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from conversion.checkpoint import CheckpointReader
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
+from conversion.mapping.heads import Sizes, padded_counts
 from conversion.mapping.rules import Rule, diffllama_rules, llama_v1_rules, llama_v2_rules, unilm_rules
 from conversion.options import ConversionConfig, ConversionOptions
 from conversion.record import PROMISES
@@ -89,13 +90,35 @@ def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule
 
 def _pair_fields(model: SourceModel) -> dict[str, Any]:
     """Two LLaMA heads make one of ours, twice as wide."""
-    sizes = model.sizes
+    num_heads, num_kv_heads = padded_counts(model.sizes.num_heads, model.sizes.num_kv_heads)
     return {
         "variant": "v1",
-        "num_attention_heads": sizes.num_heads // 2,
-        "num_key_value_heads": sizes.num_kv_heads // 2,
-        "head_dim": 2 * sizes.map_dim,
+        "num_attention_heads": num_heads // 2,
+        "num_key_value_heads": num_kv_heads // 2,
+        "head_dim": 2 * model.sizes.map_dim,
     }
+
+
+def padding(sizes: Sizes) -> dict[str, int] | None:
+    """For conversion.json: the idle heads that each layer gets, and the parameters of all; None where heads pair."""
+    num_heads, num_kv_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)
+    heads, kv_heads = num_heads - sizes.num_heads, num_kv_heads - sizes.num_kv_heads
+    if not kv_heads:
+        return None
+    rows = (heads + 2 * kv_heads) * (sizes.hidden_size + sizes.attention_bias) + heads * sizes.hidden_size
+    return {"heads": heads, "key_value_heads": kv_heads, "parameters": rows * sizes.map_dim * sizes.num_layers}
+
+
+def padding_note(sizes: Sizes) -> str:
+    """What the user is told of `--pad-heads`."""
+    counts = f"{sizes.num_heads} heads on {sizes.num_kv_heads} key-value heads"
+    if (added := padding(sizes)) is None:
+        return f"{typed('pad_heads', True)} does nothing here: {counts} pair as they are"
+    num_heads, num_kv_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)
+    return (
+        f"idle heads: {counts} become {num_heads} on {num_kv_heads} in every layer, which costs "
+        f"{added['parameters']:,} parameters"
+    )
 
 
 def _llama_v2(

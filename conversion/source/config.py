@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.safetensors_format import TensorInfo
-from conversion.errors import ConversionError, quote
+from conversion.errors import ConversionError, quote, typed
 from conversion.mapping.heads import Sizes
 from conversion.source.architectures import (
     ARCHITECTURES,
@@ -238,12 +238,12 @@ def check_against_weights(sizes: Sizes, tensors: Mapping[str, TensorInfo]) -> No
 
 
 def check_pairs(num_heads: int, num_kv_heads: int) -> None:
-    """Parity needs heads and KV heads in pairs. ConversionError naming the exact conversion otherwise."""
+    """Parity needs heads and KV heads in pairs. ConversionError naming the ways out otherwise."""
     for field, count in (("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads)):
         if count % 2:
             raise ConversionError(
-                f"config.json: {field} is {count}, and v1 needs pairs; convert to v2, which is exact for any count "
-                "(--variant v2)"
+                f"config.json: {field} is {count}, and v1 needs pairs; add idle heads until they pair "
+                f"({typed('pad_heads', True)}), or convert to v2, which is exact for any count (--variant v2)"
             )
 
 

@@ -38,7 +38,7 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
     folder = Path(converted)
     record, config = read_conversion(folder)
     by_head = {(score.layer, score.head): score for score in scores if score.map == "attention"}
-    count = 2 * config["num_attention_heads"]
+    count = 2 * config["num_attention_heads"] - (record.get("padding") or {}).get("heads", 0)
     if set(by_head) != {(layer, head) for layer in range(config["num_hidden_layers"]) for head in range(count)}:
         raise ValueError(
             f"{folder}: {count} heads in each of {config['num_hidden_layers']} layers were paired, and the scores are "
@@ -47,8 +47,10 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
     pairs = []
     for layer in range(config["num_hidden_layers"]):
         order = query_order(record, config, layer)
-        for head in range(count // 2):
-            positive, negative = (by_head[layer, order[2 * head + m]] for m in (0, 1))
+        for head in range(len(order) // 2):
+            pair = order[2 * head : 2 * head + 2]
+            # An idle head, of a number that LLaMA does not have, was given its partner's maps.
+            positive, negative = (by_head[layer, role if role < count else min(pair)] for role in pair)
             pairs.append(PairScores(layer, head, positive=positive, negative=negative))
     return pairs
 

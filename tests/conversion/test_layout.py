@@ -71,7 +71,12 @@ def assert_inverse(layout, num_heads, num_kv_heads, d):
 @given(pairings())
 def test_paired_layout_inverse_is_identity(pairing_and_d):
     pairing, d = pairing_and_d
-    assert_inverse(paired_layout(pairing, d), len(pairing.query_heads), len(pairing.kv_heads), d)
+    assert_inverse(
+        paired_layout(pairing, len(pairing.query_heads), len(pairing.kv_heads), d),
+        len(pairing.query_heads),
+        len(pairing.kv_heads),
+        d,
+    )
 
 
 @given(head_counts())
@@ -91,7 +96,7 @@ def test_paired_layout_moves_rows_and_columns_together(pairing_and_d):
     """Every map keeps its own keys, values and output columns: the head's slices, cut out one by one."""
     pairing, d = pairing_and_d
     num_heads, num_kv_heads = len(pairing.query_heads), len(pairing.kv_heads)
-    layout = paired_layout(pairing, d)
+    layout = paired_layout(pairing, len(pairing.query_heads), len(pairing.kv_heads), d)
     source = {role: weight(role, num_heads, num_kv_heads, d) for role in layout}
     target = {role: transform(source[role]) for role, transform in layout.items()}
     group = num_heads // num_kv_heads
