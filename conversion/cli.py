@@ -75,7 +75,10 @@ def _group(
 @app.command(cls=PlainCommand)
 @with_options(ConversionConfig)
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaMA or transformers DiffLlama checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder, GGUF file or Hub id of a LLaMA, Mistral, Qwen or transformers DiffLlama."),
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: ConversionConfig,
     yes: Annotated[

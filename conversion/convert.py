@@ -63,13 +63,13 @@ def convert_checkpoint(
     calibration_progress: CalibrationProgress = lambda layer, num_layers, stage, done: None,
     **options: Any,
 ) -> ConversionReport:
-    """Converts a LLaMA or transformers DiffLlama checkpoint; the output appears whole or not at all.
+    """Converts a LLaMA, Mistral, Qwen or transformers DiffLlama checkpoint; the output appears whole or not at all.
 
     A LLaMA needs `variant`, and V1 either `calibration`, text on which it is fitted layer by layer, or
     `uncalibrated`, for the plain copy; a source that is differential already needs neither.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder, GGUF file or Hub id.
         output: Folder to create; with `adapter`, where `source` is converted already, the folder of the adapter.
         variant: "v2" for the same function exactly, "v1" for the same size.
         config: All other choices in one object; or give its fields as keyword arguments, such as

@@ -51,6 +51,7 @@ RECORD_FORM: Mapping[str, Any] = {
         "hub_id": str | None,
         "revision": str | None,
         "kind": str,
+        "gguf": Maybe({"bits_per_weight": NUMBER}),
         "sha256": Named(str),
     },
     "options": {

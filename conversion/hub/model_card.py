@@ -119,7 +119,8 @@ def _origin(source: Mapping[str, Any]) -> str:
     """A link to what is surely a repository of the Hub, else the name alone."""
     if hub_id := _hub_id(source["hub_id"]):
         return f"[{hub_id}](https://huggingface.co/{hub_id})"
-    return markdown(source["hub_id"] or source["name"])
+    name = markdown(source["hub_id"] or source["name"])
+    return f"{name} ({gguf['bits_per_weight']:.1f} bits per weight)" if (gguf := source.get("gguf")) else name
 
 
 def _hub_id(text: str | None) -> str | None:

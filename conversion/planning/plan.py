@@ -68,6 +68,9 @@ def plan_conversion(
             "output": sum(torch.Size(rule.shape).numel() for rule in rules),
         },
     }
+    if unpacked := source.location.unpacked:
+        record["source"]["gguf"] = dict(unpacked.record)
+        notes += unpacked.notes
     if options.pad_heads:
         notes.append(padding_note(model.sizes))
     if adapter is not None:

@@ -130,13 +130,13 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
 ELSE = Unsupported("it computes something else than LLaMA and its relatives")
 
 
-def unsupported(model_type: str) -> ConversionError:
+def unsupported(model_type: str, where: str = "config.json: model_type") -> ConversionError:
     """Returns the refusal of a model of another type: what differs, the way out, what is supported."""
     found = UNSUPPORTED.get(model_type, ELSE)
     way_out = found.way_out or "there is no conversion for it; choose another model"
     supported = "; ".join(f"{name} ({row.models})" for name, row in ARCHITECTURES.items())
     return ConversionError(
-        f"config.json: model_type is {quote(model_type)}, expected a supported one: {found.difference}; {way_out}. "
+        f"{where} is {quote(model_type)}, expected a supported one: {found.difference}; {way_out}. "
         f"Supported: {supported}"
     )
 

@@ -126,7 +126,7 @@ def _without_config(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return "this is an adapter, so convert its base model, with this folder as --adapter"
     if any(folder.glob("*.gguf")):
-        return "GGUF files cannot be converted, use the original Hugging Face checkpoint"
+        return "for a GGUF file, give the path of the file itself"
     if any(folder.glob("consolidated.*")) or (folder / "params.json").exists():
         return "this is Meta's own format, use the Hugging Face checkpoint of the same model"
     return "expected a folder written by save_pretrained"

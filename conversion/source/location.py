@@ -29,6 +29,7 @@ from conversion.checkpoint.reader import (
     read_index,
 )
 from conversion.errors import ConversionError, typed
+from conversion.source.gguf_file import SUFFIX, UnpackedFile, unpack_gguf
 from conversion.source.hub_address import parse_address
 
 
@@ -41,16 +42,20 @@ TEXT_PATTERNS = (
 
 @dataclass(frozen=True)
 class SourceFolder:
-    """A checkpoint on this machine. `hub_id` and `revision` (a commit) say where it came from, None for a folder."""
+    """A checkpoint on this machine. `hub_id` and `revision` (a commit) say where it came from, None for a folder.
+
+    `unpacked` is the GGUF file that it was made of, whose folder goes with the last of these objects.
+    """
 
     folder: Path
     hub_id: str | None = None
     revision: str | None = None
+    unpacked: UnpackedFile | None = None
 
     @property
     def name(self) -> str:
         """What may be published of where it came from: the Hub id, or the folder's name without its path."""
-        return self.hub_id or self.folder.resolve().name
+        return self.unpacked.path.name if self.unpacked else self.hub_id or self.folder.resolve().name
 
 
 def locate_source(
@@ -63,7 +68,7 @@ def locate_source(
     """Returns the folder that `source` names, downloaded through the Hub's cache if it is no folder here.
 
     Args:
-        source: A folder, or a repository in one of the forms of `parse_address`.
+        source: A folder, a GGUF file, or a repository in one of the forms of `parse_address`.
         revision: Branch, tag or commit of a repository, if `source` names none itself.
         allow_pickle: Let pickled weights come down where there are no others.
         config_only: Let nothing but config.json come down.
@@ -79,6 +84,9 @@ def locate_source(
             raise ConversionError(
                 f"{typed('revision', revision)}: {source} is a local path, and only Hub ids have revisions"
             )
+        if folder.suffix.lower() == SUFFIX and folder.is_file():
+            unpacked = unpack_gguf(folder, config_only)
+            return SourceFolder(Path(unpacked.folder.name), unpacked=unpacked)
         return SourceFolder(folder)
     if revision is not None and address.revision not in (None, revision):
         raise ConversionError(

@@ -49,7 +49,7 @@ def test_convert_verify_inspect_and_export(tmp_path, llama):
     assert description["lambda"] == {"0": 0.2, "1": pytest.approx(0.355509, abs=1e-6)}
     assert (description["heads"], description["map_dim"], description["conversion"]["options"]["seed"]) == (2, 8, 3)
     shown = run("inspect", tmp_path / "v1").stdout
-    assert "diff_llama" in shown and "conversion.source.location" in shown
+    assert "diff_llama" in shown and "conversion.source" in shown
     assert "…" not in shown and "{" not in shown, "nothing is cut off, and JSON is for --json"
     exported = run("export", tmp_path / "v1", tmp_path / "theirs", "--json")
     assert exported.exit_code == 0, exported.stderr

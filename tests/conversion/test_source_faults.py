@@ -44,7 +44,7 @@ def test_missing_folder_and_file(tmp_path):
     [
         ({}, "config.json: missing"),
         ({"adapter_config.json": {}}, "convert its base model, with this folder as --adapter"),
-        ({"model.gguf": "GGUF"}, "GGUF"),
+        ({"model.gguf": "GGUF"}, "for a GGUF file, give the path of the file itself"),
         ({"consolidated.00.pth": "", "params.json": {}}, "Meta's own format"),
         ({"config.json": "{"}, "config.json"),
         ({"config.json": "[1]"}, "config.json"),
@@ -188,7 +188,9 @@ def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
 
     monkeypatch.setattr(source, "snapshot_download", download)
     report = convert_checkpoint("owner/name", tmp_path / "output", "v1", uncalibrated=True, revision="main")
-    assert asked == [("owner/name", "main"), ("owner/name", commit)], "the weights are of the texts' own commit"
+    assert asked == [("owner/name", "main")] * 2 + [("owner/name", commit)], (
+        "config.json alone, texts, weights of the texts' own commit"
+    )
     assert not any(pattern.endswith((".py", ".bin", ".pth")) or pattern == "*" for pattern in patterns)
     assert report.record["source"]["revision"] == commit
     assert "base_model: owner/name" in (tmp_path / "output" / "README.md").read_text()
