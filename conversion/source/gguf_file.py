@@ -6,11 +6,12 @@ Its numbers are what the output computes: a 4-bit file gives the 4-bit model, in
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conversion.checkpoint.output_folder import check_space
 from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError, FilesError, file_errors
 from conversion.mapping.layout import Keep, interleaved_layout, llama_tensors
 from conversion.source.architectures import ARCHITECTURES, unsupported
 from conversion.source.config import read_source_model
@@ -207,7 +207,13 @@ def _write_tensors(
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     sizes = read_source_model(folder).sizes
-    check_space(Path(gettempdir()), 4 * sum(map(_count, shapes.values())))
+    needed = 4 * sum(map(_count, shapes.values()))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FilesError(
+            f"{folder.parent}: {needed / 1e9:.3f} GB are needed to unpack {path.name}, {free / 1e9:.3f} GB are free; "
+            "free space there, or set TMPDIR to a folder on another disk"
+        )
     names = get_tensor_name_map(MODEL_ARCH[str(raw["model_type"]).upper()], sizes.num_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
     # llama.cpp rotates neighboring components of LLaMA's heads, and the halves of Qwen's.

@@ -1,5 +1,6 @@
 """GGUF files as sources: against transformers' own reader of them, and what of them is refused."""
 
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
+from conversion.errors import FilesError
 from conversion.source.location import locate_source
 from modeling_diff import DiffLlamaForCausalLM
 
@@ -214,3 +216,12 @@ def test_folder_with_a_file_names_the_way(tmp_path):
     write_gguf(tmp_path / "model.gguf", SOURCES["llama"]())
     with pytest.raises(ConversionError, match="for a GGUF file, give the path of the file itself"):
         convert_checkpoint(tmp_path, tmp_path / "v2", "v2")
+
+
+def test_room_for_the_weights_is_asked_for_first(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", SOURCES["llama"]())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(FilesError, match=r"GB are needed to unpack model.gguf, 0.000 GB are free; .* TMPDIR"):
+        convert_checkpoint(path, tmp_path / "v2", "v2")
+    assert not (tmp_path / "v2").exists()
