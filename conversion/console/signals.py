@@ -1,5 +1,6 @@
 """Signals that stop a run: each unwinds it once, so that what is finished is kept and the rest removed."""
 
+import atexit
 import os
 import signal
 import sys
@@ -44,9 +45,11 @@ def end_stopped(exit_code: int) -> NoReturn:
     """Ends the process of a run that was stopped and unwound, at once.
 
     The interpreter would wait for every thread first, and for one whose start the signal has interrupted, forever.
+    Temporary folders are removed all the same.
     """
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             stream.flush()

@@ -1,7 +1,9 @@
 """GGUF files as sources: against transformers' own reader of them, and what of them is refused."""
 
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +227,18 @@ def test_room_for_the_weights_is_asked_for_first(tmp_path, monkeypatch):
     with pytest.raises(FilesError, match=r"GB are needed to unpack model.gguf, 0.000 GB are free; .* TMPDIR"):
         convert_checkpoint(path, tmp_path / "v2", "v2")
     assert not (tmp_path / "v2").exists()
+
+
+def test_stopped_command_leaves_no_unpacked_folder(tmp_path):
+    """A signal ends the process without the interpreter's own clean-up."""
+    path = write_gguf(tmp_path / "model.gguf", SOURCES["llama"]())
+    code = f"""
+from conversion.console.signals import end_stopped
+from conversion.source.location import locate_source
+located = locate_source({str(path)!r})
+print(located.folder, flush=True)
+end_stopped(143)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 143 and done.stdout.strip()
+    assert not Path(done.stdout.strip()).exists()
