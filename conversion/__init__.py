@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from conversion.calibration.calibrate import calibrate
     from conversion.convert import convert_checkpoint
     from conversion.errors import ConversionError, FilesError
     from conversion.evaluation.verification import VerificationReport
     from conversion.export import export_checkpoint
+    from conversion.heal import HealingReport, heal_checkpoint
+    from conversion.healing.config import HealingConfig
+    from conversion.healing.options import HealingOptions
+    from conversion.healing.trainer import HealingTrainer
     from conversion.options import ConversionConfig
     from conversion.push import PushReport, push_checkpoint
     from conversion.record import ConversionReport
@@ -24,11 +29,17 @@ MODULES = {
     "ConversionError": "errors",
     "ConversionReport": "record",
     "FilesError": "errors",
+    "HealingConfig": "healing.config",
+    "HealingOptions": "healing.options",
+    "HealingReport": "heal",
+    "HealingTrainer": "healing.trainer",
     "PushReport": "push",
     "UpdateReport": "update_code",
     "VerificationReport": "evaluation.verification",
+    "calibrate": "calibration.calibrate",
     "convert_checkpoint": "convert",
     "export_checkpoint": "export",
+    "heal_checkpoint": "heal",
     "push_checkpoint": "push",
     "update_checkpoint_code": "update_code",
     "verify_checkpoint": "verify",
@@ -38,11 +49,17 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "FilesError",
+    "HealingConfig",
+    "HealingOptions",
+    "HealingReport",
+    "HealingTrainer",
     "PushReport",
     "UpdateReport",
     "VerificationReport",
+    "calibrate",
     "convert_checkpoint",
     "export_checkpoint",
+    "heal_checkpoint",
     "push_checkpoint",
     "update_checkpoint_code",
     "verify_checkpoint",

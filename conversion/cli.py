@@ -27,16 +27,15 @@ from conversion.console.options import with_options
 from conversion.console.signals import EXIT_CODES, Stopped, end_stopped, stop_on_signals
 from conversion.console.terminal import NoteHandler, err, say
 from conversion.console.usage import PlainCommand, PlainGroup, parsed
-from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, LambdaMode, Trained
+from conversion.errors import typed_as
+from conversion.healing.options import HealingOptions, refuse_renamed
 from conversion.options import (
-    DTYPES,
     ConversionConfig,
     ExportConfig,
     InspectConfig,
     PushConfig,
     UpdateCodeConfig,
     VerifyConfig,
-    chosen_dtype,
 )
 from conversion.options.values import ALLOW_PICKLE, OVERWRITE, RESUME, checked_size
 
@@ -194,7 +193,6 @@ def update_code(
 
 
 # Until the options of a healing are derived from its config as well.
-DEFAULTS = HealingOptions()
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help=ALLOW_PICKLE)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help=RESUME)]
@@ -206,17 +204,19 @@ ShardSize = Annotated[
 ]
 
 
-def _dtype(argument: str, help: str) -> Any:
-    """An option for a dtype, by any of its usual names."""
-    return typer.Option(
-        parser=parsed(lambda text: chosen_dtype(argument, text)), metavar=f"<{'|'.join(DTYPES)}>", help=help
-    )
+class _HealCommand(PlainCommand):
+    """A command that says what options of earlier versions are called now."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        names = [arg.partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")]
+        with typed_as(self._options(ctx)):
+            for name in names:
+                parsed(refuse_renamed)(name)
+        return super().parse_args(ctx, args)
 
 
-Dtype = Annotated[Any, _dtype("dtype", "Cast the weights. By default each tensor keeps its own dtype.")]
-
-
-@app.command(cls=PlainCommand)
+@app.command(cls=_HealCommand)
+@with_options(HealingOptions)
 def heal(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -224,88 +224,15 @@ def heal(
         list[Path],
         typer.Option(metavar="<path>", help="Text, JSON lines or a datasets folder; may be given several times."),
     ],
+    config: HealingOptions,
     teacher: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
     ] = None,
-    stage: Annotated[
-        HealStage,
-        typer.Option(
-            case_sensitive=False,
-            help="What is learned from. local: the teacher, layer by layer. kl: its logits. lm: the text alone.",
-        ),
-    ] = HealStage.KL,
     held_out: Annotated[
         Path | None, typer.Option(help="Text to measure on. The first rows of --data by default.")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Number of tokens to train on. Once through the data by default.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, in place of --tokens.")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens per row. 1024 by default, or what the model can read if that is less.")
-    ] = None,
-    batch_rows: Annotated[int, typer.Option(help="Rows per step, over all devices.")] = DEFAULTS.batch_rows,
-    micro_rows: Annotated[
-        int | None, typer.Option(help="Rows that a device computes at once. By default as many as make 8,192 tokens.")
-    ] = None,
-    optimizer: Annotated[
-        HealOptimizer,
-        typer.Option(case_sensitive=False, help="muon: Muon for the matrices of the layers, AdamW for the rest."),
-    ] = DEFAULTS.optimizer,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. By default 1e-3 with muon, 2e-4 with adamw.")
-    ] = None,
-    lambda_learning_rate: Annotated[
-        float, typer.Option(help="Learning rate of lambda.")
-    ] = DEFAULTS.lambda_learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option(help="Weight decay, never applied to lambda, norms and biases.")
-    ] = DEFAULTS.weight_decay,
-    train: Annotated[
-        Trained, typer.Option(case_sensitive=False, help="What is trained: all parameters, or attention alone.")
-    ] = DEFAULTS.train,
-    lambda_mode: Annotated[
-        LambdaMode,
-        typer.Option(
-            "--lambda",
-            case_sensitive=False,
-            help="v1: lambda is free, held at or above --lambda-floor, or annealed to the paper's schedule.",
-        ),
-    ] = DEFAULTS.lambda_mode,
-    lambda_floor: Annotated[
-        float, typer.Option(help="v1: the least value of lambda under --lambda floor.")
-    ] = DEFAULTS.lambda_floor,
-    norm_share: Annotated[
-        float,
-        typer.Option(help="v1: share of the steps in which a neutral norm is annealed to the paper's, from 0 to 1."),
-    ] = DEFAULTS.norm_share,
-    hidden_weight: Annotated[
-        float, typer.Option(help="Stage kl: weight of the distance between hidden states in the loss.")
-    ] = 0.0,
-    cross_entropy_weight: Annotated[
-        float, typer.Option(help="Stage kl: weight of the next token of the text in the loss, from 0 to 1.")
-    ] = 0.0,
-    teacher_dtype: Annotated[
-        Any,
-        _dtype(
-            "teacher_dtype", "Precision of the teacher in memory. bfloat16 on a GPU and float32 on a CPU by default."
-        ),
-    ] = None,
-    cached_logits: Annotated[
-        int | None,
-        typer.Option(
-            help="Store this many of the teacher's likeliest tokens per position on disk, and unload the teacher."
-        ),
-    ] = None,
-    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged at the end.")] = None,
     allow_pickle: Pickle = False,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, about a third more time."),
-    ] = False,
-    dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
-    seed: Annotated[int, typer.Option(help="Seed of the order of rows.")] = 0,
     overwrite: Overwrite = False,
     resume: Resume = None,
     as_json: Json = False,
@@ -315,18 +242,19 @@ def heal(
     with one_line_errors(verbose, output), step_progress() as progress:
         from conversion.heal import heal_checkpoint  # with the Trainer: seconds that other commands need not wait for
 
-        options = HealingOptions(
-            stage=stage, tokens=tokens, steps=steps, context=context, batch_rows=batch_rows, micro_rows=micro_rows,
-            optimizer=optimizer, learning_rate=learning_rate, lambda_learning_rate=lambda_learning_rate,
-            weight_decay=weight_decay, train=train, lambda_mode=lambda_mode, lambda_floor=lambda_floor,
-            norm_share=norm_share, hidden_weight=hidden_weight, cross_entropy_weight=cross_entropy_weight,
-            teacher_dtype=teacher_dtype, cached_logits=cached_logits, lora=lora,
-            gradient_checkpointing=gradient_checkpointing, dtype=dtype, seed=seed,
-        )  # fmt: skip
         report = heal_checkpoint(
-            checkpoint, output, options, data=data, teacher=teacher, held_out=held_out, allow_pickle=allow_pickle,
-            max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, progress=progress,
-        )  # fmt: skip
+            checkpoint,
+            output,
+            config,
+            data=data,
+            teacher=teacher,
+            held_out=held_out,
+            allow_pickle=allow_pickle,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
     show_healing(report, as_json)
 
 

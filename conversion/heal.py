@@ -14,13 +14,15 @@ from conversion.checkpoint import CheckpointReader, check_target
 from conversion.checkpoint.companions import COMPANIONS, companion_files, matching_names, read_tokenizer
 from conversion.checkpoint.file_identity import content_identity
 from conversion.checkpoint.kept_work import healing_folder
-from conversion.errors import ConversionError
-from conversion.healing.options import HealingOptions, HealStage, existing_paths
+from conversion.data.text import existing_paths
+from conversion.errors import ConversionError, typed
+from conversion.healing.options import HealingOptions, HealStage
 from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
-from conversion.healing.run import HealingRun, train_student
+from conversion.healing.rows import sequence_length
 from conversion.healing.student import check_student
 from conversion.healing.teacher import find_teacher, weight_files
-from conversion.healing.work import least_bytes, opened, packed_rows, processes
+from conversion.healing.training_run import HealedStudent, HealingRun, rows_per_step, train_student
+from conversion.healing.work_folder import least_bytes, opened, packed_rows, processes
 from conversion.hub.bundle import code_files
 from conversion.hub.model_card import model_card
 from conversion.options import parse_size
@@ -30,8 +32,7 @@ from conversion.source.location import SourceFolder
 from modeling_diff import DiffLlamaConfig
 
 
-CONTEXT_TOKENS = 1024  # or what the model can read, if that is less
-MICRO_TOKENS = 8192
+WORK_FORMAT = 2  # of the kept work: 1 had options of other names
 
 
 @dataclass(frozen=True)
@@ -61,61 +62,93 @@ def heal_checkpoint(
     resume: bool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HealingReport:
-    """Distils a LLaMA into a converted checkpoint, one stage a run; the output appears whole or not at all.
+    """Distills a LLaMA into a converted checkpoint, one stage per run; the output appears whole or not at all.
 
-    `HealingOptions` says what the choices mean. `data` are text files, JSON lines or datasets folders, `teacher` a
-    folder or Hub id (the stage LM needs none, and is measured against it if there is one), `held_out` a file to be
-    measured on (without it, the first rows of the data). `model`: a student loaded by the caller, trained in place of
-    the checkpoint's weights; `callbacks` are the Trainer's. Under `accelerate launch` every process calls this.
-    A run that was stopped continues from its last Trainer checkpoint, to the same weights. `resume`: True and None
-    continue the work of the same run and refuse that of another, False discards it.
-    Raises ConversionError for bad input and a loss that is not finite, FilesError for the target.
+    A run that was stopped continues from its last Trainer checkpoint, to the same weights. Under `accelerate launch`
+    every process calls this.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        output: Folder to create.
+        options: What is learned, and how.
+        data: Text files, JSON lines or folders that `datasets` saved, to train on.
+        teacher: Folder or Hub id of the LLaMA; the stage LM needs none, and is measured against it if there is one.
+        held_out: The same as `data`, to measure on; without it, the first rows of the data.
+        model: A student in memory, trained in place of the checkpoint's weights.
+        callbacks: Callbacks of the Trainer, in addition to its own.
+        cache_folder: Folder for the teacher's logits, where they are kept. By default next to the output.
+        allow_pickle: Whether pickled weights may be read.
+        max_shard_size: Largest size of a weight file.
+        overwrite: Whether to replace an existing output.
+        resume: True and None continue the work of the same run and refuse that of another, False discards it.
+        progress: Called with the number of steps done and in all.
+
+    Returns:
+        What was written, and its measures.
+
+    Raises:
+        ConversionError: The input is bad, or the loss not finite.
+        FilesError: The target cannot be written, or the kept work is another run's.
     """
-    options, output, folder, began = options or HealingOptions(), Path(output), Path(checkpoint), time.monotonic()
+    began = time.monotonic()
+    options = options or HealingOptions()
+    output = Path(output)
+    folder = Path(checkpoint)
     config = read_our_config(folder)
-    record, reader = read_record(folder), CheckpointReader(folder, allow_pickle=allow_pickle)
-    paths, measured = existing_paths(data), [] if held_out is None else existing_paths(held_out)
+    record = read_record(folder)
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    paths = existing_paths(data)
+    measured = [] if held_out is None else existing_paths(held_out)
     max_shard_bytes = parse_size(max_shard_size)
     work = healing_folder(check_target(output, source=folder, overwrite=overwrite))
-    context, micro_rows = _context(config, options), _micro_rows(config, options)
+    length = sequence_length(config, options.max_length)
     _check_teacher_given(teacher, options)
     check_student(folder, config, options)
-    source = None if teacher is None else find_teacher(teacher, config, folder, options, allow_pickle)
+    source = None if teacher is None else find_teacher(teacher, config, folder, options, allow_pickle=allow_pickle)
     if source is not None:
         check_target(output, source=source.folder, overwrite=overwrite)
     companion_files(folder)  # a broken one is refused now, and not when the training is done
-    num_bytes = least_bytes(reader, options, _steps(options, context))
-    identity = partial(_identity, options, reader, paths, measured, source)
-    with opened(work, identity, resume, num_bytes):
+    steps = _steps(options, length)
+    identity = partial(_identity, options, reader, data=paths, held_out=measured, teacher=source)
+    with opened(work, identity, resume, least_bytes(reader, options, steps)):
         train_rows, held_out_rows = packed_rows(
-            work, paths, measured, read_tokenizer(folder), row_tokens=context, vocab_size=config.vocab_size,
-            max_rows=_max_rows(options, context), held_out_rows=options.held_out_rows,
-        )  # fmt: skip
+            work,
+            paths,
+            measured,
+            read_tokenizer(folder),
+            row_tokens=length,
+            vocab_size=config.vocab_size,
+            max_rows=None if steps is None else steps * rows_per_step(options),  # more are never read
+            held_out_rows=options.held_out_rows,
+        )
         whole_batches = _whole_batches(options, train_rows.shape)
         run = HealingRun(
-            folder, work, reader, options, source, train_rows[: whole_batches * options.batch_rows], held_out_rows,
-            _steps(options, context) or whole_batches, micro_rows,
-            Path(cache_folder or output.absolute().parent / ".teacher-logits"),
-        )  # fmt: skip
+            folder=folder,
+            work=work,
+            reader=reader,
+            options=options,
+            teacher=source,
+            train_rows=train_rows[: whole_batches * rows_per_step(options)],
+            held_out_rows=held_out_rows,
+            steps=steps or whole_batches,
+            cache_folder=Path(cache_folder or output.absolute().parent / ".teacher-logits"),
+        )
         healed = train_student(run, model, callbacks, progress)
         entry = healing_entry(
-            options, teacher=source, data=paths, steps=run.steps, tokens=run.steps * options.batch_rows * context,
-            seconds=time.monotonic() - began, table=healed.table, held_out=measured, held_out_rows=len(held_out_rows),
-        )  # fmt: skip
+            options,
+            teacher=source,
+            data=paths,
+            steps=run.steps,
+            tokens=run.steps * run.step_tokens,
+            seconds=time.monotonic() - began,
+            table=healed.table,
+            held_out=measured,
+            held_out_rows=len(held_out_rows),
+        )
         record = {**record, "measured": None, "promise": PROMISE, "healing": [*(record.get("healing") or []), entry]}
         if processes().is_main_process:
-            written = healed_config(config, healed.config, options.dtype)
-            tensors = stored_tensors(reader, healed.state, options.dtype)
-            record = write_healed(
-                output,
-                folder,
-                written,
-                tensors,
-                record,
-                card=model_card(folder, written, record, healed.lambdas),
-                code=code_files(),
-                max_shard_bytes=max_shard_bytes,
-                overwrite=overwrite,
+            record = _write(
+                run, healed, record, output=output, config=config, max_shard_bytes=max_shard_bytes, overwrite=overwrite
             )
             shutil.rmtree(work, ignore_errors=True)
         processes().wait_for_everyone()
@@ -123,16 +156,28 @@ def heal_checkpoint(
     return HealingReport(output, record, healed.table, notes)
 
 
-def _context(config: DiffLlamaConfig, options: HealingOptions) -> int:
-    longest = config.max_position_embeddings
-    context = options.context or min(longest, CONTEXT_TOKENS)
-    if context > longest:
-        raise ConversionError(
-            f"context {context}: the model reads at most {longest} tokens (max_position_embeddings); ask for fewer"
-        )
-    if context < 2:
-        raise ConversionError(f"context {context}: a row holds a token and one that follows; ask for more")
-    return context
+def _write(
+    run: HealingRun,
+    healed: HealedStudent,
+    record: Mapping[str, Any],
+    *,
+    output: Path,
+    config: DiffLlamaConfig,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> dict[str, Any]:
+    written = healed_config(config, healed.config, run.options.dtype)
+    return write_healed(
+        output,
+        run.folder,
+        written,
+        tensors=stored_tensors(run.reader, healed.state, run.options.dtype),
+        record=record,
+        card=model_card(run.folder, written, record, healed.lambdas),
+        code=code_files(),
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
 
 
 def _check_teacher_given(teacher: str | Path | None, options: HealingOptions) -> None:
@@ -145,14 +190,16 @@ def _check_teacher_given(teacher: str | Path | None, options: HealingOptions) ->
 def _identity(
     options: HealingOptions,
     checkpoint: CheckpointReader,
+    *,
     data: Sequence[Path],
     held_out: Sequence[Path],
     teacher: SourceFolder | None,
 ) -> dict[str, Any]:
-    """What a run has to have in common with the one that was stopped; reads every byte of it."""
+    """Returns what a run has to have in common with the one that was stopped; reads every byte of it."""
     tokenizer = matching_names(checkpoint.folder, COMPANIONS["tokenizer"])
     small = [checkpoint.folder / name for name in ("config.json", *tokenizer)]
     return {
+        "format of the kept work": WORK_FORMAT,
         "options": options.recorded(),
         "checkpoint": content_identity([*checkpoint.files, *small]),
         "data": content_identity(data),
@@ -162,37 +209,20 @@ def _identity(
     }
 
 
-def _steps(options: HealingOptions, context: int) -> int | None:
-    """None for once through the data."""
+def _steps(options: HealingOptions, length: int) -> int | None:
+    """Returns the number of steps, None for once through the data."""
     if options.tokens is None:
-        return options.steps
-    return -(-options.tokens // (options.batch_rows * context))
-
-
-def _max_rows(options: HealingOptions, context: int) -> int | None:
-    """More are never read."""
-    steps = _steps(options, context)
-    return None if steps is None else steps * options.batch_rows
+        return None if options.max_steps == -1 else options.max_steps
+    return -(-options.tokens // (rows_per_step(options) * length))
 
 
 def _whole_batches(options: HealingOptions, shape: Sequence[int]) -> int:
-    """Batches in once through the data of shape (R, T); what does not fill one is left out."""
-    if shape[0] < options.batch_rows:
+    """Returns the batches in once through the data of shape (R, T); what does not fill one is left out."""
+    taken = rows_per_step(options)
+    if shape[0] < taken:
         raise ConversionError(
-            f"the data leave {shape[0]} rows of {shape[1]} tokens to train on, and a step takes {options.batch_rows}; "
-            "give more text, take fewer rows per step (--batch-rows), or measure on other text (--held-out)"
+            f"the data leave {shape[0]} rows of {shape[1]} tokens to train on, and a step takes {taken}; give more "
+            f"text, take fewer rows per step ({typed('per_device_train_batch_size')}), or measure on other text "
+            "(--held-out)"
         )
-    return shape[0] // options.batch_rows
-
-
-def _micro_rows(config: DiffLlamaConfig, options: HealingOptions) -> int:
-    """Rows a device takes at once: as asked for, or as many as divide its share and stay within MICRO_TOKENS."""
-    count = processes().num_processes
-    share, left = divmod(options.batch_rows, count)
-    if left or (options.micro_rows and share % options.micro_rows):
-        portions = f" in portions of {options.micro_rows}" if options.micro_rows else ""
-        raise ConversionError(
-            f"batch_rows {options.batch_rows} on {count} devices{portions} does not divide evenly; choose a multiple"
-        )
-    most = max(1, MICRO_TOKENS // _context(config, options))
-    return options.micro_rows or max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= most)
+    return shape[0] // taken

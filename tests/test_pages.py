@@ -28,8 +28,8 @@ LLAMA = ROOT / "examples" / "assets" / "tiny-llama"
 SHORTER = {
     r"diff-llama convert .*--calibration ": "--calibration-tokens 2048 --stages pairing --no-measure",
     r"diff-llama convert (?!.*--calibration ).*--variant": "--no-measure",
-    r"diff-llama heal ": "--steps 1 --context 64 --batch-rows 2",
     r"python examples/scripts/(finetune_lora|continue_pretraining).py --model": "--max-steps 2 --max-length 128",
+    r"diff-llama heal ": "--max-steps 1 --max-length 64 --per-device-train-batch-size 2",
     r"python examples/studies/pretrain_from_scratch.py": "--seeds 0",
     r"python examples/studies/(view_attention|score_heads|compare_models).py": "--smoke",
 }

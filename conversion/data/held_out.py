@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from conversion.data.text import Tokenizer, read_documents, token_ids
+from conversion.data.text import behind_bos, token_ids
 from conversion.errors import ConversionError
+from modeling_diff.training.documents import Tokenizer
 
 
 STANDARD_TEXT = Path(__file__).with_name("held_out.txt")
@@ -44,7 +45,7 @@ def read_held_out(
     path = text or STANDARD_TEXT
     bos = tokenizer.bos_token_id if tokenizer is not None else None
     body = min(WINDOW_TOKENS, max_positions) - (bos is not None)
-    ids = torch.tensor(list(islice(token_ids(path, read_documents(path), tokenizer, vocab_size), READ_TOKENS)))
+    ids = torch.tensor(list(islice(token_ids(path, tokenizer, vocab_size), READ_TOKENS)))
     if len(ids) < 2 or body < 2:
         raise ConversionError(
             f"{path}: {len(ids)} tokens, windows of {body}, expected two at least; give a longer text"
@@ -57,6 +58,5 @@ def read_held_out(
         )
     count = max(1, min(WINDOWS, len(ids) // body))
     starts = [number * (len(ids) // count) for number in range(count)]
-    head = torch.tensor([] if bos is None else [bos], dtype=torch.long)
-    windows = [torch.cat((head, ids[start : start + body]))[None] for start in starts]
+    windows = [behind_bos(ids[start : start + body][None], bos) for start in starts]
     return HeldOut(STANDARD_NAME if text is None else path.name, windows)

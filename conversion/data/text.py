@@ -1,51 +1,51 @@
 """
-Calibration text as rows of token ids: from plain text, JSON lines, or a folder that `datasets` has saved.
+Text as sequences of token ids, for calibration, healing and measurement alike: one reader and one stream of tokens.
 
-R rows, T tokens a row.
+R rows, T tokens per row.
 """
 
-import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
-from conversion.errors import ConversionError, file_errors
+from conversion.errors import ConversionError, file_errors, typed
 from modeling_diff.analysis.tokens import token_fault
+from modeling_diff.training.documents import Document, Tokenizer, document_tokens, read_documents
 
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-CHUNK_BYTES = 1 << 16
-
-
-class Tokenizer(Protocol):
-    """What is asked of a transformers tokenizer."""
-
-    bos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
+CHUNK_TOKENS = 1 << 20
 
 
 def read_calibration(
     path: Path, tokenizer: Tokenizer | None, num_tokens: int, row_tokens: int, vocab_size: int
 ) -> torch.Tensor:
     """
-    The first `num_tokens` tokens of `path` in rows (R, T), T = `row_tokens`, each behind a bos if there is one.
+    Reads the first tokens of a text in rows, each behind a bos if there is one; reads no further than needed.
 
-    Reads no further than needed. Text comes in pieces of lines; of JSON lines each holds `text` or `input_ids`; of a
-    datasets folder the columns are called so. Without a tokenizer only `input_ids` will do.
-    Raises ConversionError for a file that is missing, empty, neither text nor JSON lines, or too short.
+    Args:
+        path: Text, JSON lines with `text` or `input_ids`, or a folder that `datasets` saved with such columns.
+        tokenizer: The source's tokenizer; without one only `input_ids` will do.
+        num_tokens: Number of tokens; what does not fill a row is left out.
+        row_tokens: Tokens per row, the bos counted.
+        vocab_size: Number of tokens that the model knows.
+
+    Returns:
+        Token ids, (R, T).
+
+    Raises:
+        ConversionError: The file is missing, empty, neither text nor JSON lines, or too short.
     """
     path = Path(path)
-    documents = read_documents(path)
     bos = tokenizer.bos_token_id if tokenizer is not None else None
     body = row_tokens - (bos is not None)
     num_rows = num_tokens // row_tokens
     if num_rows < 1:
         raise ConversionError(f"calibration tokens {num_tokens}: fewer than one row of {row_tokens}; ask for more")
-    ids = list(islice(token_ids(path, documents, tokenizer, vocab_size), num_rows * body))
+    ids = list(islice(token_ids(path, tokenizer, vocab_size), num_rows * body))
     if not ids:
         raise ConversionError(f"{path}: empty, expected calibration text of {num_tokens} tokens")
     if len(ids) < num_rows * body:
@@ -53,115 +53,139 @@ def read_calibration(
             f"{path}: {len(ids)} tokens, expected {num_rows * body} (--calibration-tokens {num_tokens}, in rows of "
             f"{row_tokens}); give more text or ask for fewer tokens"
         )
-    rows = torch.tensor(ids, dtype=torch.long).view(num_rows, body)
-    return rows if bos is None else torch.cat((torch.full((num_rows, 1), bos), rows), dim=1)
+    return behind_bos(torch.tensor(ids, dtype=torch.long).view(num_rows, body), bos)
 
 
-def read_documents(path: Path) -> Iterator[str | Sequence[int]]:
-    """Returns the documents of a file or a folder that `datasets` saved. ConversionError where there is nothing."""
+def behind_bos(rows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Returns rows (R, T) with a bos before each, (R, T + 1); unchanged without one."""
+    return rows if bos is None else torch.cat((torch.full((len(rows), 1), bos), rows), dim=1)
+
+
+def pack_rows(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer | None,
+    row_tokens: int,
+    *,
+    vocab_size: int,
+    max_rows: int | None,
+    file: Path,
+) -> torch.Tensor:
+    """
+    Packs documents into rows of equal length: joined in one stream, which is cut.
+
+    Text gets bos and eos around each document, where the tokenizer has them; `input_ids` are taken unchanged. A row
+    may hold the end of one document and the beginning of the next, and attention reaches across; what does not fill
+    the last row is dropped.
+
+    Args:
+        paths: Text files, JSON lines and folders that `datasets` saved.
+        tokenizer: The checkpoint's tokenizer; without one only `input_ids` will do.
+        row_tokens: Tokens per row.
+        vocab_size: Number of tokens that the model knows.
+        max_rows: Rows after which reading stops; None reads all.
+        file: File to write the rows to.
+
+    Returns:
+        Token ids, int32 (R, T), mapped from the file.
+
+    Raises:
+        ConversionError: Data are missing, empty, neither text nor JSON lines, or less than a row.
+        FilesError: The file cannot be written.
+    """
+    tokens = chain.from_iterable(token_ids(path, tokenizer, vocab_size, boundaries=True) for path in paths)
+    wanted = tokens if max_rows is None else islice(tokens, max_rows * row_tokens)
+    count = 0
+    with file_errors(file), file.open("wb") as stream:
+        while piece := array("i", islice(wanted, CHUNK_TOKENS)):
+            stream.write(piece.tobytes())
+            count += len(piece)
+    if count < row_tokens:
+        names = ", ".join(path.name for path in paths)
+        raise ConversionError(f"{names}: {count} tokens, expected at least one row of {row_tokens}; give more text")
+    return map_rows(file, count // row_tokens, row_tokens)
+
+
+def map_rows(file: Path, num_rows: int, row_tokens: int) -> torch.Tensor:
+    """Returns rows (R, T) that `pack_rows` has written; pages come into memory as they are read."""
+    flat = torch.from_file(str(file), shared=False, size=num_rows * row_tokens, dtype=torch.int32)
+    return flat.view(num_rows, row_tokens)
+
+
+def token_ids(path: Path, tokenizer: Tokenizer | None, vocab_size: int, *, boundaries: bool = False) -> Iterator[int]:
+    """
+    Yields the tokens of the documents of a file, or of a folder that `datasets` saved.
+
+    Args:
+        path: The file or folder.
+        tokenizer: The checkpoint's tokenizer; without one only `input_ids` will do.
+        vocab_size: Number of tokens that the model knows.
+        boundaries: Whether to yield bos and eos, where the tokenizer has them, around documents of text.
+
+    Raises:
+        ConversionError: It is missing or cannot be read, holds text without a tokenizer, or an unknown token.
+    """
     if not path.exists():
         raise ConversionError(f"{path}: does not exist, expected text; check the path")
-    return read_dataset(path) if path.is_dir() else read_file(path)
+    with reading_errors(path):
+        yield from document_ids(read_documents(path), str(path), tokenizer, vocab_size, boundaries=boundaries)
 
 
-def token_ids(
-    path: Path, documents: Iterable[str | Sequence[int]], tokenizer: Tokenizer | None, vocab_size: int
+def document_ids(
+    documents: Iterable[Document], name: str, tokenizer: Tokenizer | None, vocab_size: int, *, boundaries: bool
 ) -> Iterator[int]:
-    """Yields the tokens of documents. ConversionError, naming `path`, for text without a tokenizer and unknown ids."""
+    """Yields the tokens of documents, as `token_ids` does; `name` begins its messages."""
+    bos, eos = ([], []) if not boundaries else special_ids(tokenizer)
+    checked_ids([*bos, *eos], f"{name}: bos and eos", vocab_size)
     for number, document in enumerate(documents, 1):
-        if isinstance(document, str):
-            if tokenizer is None:
-                raise ConversionError(
-                    f"{path}: holds text, but the source has no tokenizer (tokenizer.json, or tokenizer_config.json "
-                    "with its vocabulary); give JSON lines with input_ids"
-                )
-            ids = tokenizer.encode(document, add_special_tokens=False, verbose=False)
-            yield from checked_ids(ids, f"{path}: the text", vocab_size)
+        if document.input_ids is not None:
+            yield from checked_ids(document.input_ids, f"{name}: input_ids of document {number}", vocab_size)
             continue
-        yield from checked_ids(document, f"{path}: input_ids of document {number}", vocab_size)
+        if tokenizer is None:
+            raise ConversionError(
+                f"{name}: holds text, but the checkpoint has no tokenizer (tokenizer.json, or tokenizer_config.json "
+                "with its vocabulary); give JSON lines with input_ids"
+            )
+        yield from bos
+        for ids in document_tokens(document, tokenizer):
+            yield from checked_ids(ids, f"{name}: the text", vocab_size)
+        yield from eos
+
+
+def special_ids(tokenizer: Tokenizer | None) -> tuple[list[int], list[int]]:
+    """Returns the ids of bos and of eos, each none or one."""
+    found = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    bos, eos = ([] if token is None else [token] for token in found)
+    return bos, eos
 
 
 def checked_ids(ids: Sequence[int], where: str, vocab_size: int) -> Sequence[int]:
-    """The ids. ConversionError for one that an embedding of `vocab_size` rows has no row for."""
+    """Returns the ids. ConversionError for one that an embedding of `vocab_size` rows has no row for."""
     if fault := token_fault(ids, vocab_size):
         raise ConversionError(f"{where}: {fault}")
     return ids
 
 
-def read_file(path: Path) -> Iterator[str | Sequence[int]]:
-    """Documents of a JSON lines file, or the lines of a text file in pieces of about CHUNK_BYTES."""
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turns what `read_documents` raises into errors of a conversion."""
     try:
-        with file_errors(path), path.open(encoding="utf-8") as lines:
-            if path.suffix.lower() in JSON_LINES:
-                yield from _json_lines(path, lines)
-                return
-            while piece := lines.readlines(CHUNK_BYTES):
-                text = "".join(piece)
-                if "\0" in text:
-                    raise ConversionError(
-                        f"{path}: holds NUL bytes, expected plain text (UTF-8) or JSON lines (.jsonl)"
-                    )
-                yield text
-    except UnicodeDecodeError as error:
-        raise ConversionError(
-            f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start} of a piece), expected plain "
-            "text or JSON lines (.jsonl); convert it first"
-        ) from error
+        with file_errors(path):
+            yield
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str | Sequence[int]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConversionError(
-                f"{path}: line {number} is not JSON ({error}); expected one object a line"
-            ) from error
-        yield _document(record, f"{path}: line {number}")
+def existing_paths(paths: Sequence[str | Path] | str | Path) -> list[Path]:
+    """Returns one path or several as a list.
 
-
-def _document(record: Any, where: str) -> str | Sequence[int]:
-    if isinstance(record, dict):
-        if isinstance(text := record.get("text"), str):
-            _check_characters(text, where)
-            return text
-        if isinstance(record.get("input_ids"), list):
-            return record["input_ids"]
-    raise ConversionError(f'{where} holds neither "text" (a string) nor "input_ids" (a list); expected one of them')
-
-
-def _check_characters(text: str, where: str) -> None:
-    """JSON can spell halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConversionError(
-            f"{where}: text has {text[error.start]!r} at {error.start}, half of a character (a surrogate), expected "
-            "Unicode; mend the line or leave it out"
-        ) from error
-
-
-def read_dataset(folder: Path) -> Iterator[str | Sequence[int]]:
-    """Documents of a folder written by `save_to_disk`; of several splits `train`, or the first."""
-    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ConversionError(
-            f"{folder}: a folder that `datasets` did not save (no state.json); give a file of text or JSON lines"
-        )
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        raise ConversionError(
-            f"{folder}: reading it needs the datasets package; install it, or give a file of text or JSON lines"
-        ) from error
-    try:
-        loaded = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"{folder}: refused by datasets ({str(error).splitlines()[0]}); save it again"
-        ) from error
-    if isinstance(loaded, dict):
-        loaded = loaded.get("train", next(iter(loaded.values())))
-    for number, record in enumerate(loaded):
-        yield _document(record, f"{folder}: row {number}")
+    Raises:
+        ConversionError: There is none, or one is not there.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
+        raise ConversionError(f"{typed('data')}: no file was given; expected text, JSON lines or a datasets folder")
+    found = [Path(path) for path in given]
+    for path in found:
+        if not path.exists():
+            raise ConversionError(f"{path}: does not exist, expected training text; check the path")
+    return found

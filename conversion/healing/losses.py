@@ -1,7 +1,7 @@
 """
 What a student is to learn from a teacher's outputs, without more than a chunk of probabilities in memory.
 
-N tokens, V vocabulary, K tokens kept, B batch, T tokens a row, C hidden size.
+N tokens, V vocabulary, K tokens kept per position, B batch, T tokens per row, C hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ class Targets(Protocol):
     """A teacher's distributions on N tokens."""
 
     def divergence(self, tokens: slice, log_q: torch.Tensor) -> torch.Tensor:
-        """KL(teacher || student) in nats, (n,), for the student's log-probabilities (n, V) of the tokens."""
+        """Returns KL(teacher || student) in nats, (n,), for the student's log-probabilities (n, V) of the tokens."""
         ...
 
     def best(self, tokens: slice) -> torch.Tensor:
-        """The teacher's most likely token, (n,)."""
+        """Returns the teacher's most likely token, (n,)."""
         ...
 
     def label_losses(self, tokens: slice, labels: torch.Tensor) -> torch.Tensor:
-        """-log p of the labels (n,); 0 where they are IGNORED."""
+        """Returns -log p of the labels (n,); 0 where they are IGNORED."""
         ...
 
 
@@ -66,7 +66,8 @@ class TopTargets:
         log_p = self.log_probs[tokens].to(log_q.dtype)
         log_q = log_q.gather(-1, self.ids[tokens].long())
         kept = (log_p.exp() * (log_p - log_q)).sum(-1)
-        log_p_rest, log_q_rest = _log_rest(log_p), _log_rest(log_q)
+        log_p_rest = _log_rest(log_p)
+        log_q_rest = _log_rest(log_q)
         return kept + log_p_rest.exp() * (log_p_rest - log_q_rest)
 
     def best(self, tokens: slice) -> torch.Tensor:
@@ -77,24 +78,28 @@ class TopTargets:
 
 
 def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum p); a sum rounded to 1 or more leaves the smallest rest there can be."""
+    """Returns log(1 - sum p); a sum rounded to 1 or more leaves the smallest rest there can be."""
     return torch.log((1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps))
 
 
 def next_tokens(ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> labels (B T,): the token that follows, IGNORED behind the last of a row."""
+    """Returns labels (B T,) of ids (B, T): the token that follows, IGNORED after the last of a row."""
     return nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def distillation_loss(
     logits: torch.Tensor, ids: torch.Tensor, targets: Targets | None, cross_entropy_weight: float
 ) -> torch.Tensor:
-    """
-    (1 - w) KL(teacher || student) + w cross entropy, nats a token, of the student's logits (B, T, V) for ids (B, T).
+    """Returns (1 - w) KL(teacher || student) + w cross entropy, in nats/token.
 
-    Without targets, cross entropy alone.
+    Args:
+        logits: The student's, (B, T, V).
+        ids: Token ids, (B, T).
+        targets: The teacher's distributions; without them, cross entropy alone.
+        cross_entropy_weight: w.
     """
-    labels, weight = next_tokens(ids), 1.0 if targets is None else cross_entropy_weight
+    labels = next_tokens(ids)
+    weight = 1.0 if targets is None else cross_entropy_weight
     num_labels = int((labels != IGNORED).sum())
 
     def loss_of(chunk: torch.Tensor, tokens: slice) -> torch.Tensor:
@@ -111,7 +116,7 @@ def distillation_loss(
 
 
 def chunks_of(num_tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of tokens whose probabilities fit into CHUNK_ELEMENTS."""
+    """Returns slices of tokens whose probabilities fit into CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // vocab_size)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
@@ -148,9 +153,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 def stream_distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    Mean square distance of streams (B, T, C), each token relative to its mean square in `wanted`, mean over the pairs.
+    Returns the mean square distance of hidden states (B, T, C), relative to that of `wanted`, mean over the pairs.
 
-    Relative, as a LLaMA's first tokens are a thousand times larger than the rest.
+    Relative per token, as a LLaMA's first tokens are a thousand times larger than the rest.
     """
     distances = [
         ((ours.float() - theirs.float()).square().mean(-1) / theirs.float().square().mean(-1)).mean()

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers and AdamW for the rest, as one optimiser with one state."""
+"""Muon for the matrices of the layers and AdamW for the rest, as one optimizer with one state."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
     torch's Muon and AdamW, each on its groups: those with `"algorithm": "muon"`, of matrices only, and all others.
 
-    Groups and state are this optimiser's own, so that schedulers, checkpoints and FSDP2 see one optimiser.
+    Groups and state are this optimizer's own, so that schedulers, checkpoints and FSDP2 see one optimizer.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
@@ -48,7 +48,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def muon_groups(
     model: nn.Module, *, learning_rate: float, weight_decay: float, lambda_factor: float
 ) -> list[dict[str, Any]]:
-    """`parameter_groups`, the matrices of the decoder layers split off for Muon; adapters' are not."""
+    """Returns `parameter_groups` with the matrices of the decoder layers split off for Muon; adapters' are not.
+
+    Args:
+        model: The student.
+        learning_rate: Learning rate of all but lambda.
+        weight_decay: Weight decay where there is one.
+        lambda_factor: Learning rate of lambda, as a multiple of `learning_rate`.
+    """
     matrices = {
         id(parameter)
         for name, parameter in model.named_parameters()

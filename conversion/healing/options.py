@@ -1,21 +1,19 @@
-"""What a user can ask of a healing, checked before anything is opened."""
+"""What a user can ask of a healing, checked before anything is opened. The command line is made from the fields."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from conversion.errors import ConversionError, typed
-from conversion.options import chosen, chosen_dtype
+from conversion.options import DTYPES, chosen, chosen_dtype, option
 
 
 class HealStage(StrEnum):
     """
     What the student is trained on.
 
-    LOCAL: every layer gets the teacher's stream before it and is to give the teacher's stream after it.
+    LOCAL: every layer gets the teacher's hidden states before it, and is to give the teacher's after it.
     KL: the teacher's distribution of the next token.
     LM: the next token itself, no teacher needed.
     """
@@ -44,6 +42,8 @@ class HealOptimizer(StrEnum):
 # and 0.046 in 2.0 M; in 0.13 M it is 0.061 still at 3e-4, and 0.059 by AdamW at 1e-4. Longer, AdamW is not measured.
 RATES = {HealOptimizer.ADAMW: 2e-4, HealOptimizer.MUON: 1e-3}
 
+MAX_LENGTH = 1024  # by default, or what the model can read if that is less
+
 
 class Trained(StrEnum):
     """Which parameters learn; the stage LOCAL always trains attention alone."""
@@ -52,63 +52,110 @@ class Trained(StrEnum):
     ATTENTION = "attention"
 
 
-@dataclass(frozen=True)
-class HealingOptions:
-    """
-    Choices that change what is learnt; all of them are recorded in conversion.json.
+# Options of earlier versions by their names in Python, and what to give now.
+RENAMED = {
+    "steps": ("max_steps",),
+    "context": ("max_length",),
+    "batch_rows": ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    "micro_rows": ("per_device_train_batch_size",),
+    "warmup_share": ("warmup_steps",),
+    "evaluations": ("eval_steps",),
+    "checkpoints": ("save_steps",),
+    "lora": ("lora_r",),
+}
+MEANINGS = {
+    "batch_rows": "their product, times the number of devices, is the number of sequences per step",
+    "micro_rows": "the number of sequences that a device computes at once",
+    "warmup_share": "below 1 it is a share of the steps, as before",
+    "evaluations": "0.25, a share of the steps, gives four evaluations",
+    "checkpoints": "0.25, a share of the steps, gives four checkpoints",
+}
 
-    tokens, steps: how long, one of them; without either, once through the data.
-    context: tokens a row; None: 1024, or what the model can read if that is less.
-    batch_rows: rows a step, over all devices; micro_rows: rows a device takes at once. None: as many as
-        divide its share of a step, up to 8,192 tokens.
-    learning_rate: its peak, reached after `warmup_share` of the steps; it falls to 0 by a cosine. None: RATES.
-    norm_share: share of the steps in which a large `sub_norm_eps` falls to the paper's 1e-5, geometrically.
-    hidden_weight: weight of the distance between the streams behind each layer, beside KL.
-    cross_entropy_weight: its share of the loss of the stage KL.
-    cached_logits: the teacher's most likely tokens kept a position, on disk, in place of the teacher in memory.
-    lora: rank of adapters that are trained in place of the matrices, and merged at the end.
-    held_out_rows: rows to measure on. None: 32, or one row in five where the run has fewer than 160.
-    dtype: of the output; None: each tensor keeps its own. teacher_dtype: None: bfloat16 on a GPU, float32 on a CPU.
-    """
 
-    stage: HealStage = HealStage.KL
-    tokens: int | None = None
-    steps: int | None = None
-    context: int | None = None
-    batch_rows: int = 8
-    micro_rows: int | None = None
-    optimizer: HealOptimizer = HealOptimizer.MUON
-    learning_rate: float | None = None
-    lambda_learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    warmup_share: float = 0.05
-    train: Trained = Trained.ALL
-    lambda_mode: LambdaMode = LambdaMode.FLOOR
-    lambda_floor: float = 0.02
-    norm_share: float = 0.5
-    hidden_weight: float = 0.0
-    cross_entropy_weight: float = 0.0
-    teacher_dtype: str | None = None
-    cached_logits: int | None = None
-    lora: int | None = None
-    gradient_checkpointing: bool = False
-    held_out_rows: int | None = None
-    evaluations: int = 4
-    checkpoints: int = 4
-    dtype: str | None = None
-    seed: int = 0
+def refuse_renamed(name: str) -> None:
+    """Refuses an option of earlier versions.
+
+    Args:
+        name: An option that was given, by its name in Python.
+
+    Raises:
+        ConversionError: It has another name now; the message says which.
+    """
+    if name in RENAMED:
+        now = " and ".join(map(typed, RENAMED[name]))
+        meaning = f": {MEANINGS[name]}" if name in MEANINGS else ""
+        raise ConversionError(f"{typed(name)} is called {now} now{meaning}")
+
+
+def _dtype_option(name: str, help: str) -> Any:
+    return option(help=help, parse=lambda text: chosen_dtype(name, text), metavar=f"<{'|'.join(DTYPES)}>")
+
+
+@dataclass(kw_only=True)
+class TrainerOptions:
+    """Choices of the training itself, which `HealingConfig` has as well. Names are those of TrainingArguments."""
+
+    stage: HealStage = option(
+        HealStage.KL,
+        help="What is learned from. local: the teacher, layer by layer. kl: its logits. lm: the text alone.",
+    )
+    max_steps: int = option(-1, help="Number of optimizer steps. -1, the default, goes once through the data.")
+    max_length: int | None = option(
+        None, help="Tokens per sequence. 1024 by default, or what the model can read if that is less."
+    )
+    per_device_train_batch_size: int = option(8, help="Number of sequences that a device computes at once.")
+    gradient_accumulation_steps: int = option(1, help="Number of batches per optimizer step.")
+    optimizer: HealOptimizer = option(
+        HealOptimizer.MUON, help="muon: Muon for the matrices of the layers, AdamW for the rest. adamw: AdamW for all."
+    )
+    learning_rate: float | None = option(None, help="Peak learning rate. By default 1e-3 with muon, 2e-4 with adamw.")
+    lambda_learning_rate: float = option(5e-5, help="Learning rate of lambda.")
+    weight_decay: float = option(0.0, help="Weight decay, never applied to lambda, norms and biases.")
+    warmup_steps: float = option(
+        0.05, help="Number of steps in which the learning rate rises to its peak; below 1, a share of all steps."
+    )
+    train: Trained = option(Trained.ALL, help="What is trained: all parameters, or attention alone.")
+    lambda_mode: LambdaMode = option(
+        LambdaMode.FLOOR,
+        help="v1: lambda is free, held at or above a floor, or annealed to the paper's schedule.",
+        flag="--lambda",
+    )
+    lambda_floor: float = option(0.02, help="v1: the least value of lambda where it is held.")
+    norm_share: float = option(
+        0.5, help="v1: share of the steps in which a neutral norm is annealed to the paper's, from 0 to 1."
+    )
+    hidden_weight: float = option(0.0, help="Stage kl: weight of the distance between hidden states in the loss.")
+    cross_entropy_weight: float = option(
+        0.0, help="Stage kl: weight of the next token of the text in the loss, from 0 to 1."
+    )
+    gradient_checkpointing: bool = option(False, help="Recompute activations: less memory, about a third more time.")
+    eval_steps: float = option(0.25, help="Number of steps between evaluations; below 1, a share of all steps.")
+    save_steps: float = option(0.25, help="Number of steps between checkpoints; below 1, a share of all steps.")
+    seed: int = option(0, help="Seed of the order of the sequences.")
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        """Refuses what earlier versions called otherwise, before Python calls it unexpected."""
+        for name in given:
+            refuse_renamed(name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        """Checks every option.
+
+        Raises:
+            ConversionError: One is out of range, or two do not go together.
+        """
         enumerations: dict[str, Any] = {
-            "stage": HealStage, "optimizer": HealOptimizer, "train": Trained, "lambda_mode": LambdaMode,
-        }  # fmt: skip
-        for field, choices in enumerations.items():
-            object.__setattr__(self, field, choices(chosen(field, getattr(self, field), list(choices))))
-        for field in ("dtype", "teacher_dtype"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, chosen_dtype(field, getattr(self, field)))
+            "stage": HealStage,
+            "optimizer": HealOptimizer,
+            "train": Trained,
+            "lambda_mode": LambdaMode,
+        }
+        for name, choices in enumerations.items():
+            setattr(self, name, choices(chosen(name, getattr(self, name), list(choices))))
         self._check_counts()
-        self._check_shares()
+        self._check_steps()
+        self._check_numbers()
         self._check_together()
 
     @property
@@ -116,36 +163,41 @@ class HealingOptions:
         """The peak learning rate, chosen or by default."""
         return self.learning_rate or RATES[self.optimizer]
 
-    def recorded(self) -> dict[str, Any]:
-        """As JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"learning_rate": self.rate}
+    @property
+    def compares_hidden_states(self) -> bool:
+        """Whether the loss compares hidden states with the teacher's."""
+        return self.stage == HealStage.LOCAL or bool(self.hidden_weight)
 
     def _check_counts(self) -> None:
-        optional = ("tokens", "steps", "context", "micro_rows", "cached_logits", "lora", "held_out_rows")
-        for field in ("batch_rows", "evaluations", "checkpoints", *optional):
-            value = getattr(self, field)
-            if value is None and field in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConversionError(f"{typed(field)} is {value!r}, expected a whole number above 0")
+        if self.max_steps != -1:
+            _check_count("max_steps", self.max_steps, ", or -1 for once through the data")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            _check_count(name, getattr(self, name))
+        if self.max_length is not None:
+            _check_count("max_length", self.max_length)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ConversionError(f"{typed('seed')} is {self.seed!r}, expected a whole number from 0 to {2**32 - 1}")
-        if self.tokens is not None and self.steps is not None:
-            raise ConversionError(
-                f"{typed('tokens')} {self.tokens} and {typed('steps')} {self.steps} both say how long; give one"
-            )
 
-    def _check_shares(self) -> None:
-        for field in ("warmup_share", "norm_share", "cross_entropy_weight"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ConversionError(f"{typed(field)} is {getattr(self, field)}, expected a share from 0 to 1")
-        for field in ("learning_rate", "lambda_learning_rate"):
-            value = getattr(self, field)
+    def _check_steps(self) -> None:
+        for name in ("warmup_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            positive = value > 0 or (value == 0 and name == "warmup_steps")
+            if not (math.isfinite(value) and positive and (value < 1 or value == int(value))):
+                raise ConversionError(
+                    f"{typed(name)} is {value}, expected a number of steps, or below 1 a share of all steps"
+                )
+
+    def _check_numbers(self) -> None:
+        for name in ("norm_share", "cross_entropy_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConversionError(f"{typed(name)} is {getattr(self, name)}, expected a share from 0 to 1")
+        for name in ("learning_rate", "lambda_learning_rate"):
+            value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConversionError(f"{typed(field)} is {value}, expected a number above 0")
-        for field in ("weight_decay", "hidden_weight"):
-            if not (math.isfinite(getattr(self, field)) and getattr(self, field) >= 0):
-                raise ConversionError(f"{typed(field)} is {getattr(self, field)}, expected a number of at least 0")
+                raise ConversionError(f"{typed(name)} is {value}, expected a number above 0")
+        for name in ("weight_decay", "hidden_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConversionError(f"{typed(name)} is {getattr(self, name)}, expected a number of at least 0")
         if not (math.isfinite(self.lambda_floor) and self.lambda_floor < 1):
             raise ConversionError(f"{typed('lambda_floor')} is {self.lambda_floor}, expected a number below 1")
 
@@ -155,22 +207,60 @@ class HealingOptions:
                 f"{typed('hidden_weight')} and {typed('cross_entropy_weight')} belong to the stage kl, not to "
                 f"{self.stage}; leave them out"
             )
-        if self.cached_logits and (self.stage == HealStage.LOCAL or self.hidden_weight):
+
+
+@dataclass(kw_only=True)
+class HealingOptions(TrainerOptions):
+    """
+    Choices that change what a healing learns; all of them are recorded in conversion.json.
+
+    Each field's help is in its metadata, from which the options of `diff-llama heal` are made.
+    """
+
+    tokens: int | None = option(None, help="Number of tokens to train on, in place of a number of steps.")
+    held_out_rows: int | None = option(
+        None, help="Number of sequences to measure on. By default 32, or one in five where the run has fewer than 160."
+    )
+    teacher_dtype: str | None = _dtype_option(
+        "teacher_dtype", "Precision of the teacher in memory. bfloat16 on a GPU and float32 on a CPU by default."
+    )
+    cached_logits: int | None = option(
+        None, help="Store this many of the teacher's likeliest tokens per position on disk, and unload the teacher."
+    )
+    lora_r: int | None = option(None, help="Train adapters of this rank, merged at the end.")
+    dtype: str | None = _dtype_option("dtype", "Cast the weights. By default each tensor keeps its own dtype.")
+
+    def __post_init__(self) -> None:
+        """Checks every option.
+
+        Raises:
+            ConversionError: One is out of range, or two do not go together.
+        """
+        super().__post_init__()
+        for name in ("tokens", "held_out_rows", "cached_logits", "lora_r"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        for name in ("dtype", "teacher_dtype"):
+            if getattr(self, name) is not None:
+                setattr(self, name, chosen_dtype(name, getattr(self, name)))
+        if self.tokens is not None and self.max_steps != -1:
+            raise ConversionError(
+                f"{typed('tokens')} {self.tokens} and {typed('max_steps')} {self.max_steps} both say how long; "
+                "give one"
+            )
+        if self.cached_logits and self.compares_hidden_states:
             raise ConversionError(
                 f"{typed('cached_logits')} keeps logits, and hidden states are needed (stage local, "
                 f"{typed('hidden_weight')}): leave it out"
             )
-        if self.lora and self.stage == HealStage.LOCAL:
-            raise ConversionError(f"{typed('lora')} with the stage local trains little of little; leave it out there")
+        if self.lora_r and self.stage == HealStage.LOCAL:
+            raise ConversionError(f"{typed('lora_r')} with the stage local trains little of little; leave it out")
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns the options as JSON, with the learning rate that is used."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"learning_rate": self.rate}
 
 
-def existing_paths(paths: Sequence[str | Path] | str | Path) -> list[Path]:
-    """One path or several. ConversionError for none, or one that is not there."""
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not given:
-        raise ConversionError(f"{typed('data')}: no file was given; expected text, JSON lines or a datasets folder")
-    found = [Path(path) for path in given]
-    for path in found:
-        if not path.exists():
-            raise ConversionError(f"{path}: does not exist, expected training text; check the path")
-    return found
+def _check_count(name: str, value: Any, or_else: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConversionError(f"{typed(name)} is {value!r}, expected a whole number above 0{or_else}")

@@ -21,7 +21,7 @@ MEASURED = ("loss", "kl", "greedy_agreement", "recovered")
 
 
 def stored_specs(reader: CheckpointReader, dtype: str | None) -> dict[str, TensorSpec]:
-    """What will be written: the tensors of the checkpoint in `reader`, in its dtypes or `dtype`; lambda as it is."""
+    """Returns what will be written: the tensors of `reader`, in its dtypes or `dtype`; lambda unchanged."""
     return {
         name: TensorSpec(info.shape, torch_dtype(dtype) if dtype and "diff_lambda" not in name else info.dtype)
         for name, info in reader.tensors.items()
@@ -31,10 +31,15 @@ def stored_specs(reader: CheckpointReader, dtype: str | None) -> dict[str, Tenso
 def stored_tensors(
     reader: CheckpointReader, state: Mapping[str, torch.Tensor], dtype: str | None
 ) -> dict[str, torch.Tensor]:
-    """
-    The tensors of `state` as they will be written.
+    """Returns tensors as they will be written.
 
-    Raises ConversionError for an entry that is NaN or infinite, by name.
+    Args:
+        reader: The checkpoint that was trained.
+        state: The student's tensors by name.
+        dtype: dtype of the output; None keeps each tensor's own.
+
+    Raises:
+        ConversionError: An entry is NaN or infinite; names the tensor.
     """
     tensors = {}
     for name, spec in stored_specs(reader, dtype).items():
@@ -49,9 +54,9 @@ def write_healed(
     output: Path,
     source: Path,
     config: DiffLlamaConfig,
+    *,
     tensors: Mapping[str, torch.Tensor],
     record: Mapping[str, Any],
-    *,
     card: str,
     code: Mapping[str, Path],
     max_shard_bytes: int,
@@ -76,7 +81,7 @@ def write_healed(
 
 
 def healed_config(start: DiffLlamaConfig, end: DiffLlamaConfig, dtype: str | None) -> DiffLlamaConfig:
-    """The final config, with the start's architecture and the dtype of the weights as they are written."""
+    """Returns the final config, with the start's architecture and the dtype of the weights as they are written."""
     stored = torch_dtype(dtype) if dtype else start.dtype
     return DiffLlamaConfig.from_dict(end.to_dict() | {"architectures": start.architectures, "dtype": stored})
 
@@ -93,8 +98,7 @@ def healing_entry(
     held_out: Sequence[Path],
     held_out_rows: int,
 ) -> dict[str, Any]:
-    """One healing, for the list in conversion.json: names without paths, options, held-out numbers."""
-    start, end = ({name: row[name] for name in MEASURED if row[name] is not None} for row in (table[0], table[-1]))
+    """Returns one healing for the list in conversion.json: names without paths, options, held-out numbers."""
     return {
         "stage": str(options.stage),
         "teacher": teacher and teacher.name,
@@ -105,7 +109,11 @@ def healing_entry(
         "seconds": round(seconds, 1),
         "options": options.recorded(),
         "versions": versions(),
-        "start": start,
-        "end": end,
+        "start": _measured(table[0]),
+        "end": _measured(table[-1]),
         "table": list(table),
     }
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in MEASURED if row[name] is not None}

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.errors import ConversionError
+from conversion.healing.completeness import check_whole
 from conversion.healing.losses import LogitTargets, Targets
-from conversion.healing.options import HealingOptions, HealStage
+from conversion.healing.options import HealingOptions, TrainerOptions
 from conversion.healing.streams import LayerStreams, decoder_layers
-from conversion.healing.whole import check_whole
 from conversion.options import torch_dtype
 from conversion.source.config import read_source_model
 from conversion.source.location import SourceFolder, locate_source
@@ -23,20 +23,20 @@ from modeling_diff import DiffLlamaConfig
 
 
 class Teacher(Protocol):
-    """What a stage and the measuring ask: targets of rows (B, T), known by their numbers as well."""
+    """What a stage and a measurement ask: targets of rows (B, T), known by their numbers as well."""
 
     def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets: ...
 
 
 class LiveTeacher:
-    """A model in memory. `states` gives its hidden states before, between and behind its layers, each (B, T, C)."""
+    """A model in memory. `states` are its hidden states before, between and after its layers, each (B, T, C)."""
 
     def __init__(self, model: Any, wants_states: bool):
         self.model = model.requires_grad_(False).eval()
         self.streams = LayerStreams(model) if wants_states else None
 
     def place(self, accelerator: Accelerator) -> None:
-        """On the device; under FSDP2 in shards, a unit a layer."""
+        """Moves the model to the device; under FSDP2 in shards, one unit per layer."""
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is None or plugin.fsdp_version != 2:
             self.model.to(accelerator.device)
@@ -51,7 +51,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Without targets: the stage LOCAL has no use for them."""
+        """Returns the hidden states alone: the stage LOCAL has no use for targets."""
         assert self.streams is not None
         self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         return self.streams.take()
@@ -70,11 +70,18 @@ def find_teacher(
     options: HealingOptions,
     allow_pickle: bool = False,
 ) -> SourceFolder:
-    """
-    A LLaMA that can teach the student in `folder`; its weights' files are checked, none is loaded.
+    """Finds a LLaMA that can teach a student; the files of its weights are checked, none is loaded.
 
-    Raises ConversionError for what is no whole LLaMA, and where vocabulary, tokenizer or, if streams are compared,
-    layers or width differ.
+    Args:
+        source: Its folder or Hub id.
+        student: The student's config.
+        folder: The student's folder.
+        options: The healing's options.
+        allow_pickle: Whether pickled weights may be read.
+
+    Raises:
+        ConversionError: It is no whole LLaMA, or does not fit: vocabulary, tokenizer or, where hidden states are
+            compared, layers or width differ.
     """
     found = locate_source(source, allow_pickle=allow_pickle)
     model = read_source_model(found.folder)
@@ -84,29 +91,46 @@ def find_teacher(
             "converted, or choose stage lm, which needs none"
         )
     config: Any = model.config
-    needed = ["vocab_size"]
-    if options.stage == HealStage.LOCAL or options.hidden_weight:
-        needed += ["num_hidden_layers", "hidden_size"]
-    for field in needed:
-        theirs, ours = getattr(config, field), getattr(student, field)
-        if theirs != ours:
-            raise ConversionError(
-                f"teacher {source}: {field} is {theirs}, and the checkpoint's is {ours}; give the LLaMA that was "
-                "converted, or one of its kind"
-            )
+    check_fit(config, student, options, f"teacher {source}")
     _check_tokenizers(source, found.folder, folder)
     CheckpointReader(found.folder, allow_pickle=allow_pickle)
     check_whole(found.folder, model.architecture.model_class, config)
     return found
 
 
+def check_fit(teacher: Any, student: Any, options: TrainerOptions, name: str) -> None:
+    """Checks that the outputs of teacher and student compare.
+
+    Args:
+        teacher: The teacher's config.
+        student: The student's config.
+        options: What is compared.
+        name: What the teacher is called in messages.
+
+    Raises:
+        ConversionError: Vocabulary or, where hidden states are compared, layers or width differ.
+    """
+    needed = ["vocab_size"]
+    if options.compares_hidden_states:
+        needed += ["num_hidden_layers", "hidden_size"]
+    for field in needed:
+        theirs = getattr(teacher, field)
+        ours = getattr(student, field)
+        if theirs != ours:
+            raise ConversionError(
+                f"{name}: {field} is {theirs}, and the checkpoint's is {ours}; give the LLaMA that was converted, or "
+                "one of its kind"
+            )
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Of a checkpoint: safetensors, or pickles where there is nothing else."""
+    """Returns the files of a checkpoint's weights: safetensors, or pickles where there is nothing else."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
-    theirs, ours = read_tokenizer(teacher), read_tokenizer(student)
+    theirs = read_tokenizer(teacher)
+    ours = read_tokenizer(student)
     if theirs is None or ours is None or theirs.get_vocab() == ours.get_vocab():
         return
     differing = set(theirs.get_vocab().items()) ^ set(ours.get_vocab().items())
@@ -117,8 +141,8 @@ def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
 
 
 def load_teacher(folder: Path, options: HealingOptions) -> LiveTeacher:
-    """In memory, on the CPU still."""
+    """Loads a teacher, on the CPU still."""
     default = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     dtype = torch_dtype(options.teacher_dtype) if options.teacher_dtype else default
     model: nn.Module = load_original(folder, read_source_model(folder).config, dtype=dtype)
-    return LiveTeacher(model, options.stage == HealStage.LOCAL or bool(options.hidden_weight))
+    return LiveTeacher(model, options.compares_hidden_states)

@@ -1,81 +1,165 @@
 """
-transformers' Trainer with the losses of a healing, and a held-out measure in its log.
+transformers' Trainer with the losses of a healing, and a held-out measurement in its log.
 
-B batch, T tokens a row, C hidden size, V vocabulary.
+B batch, T tokens per sequence, C hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from conversion.errors import ConversionError, FilesError
-from conversion.healing.data import Rows
+from conversion.errors import ConversionError, FilesError, typed
+from conversion.healing.annealing import Annealing, layer_paths
+from conversion.healing.callbacks import MeasureAtStart, StopOnNonFinite
+from conversion.healing.config import HealingConfig
+from conversion.healing.held_out_metrics import measure
 from conversion.healing.losses import distillation_loss, stream_distance
-from conversion.healing.measures import measure
 from conversion.healing.optimizer import MuonWithAdamW, muon_groups
-from conversion.healing.options import HealingOptions, HealOptimizer, HealStage
+from conversion.healing.options import HealOptimizer, HealStage, LambdaMode
+from conversion.healing.rows import Rows, dataset_rows, sequence_length
 from conversion.healing.streams import LayerStreams
-from conversion.healing.teacher import LiveTeacher, Teacher
-from conversion.healing.work import last_checkpoint
-from modeling_diff.training.lambda_values import differential_attentions, full_tensor, layer_lambda, trained_module
+from conversion.healing.student import check_differential, final_config, trainable_student
+from conversion.healing.teacher import LiveTeacher, Teacher, check_fit
+from modeling_diff.training.callbacks import LambdaCallback
+from modeling_diff.training.lambda_values import differential_attentions, layer_lambda, trained_module
 from modeling_diff.training.trainer import DiffTrainer
 
 
 class HealingTrainer(DiffTrainer):
-    """A student `model`, its `teacher` (None in the stage LM), and rows to train and to measure on."""
+    """
+    Trains a differential student towards the LLaMA that it was made from.
+
+    The student's weights are float32 from here on: small steps are lost on bfloat16 weights. A neutral norm is
+    annealed to the paper's, and lambda held or moved, as `args` say; after `train()` the model is a plain one of its
+    config. A checkpoint in `args.output_dir` is continued by `train(resume_from_checkpoint=...)` with the student that
+    the first run began with. The log has loss, KL, greedy agreement and recovered share of the evaluation text, and
+    lambda.
+
+    Args:
+        model: A DiffLlamaForCausalLM.
+        teacher: The LLaMA, a causal language model of the same vocabulary; the stage LM needs none.
+        args: Configuration; the stage among it.
+        train_dataset: Records with `text` or `input_ids`, which are joined in one stream, documents of text between
+            bos and eos, and cut into sequences of `args.max_length` tokens.
+        eval_dataset: The same, to measure on.
+        processing_class: Tokenizer, for records with `text`; saved with the model.
+        callbacks: Callbacks in addition to those of the healing.
+        peft_config: PEFT's config of adapters to train in place of the weights.
+        arguments: Other keyword arguments of the Trainer.
+
+    Raises:
+        ConversionError: Student, teacher, data and config do not go together.
+    """
+
+    args: HealingConfig
 
     def __init__(
         self,
         model: Any,
-        teacher: Teacher | None,
-        options: HealingOptions,
-        train_rows: torch.Tensor,
-        held_out_rows: torch.Tensor,
+        teacher: Any = None,
+        args: HealingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
         **arguments: Any,
     ):
+        args = HealingConfig() if args is None else args
+        check_differential(model)
+        if teacher is None and args.stage != HealStage.LM:
+            raise ConversionError(f"stage {args.stage} learns from a teacher; give the LLaMA, or choose lm")
+        if isinstance(teacher, nn.Module):
+            check_fit(teacher.config, model.config, args, "teacher")
+            teacher = LiveTeacher(teacher, args.compares_hidden_states)
+        self.teacher: Teacher | None = teacher
+        self.row_tokens = sequence_length(model.config, args.max_length)
+        self.vocab_size: int = model.config.vocab_size
+        most = None if args.max_steps == -1 else args.max_steps * sequences_per_step(args)
+        train_rows = self._rows(train_dataset, "train_dataset", processing_class, most)
+        self.held_out = self._rows(eval_dataset, "eval_dataset", processing_class)
+        annealing = self._anneal(model, args, self.held_out or train_rows)
+        student = trainable_student(model, args, peft_config)
+        start = MeasureAtStart()
+        own = [*lambda_callbacks(model.config, args), annealing, start, StopOnNonFinite()]
+        arguments.setdefault("data_collator", default_data_collator)
         super().__init__(
-            model,
-            train_dataset=Rows(train_rows),
-            eval_dataset=Rows(held_out_rows),
-            lambda_factor=options.lambda_learning_rate / options.rate,
+            student,
+            args,
+            train_dataset=train_rows,
+            eval_dataset=self.held_out,
+            processing_class=processing_class,
+            callbacks=[*own, *(callbacks or [])],
+            lambda_factor=args.lambda_learning_rate / args.rate,
             **arguments,
         )
-        if self.is_fsdp_enabled and (options.optimizer == HealOptimizer.MUON or options.lora):
+        if self.is_fsdp_enabled and (args.optimizer == HealOptimizer.MUON or peft_config is not None):
             raise ConversionError(
                 "under FSDP matrices are in shards, which neither Muon nor the merging of adapters takes here; choose "
-                "--optimizer adamw and leave out --lora"
+                f"{typed('optimizer', 'adamw')} and train no adapters"
             )
-        self.options, self.teacher = options, teacher
-        self.measured, self.first_measured = Rows(held_out_rows), len(train_rows)
         if isinstance(teacher, LiveTeacher):
             teacher.place(self.accelerator)
-        wants_streams = options.stage == HealStage.LOCAL or bool(options.hidden_weight)
-        self.streams = LayerStreams(model) if wants_streams else None
+        self.streams = LayerStreams(student) if args.compares_hidden_states else None
+        if args.eval_strategy != "no":
+            start.trainer = self
+
+    def _rows(self, dataset: Any, name: str, tokenizer: Any, most: int | None = None) -> Rows | None:
+        if dataset is None or isinstance(dataset, Rows):
+            return dataset
+        return dataset_rows(
+            dataset, name, tokenizer, row_tokens=self.row_tokens, vocab_size=self.vocab_size, max_rows=most
+        )
+
+    @staticmethod
+    def _anneal(model: Any, args: HealingConfig, rows: Rows | None) -> Annealing:
+        """Gives the model the config that it is to end with, and what makes up for it."""
+        end = final_config(model.config, args)
+        if not getattr(model, "is_quantized", False):
+            model.float()
+        paths = []
+        if rows is not None:
+            sample = rows.rows[:1].long().to(model.device)
+            paths = layer_paths(model, model.config, end, sample)
+        annealing = Annealing(paths, args.norm_share)
+        annealing.begin(model)
+        for name in ("sub_norm_eps", "lambda_init"):
+            setattr(model.config, name, getattr(end, name))
+        return annealing
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The stage's loss of rows (B, T): nats a token, or a share of the stream's mean square (LOCAL)."""
-        ids, numbers = inputs["input_ids"], inputs["row"]
-        if self.options.stage == HealStage.LOCAL:
+        """Returns the stage's loss of sequences (B, T): nats/token, or a share of hidden states' mean square (LOCAL).
+
+        Args:
+            model: The student, as the Trainer has wrapped it.
+            inputs: `input_ids` (B, T), and `row`, their numbers (B,).
+            return_outputs: Not used: there is nothing to return but the loss.
+            num_items_in_batch: Not used: every sequence has as many tokens.
+        """
+        ids = inputs["input_ids"]
+        if self.args.stage == HealStage.LOCAL:
             return self._local_loss(model, ids)
-        targets, wanted = None, None
-        if self.options.hidden_weight:
+        targets = None
+        wanted = None
+        if self.args.hidden_weight:
             assert isinstance(self.teacher, LiveTeacher)
             targets, wanted = self.teacher.targets_and_states(ids)
-        elif self.options.stage == HealStage.KL:
+        elif self.args.stage == HealStage.KL:
             assert self.teacher is not None
-            targets = self.teacher.targets(ids, numbers)
+            targets = self.teacher.targets(ids, inputs["row"])
         logits = model(input_ids=ids, use_cache=False).logits
-        loss = distillation_loss(logits, ids, targets, self.options.cross_entropy_weight)
+        loss = distillation_loss(logits, ids, targets, self.args.cross_entropy_weight)
         if wanted is not None:
             assert self.streams is not None
-            loss = loss + self.options.hidden_weight * stream_distance(self.streams.take()[1:], wanted[1:])
+            loss = loss + self.args.hidden_weight * stream_distance(self.streams.take()[1:], wanted[1:])
         return loss
 
     def _local_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -86,11 +170,16 @@ class HealingTrainer(DiffTrainer):
         return stream_distance(self.streams.take()[1:], wanted[1:])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.options.optimizer == HealOptimizer.MUON:
+        """Builds Muon with AdamW, or AdamW alone, with lambda's own learning rate.
+
+        Args:
+            model: The model to optimize. Defaults to the Trainer's.
+        """
+        if self.optimizer is None and self.args.optimizer == HealOptimizer.MUON:
             student: Any = self.model if model is None else model
             groups = muon_groups(
                 student,
-                learning_rate=self.args.learning_rate,
+                learning_rate=self.args.rate,
                 weight_decay=self.args.weight_decay,
                 lambda_factor=self.lambda_factor,
             )
@@ -98,7 +187,7 @@ class HealingTrainer(DiffTrainer):
         return super().create_optimizer(model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """FilesError for the disk, of which safetensors and torch tell by errors of their own."""
+        """Raises FilesError for the disk, of which safetensors and torch tell by errors of their own."""
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -110,14 +199,31 @@ class HealingTrainer(DiffTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, KL, greedy agreement, what is recovered, and lambda a layer (V1), into the log."""
+        """Measures loss, KL, greedy agreement, the recovered share, and lambda per layer (V1), into the log.
+
+        Args:
+            eval_dataset: Text to measure on, as the Trainer's; by default the Trainer's.
+            ignore_keys: Not used: nothing but the logits is read.
+            metric_key_prefix: What the names of the measures begin with.
+
+        Returns:
+            The measures by name.
+
+        Raises:
+            ConversionError: There is no text to measure on.
+        """
+        rows = (
+            self.held_out if eval_dataset is None else self._rows(eval_dataset, "eval_dataset", self.processing_class)
+        )
+        if rows is None:
+            raise ConversionError("eval_dataset is None, expected text to measure on; give it here or to the Trainer")
         if self.streams is not None:
             self.streams.given = None
-        batch_rows = self.args.per_device_eval_batch_size
         student: Any = self.model  # not the one that came: FSDP2 puts its own in the place
-        reached = measure(student, self.teacher, self.measured, self.first_measured, batch_rows)
+        reached = measure(student, self.teacher, rows, self.args.per_device_eval_batch_size)
         logged = {f"{metric_key_prefix}_{name}": value for name, value in asdict(reached).items() if value is not None}
-        start = next((log["eval_loss"] for log in self.state.log_history if "eval_loss" in log), reached.loss)
+        loss = f"{metric_key_prefix}_loss"
+        start = next((log[loss] for log in self.state.log_history if loss in log), reached.loss)
         if (recovered := reached.recovered(start)) is not None:
             logged[f"{metric_key_prefix}_recovered"] = recovered
         for layer, value in lambda_by_layer(student).items():
@@ -127,56 +233,23 @@ class HealingTrainer(DiffTrainer):
         return logged
 
 
+def sequences_per_step(args: HealingConfig) -> int:
+    """Returns how many sequences an optimizer step takes, over all devices."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def lambda_callbacks(config: Any, args: HealingConfig) -> list[TrainerCallback]:
+    """Returns what logs lambda per layer, and in V1 holds it at its floor, unless it is left free."""
+    if config.differential_layers == []:
+        return []
+    held = config.variant == "v1" and args.lambda_mode != LambdaMode.FREE
+    return [LambdaCallback(floor=args.lambda_floor if held else None)]
+
+
 def lambda_by_layer(model: nn.Module) -> dict[int, float]:
-    """V1's lambda of every differential layer; nothing in V2, where it is one a token."""
+    """Returns V1's lambda of every differential layer; nothing in V2, where it is one per token."""
     return {
         layer: layer_lambda(trained_module(attention.get_submodule("diff_lambda")))
         for layer, attention in differential_attentions(model).items()
         if hasattr(attention, "diff_lambda")
     }
-
-
-class MeasureAtStart(TrainerCallback):
-    """Measures before the first step, on the model as the Trainer has placed it; a resumed run has that in its log."""
-
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        if state.global_step == 0:
-            self.trainer.evaluate()
-
-
-class StopOnNonFinite(TrainerCallback):
-    """
-    Stops before an optimiser step that would spoil the weights.
-
-    A loss that is NaN or infinite has such gradients; after clipping all ranks have the same.
-    Raises ConversionError, and the last checkpoint stays.
-    """
-
-    def __init__(self, checkpoints: Path):
-        self.checkpoints = checkpoints
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        norm = nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
-        if bool(torch.isfinite(full_tensor(norm))):
-            return
-        kept = ""
-        if last_checkpoint(self.checkpoints):
-            kept = f". What was saved before stays in {self.checkpoints}; another rate begins anew (--no-resume)"
-        raise ConversionError(
-            f"step {state.global_step + 1}: the loss or its gradient is NaN or infinite; lower the learning rate "
-            f"(--learning-rate) or look for NaN in the checkpoint{kept}"
-        )
-
-
-class Progress(TrainerCallback):
-    """Tells steps done and in all."""
-
-    def __init__(self, tell: Any):
-        self.tell = tell
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(state.global_step, state.max_steps)

@@ -50,7 +50,12 @@ STARTS = {
 RATES = {"copy": 2e-3, "paired and refit": 1e-3, "calibrated": 1e-4, "blend": 2e-3, "V2": 2e-4}
 NEAR_NATS = 0.25  # of the LLaMA: starts that are drawn enlarged
 LAMBDA_MODES = ("free", "floor", "paper")
-LAMBDA_STUDY = {"learning_rate": 1e-3, "lambda_learning_rate": 1e-3, "batch_rows": 4, "evaluations": 2}
+LAMBDA_STUDY = {
+    "learning_rate": 1e-3,
+    "lambda_learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "eval_steps": 0.5,
+}
 
 
 def write_rows(path, tokenizer, num_rows, seed, text):
@@ -138,9 +143,9 @@ class Comparison:
         if start not in self.before:
             self.before[start] = self.look(student)
         stage = "lm" if start == "V2" else "kl"
-        defaults = {"learning_rate": args.learning_rates[start], "evaluations": args.evaluations}
+        defaults = {"learning_rate": args.learning_rates[start], "eval_steps": 1 / args.evaluations}
         options = HealingOptions(
-            stage=stage, tokens=tokens, context=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
+            stage=stage, tokens=tokens, max_length=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
             norm_share=args.blend_share, **(defaults | choices),
         )  # fmt: skip
         shutil.rmtree(output, ignore_errors=True)

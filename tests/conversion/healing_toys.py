@@ -12,8 +12,14 @@ from conversion.healing.options import HealingOptions
 
 
 CONTEXT, BATCH_ROWS = 16, 4
-TOY = {"context": CONTEXT, "batch_rows": BATCH_ROWS, "steps": 6, "held_out_rows": 4, "evaluations": 2,
-       "learning_rate": 5e-3}  # fmt: skip
+TOY = {
+    "max_length": CONTEXT,
+    "per_device_train_batch_size": BATCH_ROWS,
+    "max_steps": 6,
+    "held_out_rows": 4,
+    "eval_steps": 0.5,
+    "learning_rate": 5e-3,
+}
 
 
 def write_rows(path: Path, num_rows: int = 40, seed: int = 3) -> Path:

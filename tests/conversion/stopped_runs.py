@@ -33,8 +33,8 @@ COMMANDS = {
     "convert-v1": ["convert", "llama", "OUT", "--variant", "v1", "--calibration", "rows.jsonl", *SHARDS,
                    "--calibration-tokens", str(ROW_TOKENS * NUM_ROWS), "--stages", "pairing,refit,values"],
     "convert-v2": ["convert", "llama", "OUT", "--variant", "v2", *SHARDS],
-    "heal": ["heal", "v2", "OUT", "--teacher", "llama", "--data", "rows.jsonl", "--context", "32", "--batch-rows", "2",
-             "--steps", "8", *SHARDS],
+    "heal": ["heal", "v2", "OUT", "--teacher", "llama", "--data", "rows.jsonl", "--max-length", "32",
+             "--per-device-train-batch-size", "2", "--max-steps", "8", *SHARDS],
     "export": ["export", "v1", "OUT", *SHARDS],
 }  # fmt: skip
 EXIT_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGHUP: 129}

@@ -116,7 +116,8 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
     data = write_rows(tmp_path / "rows.jsonl")
     held_out = write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
     command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data]
-    command += ["--held-out", held_out, "--context", CONTEXT, "--batch-rows", 4, "--steps", 3, "--lambda-floor", 0.04]
+    command += ["--held-out", held_out, "--max-length", CONTEXT, "--per-device-train-batch-size", 4]
+    command += ["--max-steps", 3, "--lambda-floor", 0.04]
     shown = run(*command)
     assert shown.exit_code == 0, shown.stderr
     assert "recovered" in shown.stdout and "lambda a layer" in shown.stdout
@@ -132,7 +133,7 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
 def test_heal_refuses_in_one_line(tmp_path, llama):
     run("convert", llama, tmp_path / "v1", *V1)
     data = write_rows(tmp_path / "rows.jsonl")
-    result = run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--context", CONTEXT)
+    result = run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--max-length", CONTEXT)
     assert result.exit_code == 1 and "learns from a teacher" in result.stderr and result.stderr.count("\n") == 1
     assert run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--lambda", "high").exit_code == 2
     assert not (tmp_path / "healed").exists()

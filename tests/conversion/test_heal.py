@@ -10,12 +10,13 @@ from saved_checkpoints import names, snapshot
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conversion import ConversionError, FilesError, verify_checkpoint
-from conversion.healing import run as healing_run
-from conversion.healing.cache import fill_cache
-from conversion.healing.data import pack_rows, rows_to_read, split_rows
+from conversion.data.text import pack_rows
+from conversion.healing import training_run as healing_run
 from conversion.healing.options import HealingOptions
+from conversion.healing.rows import rows_to_read, split_rows
 from conversion.healing.student import load_student
 from conversion.healing.teacher import load_teacher
+from conversion.healing.teacher_cache import fill_cache
 from modeling_diff.training.lambda_values import differential_attentions, layer_lambda
 
 
@@ -26,7 +27,7 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def healed(toys):
-    heal(toys, toys / "healed", steps=20, learning_rate=2e-2)
+    heal(toys, toys / "healed", max_steps=20, learning_rate=2e-2)
     return toys / "healed"
 
 
@@ -79,7 +80,9 @@ def test_local_trains_attention_alone_and_brings_layers_nearer(toys, tmp_path):
         def on_log(self, args, state, control, logs, **kwargs):
             logged.extend([logs["loss"]] if "loss" in logs else [])
 
-    heal(toys, tmp_path / "local", stage="local", steps=20, learning_rate=2e-2, arguments={"callbacks": [Losses()]})
+    heal(
+        toys, tmp_path / "local", stage="local", max_steps=20, learning_rate=2e-2, arguments={"callbacks": [Losses()]}
+    )
     assert all("self_attn" in name for name in changed(toys, tmp_path / "local"))
     assert {name.split("self_attn.")[1] for name in changed(toys, tmp_path / "local")} >= {
         "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "sub_norm.weight", "diff_lambda.lambda_q1",
@@ -116,7 +119,9 @@ def test_lambda_goes_to_the_papers_schedule_and_the_config_says_so(toys, tmp_pat
 def test_free_lambda_may_fall_below_a_floor_and_a_held_one_may_not(toys, tmp_path):
     lows = {}
     for mode in ("free", "floor"):
-        report = heal(toys, tmp_path / mode, lambda_mode=mode, lambda_floor=0.049, lambda_learning_rate=0.02, steps=8)
+        report = heal(
+            toys, tmp_path / mode, lambda_mode=mode, lambda_floor=0.049, lambda_learning_rate=0.02, max_steps=8
+        )
         lows[mode] = min(value for row in report.table for value in row["lambda"])
     assert lows["free"] < 0.049 <= lows["floor"]
 
@@ -160,14 +165,20 @@ def test_two_runs_do_not_write_one_cache(toys, tmp_path):
     def another_run():
         nonlocal at_work
         with pytest.raises(FilesError, match="another run is writing"):
-            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, 4, 2)
+            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
         at_work += 1
 
-    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, 4, 2)
-    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, 4, 2)
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
+    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, num_kept=4, batch_rows=2)
     assert at_work == 3
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
-    fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: pytest.fail("the cache was there")), rows, 4, 2)
+    fill_cache(
+        tmp_path / "one",
+        Asked(toys / "llama", lambda: pytest.fail("the cache was there")),
+        rows,
+        num_kept=4,
+        batch_rows=2,
+    )
     assert names(tmp_path) == ["alone", "one"]
 
 
@@ -180,15 +191,17 @@ def test_a_cache_that_is_interrupted_is_continued_to_the_same_bytes(toys, tmp_pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt_third), rows, 4, 2)
+        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt_third), rows, num_kept=4, batch_rows=2)
     assert names(tmp_path) == ["one.partial"]
     (note,) = caught.value.__notes__
     assert note.startswith(f"kept: {tmp_path}/one.partial (a teacher's logits, 0.0 MB)")
     with (tmp_path / "one.partial" / "ids").open("ab") as torn:
         torn.write(b"half a row")
-    fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: asked.append(len(asked))), rows, 4, 2)
+    fill_cache(
+        tmp_path / "one", Asked(toys / "llama", lambda: asked.append(len(asked))), rows, num_kept=4, batch_rows=2
+    )
     assert len(asked) == 3 + 2, "four of seven rows were there: two batches are left"
-    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, 4, 2)
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
 
 
@@ -197,7 +210,13 @@ def test_a_cache_that_is_interrupted_at_once_leaves_nothing(toys, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt), token_ids(length=8, batch=6).int(), 4, 2)
+        fill_cache(
+            tmp_path / "one",
+            Asked(toys / "llama", interrupt),
+            token_ids(length=8, batch=6).int(),
+            num_kept=4,
+            batch_rows=2,
+        )
     assert names(tmp_path) == []
 
 
@@ -205,7 +224,7 @@ def test_a_cache_that_is_interrupted_at_once_leaves_nothing(toys, tmp_path):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_adapters_are_merged_into_a_plain_checkpoint(toys, tmp_path):
     pytest.importorskip("peft")
-    heal(toys, tmp_path / "lora", lora=2, learning_rate=1e-2)
+    heal(toys, tmp_path / "lora", lora_r=2, learning_rate=1e-2)
     touched = changed(toys, tmp_path / "lora")
     assert "model.layers.0.self_attn.diff_lambda.lambda_q1" in touched
     assert "model.layers.0.self_attn.sub_norm.weight" in touched
@@ -240,7 +259,7 @@ class Spoil(TrainerCallback):
 
 def test_nan_stops_with_one_message_and_the_last_checkpoint_stays(toys, tmp_path):
     with pytest.raises(ConversionError, match=r"^step 5: the loss or its gradient is NaN") as caught:
-        heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [Spoil(4)]})
+        heal(toys, tmp_path / "out", save_steps=2, arguments={"callbacks": [Spoil(4)]})
     assert "\n" not in str(caught.value) and "stays in" in str(caught.value)
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.healing" / "trainer" / "checkpoint-4"
@@ -265,11 +284,13 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "plain.txt").write_text("h\ni\n")
     paths = [tmp_path / "lines.jsonl", tmp_path / "plain.txt"]
-    rows = pack_rows(paths, Letters(), 4, 128, None, tmp_path / "rows")
+    rows = pack_rows(paths, Letters(), 4, vocab_size=128, max_rows=None, file=tmp_path / "rows")
     a, d, h = ord("a"), ord("d"), ord("h")
     stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
     assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
-    assert pack_rows(paths, Letters(), 4, 128, 2, tmp_path / "two").tolist() == rows[:2].tolist()
+    assert (
+        pack_rows(paths, Letters(), 4, vocab_size=128, max_rows=2, file=tmp_path / "two").tolist() == rows[:2].tolist()
+    )
 
 
 @pytest.mark.parametrize("train_rows", range(1, 200))
@@ -286,13 +307,13 @@ def test_rows_held_out_scale_with_the_run_and_leave_it_all_it_asked_for(train_ro
 @pytest.mark.parametrize(
     ("options", "num_rows", "held_out_rows"),
     [
-        ({"steps": 1}, 40, 1),
-        ({"steps": 3}, 40, 3),
-        ({"steps": 5, "batch_rows": 8}, 60, 10),
-        ({"steps": None}, 12, 2),  # once through the data: ten rows are left, two whole batches
-        ({"steps": 4}, 6, 1),
-        ({"steps": 2, "held_out_rows": 7}, 40, 7),
-        ({"steps": 2, "held_out_rows": 32}, 40, 32),
+        ({"max_steps": 1}, 40, 1),
+        ({"max_steps": 3}, 40, 3),
+        ({"max_steps": 5, "per_device_train_batch_size": 8}, 60, 10),
+        ({"max_steps": -1}, 12, 2),  # once through the data: ten rows are left, two whole batches
+        ({"max_steps": 4}, 6, 1),
+        ({"max_steps": 2, "held_out_rows": 7}, 40, 7),
+        ({"max_steps": 2, "held_out_rows": 32}, 40, 32),
     ],
 )
 def test_short_runs_heal_and_say_how_many_rows_they_measured_on(toys, tmp_path, options, num_rows, held_out_rows):
@@ -303,5 +324,5 @@ def test_short_runs_heal_and_say_how_many_rows_they_measured_on(toys, tmp_path, 
 
 
 def test_options_are_recorded_with_the_rate_that_was_used():
-    recorded = json.loads(json.dumps(HealingOptions(steps=3).recorded()))
+    recorded = json.loads(json.dumps(HealingOptions(max_steps=3).recorded()))
     assert recorded["learning_rate"] == HealingOptions().rate and recorded["stage"] == "kl"

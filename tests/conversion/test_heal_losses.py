@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conversion.healing import losses
+from conversion.healing.held_out_metrics import Measures
 from conversion.healing.losses import LogitTargets, TopTargets, distillation_loss, stream_distance
-from conversion.healing.measures import Measures
 
 
 BATCH, TOKENS, VOCABULARY = 2, 7, 11

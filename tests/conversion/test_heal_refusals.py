@@ -17,7 +17,7 @@ from conversion import ConversionError, FilesError, convert_checkpoint
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.checkpoint.writer import SMALL_FILES_BYTES
 from conversion.healing.options import HealingOptions
-from conversion.healing.work import least_bytes
+from conversion.healing.work_folder import least_bytes
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,16 @@ def toys(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 129}, "reads at most 128"),
+        ({"max_length": 129}, "reads at most 128"),
         ({"stage": "melt"}, "expected one of local, kl, lm"),
-        ({"steps": 0}, "steps is 0"),
+        ({"max_steps": 0}, "steps is 0"),
         ({"tokens": 100}, "both say how long"),
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
         ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
-        ({"batch_rows": 50, "steps": None}, "fewer rows per step"),
-        ({"batch_rows": 4, "micro_rows": 3}, "does not divide evenly"),
-        ({"lora": 4, "stage": "local", "optimizer": "adamw"}, "lora with the stage local"),
+        ({"per_device_train_batch_size": 50, "max_steps": -1}, "fewer rows per step"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"lora_r": 4, "stage": "local", "optimizer": "adamw"}, "lora_r with the stage local"),
         ({"norm_share": 1.5}, "a share from 0 to 1"),
         ({"seed": -1}, "seed is -1, expected a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
@@ -130,8 +130,8 @@ def test_a_pickled_teacher_needs_leave(toys, tmp_path):
     torch.save(weights(teacher), teacher / "pytorch_model.bin")
     (teacher / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"only pickled weights here.*allow_pickle=True"):
-        heal(toys, tmp_path / "out", steps=1, arguments={"teacher": teacher})
-    report = heal(toys, tmp_path / "out", steps=1, arguments={"teacher": teacher, "allow_pickle": True})
+        heal(toys, tmp_path / "out", max_steps=1, arguments={"teacher": teacher})
+    report = heal(toys, tmp_path / "out", max_steps=1, arguments={"teacher": teacher, "allow_pickle": True})
     assert report.record["healing"][0]["teacher"] == "teacher"
 
 
@@ -214,7 +214,7 @@ def test_the_disk_asked_for_is_what_checkpoints_take(toys, tmp_path, options):
             folder = tmp_path / ".out.healing" / "trainer" / f"checkpoint-{state.global_step}"
             sizes.update({path.name: path.stat().st_size for path in folder.iterdir()})
 
-    heal(toys, tmp_path / "out", steps=1, checkpoints=1, arguments={"callbacks": [Weigh()]}, **options)
+    heal(toys, tmp_path / "out", max_steps=1, save_steps=1, arguments={"callbacks": [Weigh()]}, **options)
     taken = sizes["model.safetensors"] + sizes["optimizer.pt"]
     taken += (tmp_path / "out" / "model.safetensors").stat().st_size
     asked = least_bytes(CheckpointReader(toys / "v1"), HealingOptions(**options), 1) - SMALL_FILES_BYTES

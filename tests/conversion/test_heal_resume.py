@@ -21,9 +21,9 @@ PROCESSES.set_forkserver_preload(["torch", "pytest", "conversion.heal"])
 # All that has a state: two optimisers, a path of lambda and epsilon, an order of rows that is not the first epoch's.
 RUNS = {
     "muon": ("v1-neutral", {"optimizer": "muon", "lambda_mode": "paper"}),
-    "adamw": ("v2", {"optimizer": "adamw", "micro_rows": 2}),
+    "adamw": ("v2", {"optimizer": "adamw", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
 }
-LENGTH = {"steps": 13, "checkpoints": 4, "evaluations": 3}  # saved every four steps; nine steps are an epoch
+LENGTH = {"max_steps": 13, "save_steps": 4, "eval_steps": 5}  # saved every four steps; nine steps are an epoch
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_another_runs_work_is_refused_and_replaced_on_request(toys, tmp_path):
     interrupted(toys, tmp_path / "out")
     for resume in (None, True):
         with pytest.raises(FilesError, match=r"\(checkpoints, .* another run, with different options; .*--no-resume"):
-            heal(toys, tmp_path / "out", steps=7, arguments={"resume": resume})
-    heal(toys, tmp_path / "out", steps=7, arguments={"resume": False})
+            heal(toys, tmp_path / "out", max_steps=7, arguments={"resume": resume})
+    heal(toys, tmp_path / "out", max_steps=7, arguments={"resume": False})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -160,11 +160,11 @@ def test_a_cut_state_is_named_with_the_way_out(toys, tmp_path, name):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
 def test_a_trainer_checkpoint_that_is_cut_is_passed_over(toys, tmp_path, file):
-    interrupted(toys, tmp_path / "out", steps_done=5, checkpoints=3)
+    interrupted(toys, tmp_path / "out", steps_done=5, save_steps=2)
     path = tmp_path / ".out.healing" / "trainer" / "checkpoint-4" / file
     path.write_bytes(path.read_bytes()[:-100])
     steps = Steps()
-    heal(toys, tmp_path / "out", checkpoints=3, arguments={"callbacks": [steps]})
+    heal(toys, tmp_path / "out", save_steps=2, arguments={"callbacks": [steps]})
     assert steps.done == [3, 4, 5, 6]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from random_llamas import SMALL, random_model, token_ids
 
+from conversion.healing.annealing import AnnealedNorm, Annealing, layer_paths
 from conversion.healing.options import HealingOptions
-from conversion.healing.schedule import AnnealedNorm, Annealing, layer_paths
 from conversion.healing.student import final_config
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 

@@ -45,7 +45,7 @@ def calibrate(llama, text, output):
 
 def heal(llama, text, output):
     convert_checkpoint(llama, output.with_name("v2"), "v2")
-    options = HealingOptions(**(TOY | {"stage": "lm", "steps": 1}))
+    options = HealingOptions(**(TOY | {"stage": "lm", "max_steps": 1}))
     return heal_checkpoint(output.with_name("v2"), output, options, data=text)
 
 

@@ -80,7 +80,7 @@ def test_heal_refusal_names_what_was_typed(tmp_path):
     """The option is `--lambda`, its name in Python `lambda_mode`."""
     command = ["heal", "checkpoint", "out", "--data", "text"]
     assert "--learning-rate is -1.0" in refusal(*command, "--learning-rate", "-1")
-    assert "--tokens 5 and --steps 6" in refusal(*command, "--tokens", "5", "--steps", "6")
+    assert "--tokens 5 and --max-steps 6" in refusal(*command, "--tokens", "5", "--max-steps", "6")
     assert "--teacher-dtype is 'int4'" in refusal(*command, "--teacher-dtype", "int4")
     assert "--lambda: 'high' is not one of" in refusal(*command, "--lambda", "high")
 

@@ -43,7 +43,13 @@ def main(folder: Path) -> None:
     dist.barrier()
     seen = SeeShards()
     report = heal(
-        toys, folder / "healed", arguments={"callbacks": [seen]}, optimizer="adamw", learning_rate=1e-3, steps=4
+        toys,
+        folder / "healed",
+        arguments={"callbacks": [seen]},
+        optimizer="adamw",
+        learning_rate=1e-3,
+        max_steps=4,
+        per_device_train_batch_size=2,
     )
     torch.save({"table": report.table, "whole": seen.whole}, folder / f"result-{rank}.pt")
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from healing_toys import heal, weights
 
 def test_fsdp_healing_equals_one_process(run_ranks, tmp_path):
     folder, results, _ = run_ranks("ranks_heal.py")
-    alone = heal(folder / "toys", tmp_path / "alone", optimizer="adamw", learning_rate=1e-3, steps=4)
+    alone = heal(folder / "toys", tmp_path / "alone", optimizer="adamw", learning_rate=1e-3, max_steps=4)
     assert alone.table[-1]["kl"] < alone.table[0]["kl"]
     for result in results:
         assert result["whole"] == []

@@ -1,7 +1,7 @@
 """
 A teacher's most likely tokens on disk, computed once: later runs on the same rows need no teacher in memory.
 
-R rows, T tokens a row, K tokens kept, V vocabulary.
+R rows, T tokens per row, K tokens kept per position, V vocabulary.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from conversion.checkpoint.file_identity import content_identity
 from conversion.checkpoint.kept_work import folder_bytes
@@ -32,13 +33,15 @@ class CachedTeacher:
 
     def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets:
         numbers = numbers.cpu()
-        parts = (part[numbers].to(ids.device) for part in (self.ids, self.log_probs, self.next_losses))
-        top_ids, log_probs, next_losses = parts
-        return TopTargets(top_ids.flatten(0, 1), log_probs.flatten(0, 1), next_losses.flatten())
+        return TopTargets(
+            self.ids[numbers].to(ids.device).flatten(0, 1),
+            self.log_probs[numbers].to(ids.device).flatten(0, 1),
+            self.next_losses[numbers].to(ids.device).flatten(),
+        )
 
 
-def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, num_kept: int, dtype: str | None) -> Path:
-    """Where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
+def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, *, num_kept: int, dtype: str | None) -> Path:
+    """Returns where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
     files = content_identity(weight_files(teacher))
     digest = hashlib.sha256(json.dumps([files, list(rows.shape), num_kept, dtype]).encode())
     digest.update(rows.contiguous().numpy().tobytes())
@@ -46,7 +49,7 @@ def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, num_kept: int, d
 
 
 def open_cache(path: Path, shape: tuple[int, int, int]) -> CachedTeacher:
-    """The cache at `path`, which is complete if it is there; shape (R, T, K)."""
+    """Returns the cache at `path`, which is complete if it is there; shape (R, T, K)."""
     return CachedTeacher(
         *(
             torch.from_file(str(path / name), shared=False, size=torch.Size(size).numel(), dtype=dtype).view(size)
@@ -59,12 +62,21 @@ def fill_cache(
     path: Path,
     teacher: LiveTeacher,
     rows: torch.Tensor,
+    *,
     num_kept: int,
     batch_rows: int,
 ) -> None:
     """Writes the cache of rows (R, T); it appears under its name when it is whole, and a stopped run keeps its part.
 
-    Raises FilesError for the disk, and while another run writes the same cache.
+    Args:
+        path: Where it will be.
+        teacher: The teacher in memory.
+        rows: Token ids, (R, T).
+        num_kept: Tokens to keep per position.
+        batch_rows: How many rows to compute at once.
+
+    Raises:
+        FilesError: The disk fails, or another run writes the same cache.
     """
     partial = path.with_name(path.name + ".partial")
     with file_errors(partial):
@@ -73,7 +85,7 @@ def fill_cache(
             if path.exists():  # another run's, meanwhile
                 return
             try:
-                _write_cache(partial, teacher, rows, num_kept, batch_rows)
+                _write_cache(partial, teacher, rows, num_kept=num_kept, batch_rows=batch_rows)
             except BaseException as error:
                 if folder_bytes(partial):
                     error.add_note(f"kept: {partial} (a teacher's logits, {folder_bytes(partial) / 1e6:,.1f} MB)")
@@ -83,7 +95,7 @@ def fill_cache(
             os.rename(partial, path)
 
 
-def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, num_kept: int, batch_rows: int) -> None:
+def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, *, num_kept: int, batch_rows: int) -> None:
     """Writes what an earlier run that was stopped has not: a folder's name says what it is of."""
     folder.mkdir(exist_ok=True)
     files = _files((*rows.shape, num_kept))
@@ -110,17 +122,24 @@ def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, num_kep
 def most_likely(
     targets: Targets, rows: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and log-probabilities (N, K) of the K most likely tokens, and -log p (N,) of the next, for rows (B, T)."""
+    """Returns ids and log-probabilities (N, K) of the K most likely tokens, and -log p (N,) of the next tokens.
+
+    Args:
+        targets: The teacher's logits on the rows.
+        rows: Token ids, (B, T).
+        num_kept: K.
+    """
     assert isinstance(targets, LogitTargets)
     labels = next_tokens(rows)
-    ids, log_probs, losses = [], [], []
+    ids = []
+    log_probs = []
+    losses = []
     for tokens in chunks_of(*targets.logits.shape):
         top = targets.logits[tokens].float().log_softmax(-1).topk(num_kept, dim=-1)
         ids.append(top.indices.int())
         log_probs.append(top.values)
-        losses.append(torch.nn.functional.cross_entropy(
-            targets.logits[tokens].float(), labels[tokens], ignore_index=IGNORED, reduction="none"
-        ))  # fmt: skip
+        logits = targets.logits[tokens].float()
+        losses.append(cross_entropy(logits, labels[tokens], ignore_index=IGNORED, reduction="none"))
     return torch.cat(ids), torch.cat(log_probs), torch.cat(losses)
 
 

@@ -9,9 +9,15 @@ from conversion.errors import ConversionError
 
 
 def check_whole(folder: Path, model_class: Any, config: PreTrainedConfig | None = None) -> None:
-    """ConversionError unless transformers finds the model's tensors in `folder`, all of them and no others.
+    """Checks that a checkpoint has the tensors of a model, all of them and no others; reads headers, no weights.
 
-    On the meta device: headers are read, and no weights. `config` takes the place of the folder's own.
+    Args:
+        folder: Its folder.
+        model_class: The class of transformers that loads it.
+        config: A config in place of the folder's own.
+
+    Raises:
+        ConversionError: A tensor is missing, unknown or of another shape.
     """
     _, report = model_class.from_pretrained(
         folder,

@@ -1,6 +1,7 @@
-"""Where a healing keeps its work: rows and Trainer checkpoints, beside the target, for a run that continues it."""
+"""Where a healing keeps its work next to the target, rows and Trainer checkpoints, for a run that continues it."""
 
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,51 +17,72 @@ from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.kept_work import folder_bytes, keep_note, read_state, state_to_go_on_from, write_state
 from conversion.checkpoint.output_folder import check_space, locked, parents_made
 from conversion.checkpoint.writer import SMALL_FILES_BYTES
+from conversion.data.text import map_rows, pack_rows
 from conversion.errors import file_errors
-from conversion.healing.data import HELD_OUT_ROWS, map_rows, pack_rows, rows_to_read, split_rows
+from conversion.healing.config import KEPT_CHECKPOINTS
 from conversion.healing.options import HealingOptions, HealOptimizer, HealStage, Trained
 from conversion.healing.output import stored_specs
+from conversion.healing.rows import HELD_OUT_ROWS, rows_to_read, split_rows
 
 
-KEPT_CHECKPOINTS = 2
-IDENTITY, COUNTS, TRAINER = "identity.json", "rows.json", "trainer"
+IDENTITY = "identity.json"
+COUNTS = "rows.json"
+TRAINER = "trainer"
 
 
 def processes() -> PartialState:
-    """The processes of this run; without an accelerator, accelerate joins them only if it is told to use the CPU."""
+    """Returns the processes of this run; without an accelerator, accelerate joins them only if told to use the CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def least_bytes(reader: CheckpointReader, options: HealingOptions, steps: int | None) -> int:
-    """
-    What a healing needs on disk at the least: the output beside Trainer checkpoints.
+    """Returns what a healing needs on disk at the least: the output next to Trainer checkpoints.
 
-    These are float32 weights and the optimiser's moments of those that are trained: two with AdamW, one with Muon,
-    the few adapters' not counted. `steps` None: as many as there are checkpoints to save.
+    These are float32 weights and the optimizer's moments of those that are trained: two with AdamW, one with Muon,
+    the few of adapters not counted.
+
+    Args:
+        reader: The checkpoint.
+        options: The healing's options.
+        steps: How many steps it has; None: not known yet, so as many as there are checkpoints.
     """
     output = sum(spec.num_bytes for spec in stored_specs(reader, options.dtype).values()) + SMALL_FILES_BYTES
-    if options.lora:
+    if options.lora_r:
         return output
     sizes = {name: torch.Size(info.shape).numel() for name, info in reader.tensors.items()}
     attention_alone = options.stage == HealStage.LOCAL or options.train == Trained.ATTENTION
     trained = sum(size for name, size in sizes.items() if not attention_alone or ".self_attn." in name)
     moments = 1 if options.optimizer == HealOptimizer.MUON else 2
     checkpoint = 4 * (sum(sizes.values()) + moments * trained)
-    saved = min(options.checkpoints, steps or options.checkpoints)
+    saved = _num_checkpoints(options.save_steps, steps)
     # The oldest goes when the newest is whole; when the output is written, the newest ones are still there.
     return max(min(saved, KEPT_CHECKPOINTS + 1) * checkpoint, min(saved, KEPT_CHECKPOINTS) * checkpoint + output)
+
+
+def _num_checkpoints(save_steps: float, steps: int | None) -> int:
+    """Returns how many checkpoints are saved, as the Trainer counts them: the last step has one, too."""
+    if save_steps < 1:
+        interval = save_steps if steps is None else math.ceil(save_steps * steps) / steps
+        return math.ceil(1 / interval)
+    return KEPT_CHECKPOINTS + 1 if steps is None else math.ceil(steps / save_steps)
 
 
 @contextmanager
 def opened(
     folder: Path, identity: Callable[[], Mapping[str, Any]], resume: bool | None, num_bytes: int
 ) -> Iterator[None]:
-    """
-    The folder, empty and with room for `num_bytes`, or as an earlier run of the same identity left it.
+    """Opens the folder, empty or as an earlier run of the same identity left it.
 
-    `checkpoint.kept_work` says which, by `resume`. It is held against other runs, and stays only with a Trainer
-    checkpoint in it, from which a run can continue.
-    Raises FilesError for a folder of another run, naming what differs, for one in use, and for too little room.
+    It is held against other runs, and stays only with a Trainer checkpoint in it, from which a run can continue.
+
+    Args:
+        folder: The folder.
+        identity: Tells what two runs have in common where one continues the other.
+        resume: What becomes of work that is there, as `checkpoint.kept_work` says.
+        num_bytes: Room that an empty folder needs.
+
+    Raises:
+        FilesError: The folder is another run's, naming what differs, or in use, or there is too little room.
     """
     state = processes()
     with parents_made(folder), locked(folder) if state.is_main_process else nullcontext():
@@ -90,7 +112,7 @@ def _open(folder: Path, identity: Mapping[str, Any], resume: bool | None, num_by
 
 
 def last_checkpoint(trainer_folder: Path) -> Path | None:
-    """The newest Trainer checkpoint that is whole."""
+    """Returns the newest Trainer checkpoint that is whole, None without one."""
     found = {}
     for path in trainer_folder.glob("checkpoint-*"):
         try:
@@ -103,7 +125,7 @@ def last_checkpoint(trainer_folder: Path) -> Path | None:
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Raises for a file that is cut short: safetensors begin with their sizes, torch's archives end with a list."""
+    """Raises for a file that is cut short: safetensors begin with their sizes, archives of torch end with a list."""
     for path in checkpoint.iterdir():
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
@@ -123,20 +145,30 @@ def packed_rows(
     max_rows: int | None,
     held_out_rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Rows (R, T) to train on, `max_rows` at most, and rows to measure on: of `held_out`, or else the first of the data.
+    """Returns rows (R, T) to train on and rows to measure on; one process packs them into the work folder, once.
 
-    Packed by one process into the work folder, once. Raises ConversionError for data that will not do.
+    Args:
+        folder: The work folder.
+        data: Text to train on.
+        held_out: Text to measure on; without it, the first rows of the data.
+        tokenizer: The checkpoint's tokenizer.
+        row_tokens: Tokens per row.
+        vocab_size: Number of tokens that the model knows.
+        max_rows: Most rows to train on; None: all there are.
+        held_out_rows: Rows to measure on; None: as `split_rows` chooses.
+
+    Raises:
+        ConversionError: The data will not do.
     """
     counts = folder / COUNTS
     files = {"train": folder / "rows", "held_out": folder / "held-out-rows"}
     if processes().is_main_process and not counts.exists():
+        shape = {"tokenizer": tokenizer, "row_tokens": row_tokens, "vocab_size": vocab_size}
         wanted = max_rows if held_out else rows_to_read(max_rows, held_out_rows)
-        packed = {"train": len(pack_rows(data, tokenizer, row_tokens, vocab_size, wanted, files["train"]))}
+        packed = {"train": len(pack_rows(data, max_rows=wanted, file=files["train"], **shape))}
         if held_out:
             most = held_out_rows or HELD_OUT_ROWS
-            rows = pack_rows(held_out, tokenizer, row_tokens, vocab_size, most, files["held_out"])
-            packed["held_out"] = len(rows)
+            packed["held_out"] = len(pack_rows(held_out, max_rows=most, file=files["held_out"], **shape))
         write_state(counts, packed)
     processes().wait_for_everyone()
     sizes = read_state(counts)

@@ -41,18 +41,18 @@ class LayerPath:
     mean_square: float
 
     def lambda_init_at(self, done: float) -> float:
-        """Linear in the share `done` of the run."""
+        """Returns lambda_init at the share `done` of the run; linear."""
         start, end = self.lambda_init
         return start + done * (end - start)
 
     def eps_at(self, done: float) -> float:
-        """Geometric: the norm takes hold where epsilon passes the mean square."""
+        """Returns epsilon; geometric, as the norm takes hold where epsilon passes the mean square."""
         start, end = self.eps
         return math.exp((1 - done) * math.log(start) + done * math.log(end))
 
     def factor_at(self, lambda_done: float, norm_done: float) -> float:
         """
-        What keeps heads' outputs as large as they were.
+        Returns what keeps heads' outputs as large as they were.
 
         The norm divides by sqrt(eps + mean square), and its output is multiplied by 1 - lambda_init.
         """
@@ -61,10 +61,16 @@ class LayerPath:
 
 
 def layer_paths(model: nn.Module, start: Any, end: Any, ids: torch.Tensor) -> list[LayerPath]:
-    """The paths, between two configs, of those layers of a V1 model that have a way to go; measured on ids (B, T)."""
+    """Returns the paths of those layers of a V1 model that have a way to go.
+
+    Args:
+        model: The model, of the config `start`.
+        start: The config that it has.
+        end: The config that it is to have.
+        ids: Text to measure on, (B, T).
+    """
     if start.variant != "v1":
         return []
-    paths = []
     moving = [
         layer
         for layer in differential_attentions(model)
@@ -74,16 +80,20 @@ def layer_paths(model: nn.Module, start: Any, end: Any, ids: torch.Tensor) -> li
     if not moving:
         return []
     mean_squares = head_mean_squares(model, ids)
-    for layer in moving:
-        lambda_init = start.lambda_init[layer], end.lambda_init[layer]
-        eps = start.layer_sub_norm_eps(layer), end.layer_sub_norm_eps(layer)
-        paths.append(LayerPath(layer, lambda_init, eps, mean_squares[layer]))
-    return paths
+    return [
+        LayerPath(
+            layer,
+            lambda_init=(start.lambda_init[layer], end.lambda_init[layer]),
+            eps=(start.layer_sub_norm_eps(layer), end.layer_sub_norm_eps(layer)),
+            mean_square=mean_squares[layer],
+        )
+        for layer in moving
+    ]
 
 
 @torch.no_grad()
 def head_mean_squares(model: Any, ids: torch.Tensor) -> dict[int, float]:
-    """Mean square of heads' outputs before their norm, by layer, on ids (B, T)."""
+    """Returns the mean square of heads' outputs before their norm, by layer, on ids (B, T)."""
     found: dict[int, float] = {}
     handles = []
     for layer, attention in differential_attentions(model).items():
@@ -104,7 +114,8 @@ class Annealing(TrainerCallback):
     """Moves every layer along its path; `norm_share` of the run for epsilon, all of it for lambda_init."""
 
     def __init__(self, paths: Sequence[LayerPath], norm_share: float):
-        self.paths, self.norm_share = {path.layer: path for path in paths}, norm_share
+        self.paths = {path.layer: path for path in paths}
+        self.norm_share = norm_share
 
     def begin(self, model: nn.Module) -> None:
         """Folds into the norms' weights what the final config changes, and stands at the start of the path."""
@@ -117,7 +128,7 @@ class Annealing(TrainerCallback):
         self.move(model, 0)
 
     def move(self, model: nn.Module, done: float) -> None:
-        """To the share `done` of the run."""
+        """Moves the model to the share `done` of the run."""
         norm_done = min(1.0, done / self.norm_share) if self.norm_share else 1.0
         for layer, attention in differential_attentions(model).items():
             if (path := self.paths.get(layer)) is None:
@@ -130,7 +141,7 @@ class Annealing(TrainerCallback):
                     module.lambda_init = path.lambda_init_at(done)
 
     def end(self, model: nn.Module) -> None:
-        """Plain norms again, of the final epsilon; the factor is 1."""
+        """Gives the model plain norms again, of the final epsilon; the factor is 1 there. The path is done with."""
         self.move(model, 1)
         for attention in differential_attentions(model).values():
             for owner in list(attention.modules()):
@@ -139,9 +150,13 @@ class Annealing(TrainerCallback):
                         plain = SubNorm(module.normalized_shape, eps=module.eps)
                         plain.weight = module.weight
                         owner.add_module(name, plain)
+        self.paths = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.move(kwargs["model"], state.global_step / state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.move(kwargs["model"], state.global_step / state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.end(kwargs["model"])
