@@ -120,7 +120,7 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
     command += ["--max-steps", 3, "--lambda-floor", 0.04]
     shown = run(*command)
     assert shown.exit_code == 0, shown.stderr
-    assert "recovered" in shown.stdout and "lambda a layer" in shown.stdout
+    assert "recovered" in shown.stdout and "lambda per layer" in shown.stdout
     record = json.loads((tmp_path / "healed" / "conversion.json").read_text())["healing"][0]
     assert (record["tokens"], record["options"]["lambda_floor"]) == (3 * 4 * CONTEXT, 0.04)
     assert min(record["table"][-1]["lambda"]) >= 0.04 - 1e-7
@@ -158,8 +158,7 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
             (tmp_path / f".out.{kept}" / "work").write_bytes(bytes(1_234_567))
         raise KeyboardInterrupt
 
-    place = "conversion.heal" if command == "heal" else "conversion.cli"
-    monkeypatch.setattr(f"{place}.{command}_checkpoint", interrupted)
+    monkeypatch.setattr(f"conversion.{command}.{command}_checkpoint", interrupted)
     arguments = ["from", str(tmp_path / "out"), *(["--data", "some text"] if command == "heal" else [])]
     result = run(command, *arguments)
     assert result.exit_code == 130

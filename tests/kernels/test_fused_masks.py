@@ -10,6 +10,7 @@ from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.diff_attention_triton_interface import fused_attention_mask, mask_of_key_ranges
+from modeling_diff.diff_transformers_compat import cache_argument
 
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -40,6 +41,14 @@ def filled_cache(kind, num_seen):
     return cache
 
 
+def causal_mask(attention_mask=None, cache=None, num_queries=9, is_causal=True, **options):
+    """What transformers makes of a batch of two for the kernels; each release has the cache under its own name."""
+    embeddings = torch.zeros(2, num_queries, 32)
+    return create_causal_mask(
+        config(is_causal=is_causal), embeddings, attention_mask, **cache_argument(cache), **options
+    )
+
+
 def assert_key_ranges_are(visible, mask, num_queries, queries_that_count, is_causal=True):
     """`visible` (B, T, S) boolean. Rows of padding may see anything, as nothing of them reaches a token."""
     num_keys = visible.shape[2]
@@ -58,10 +67,9 @@ def assert_key_ranges_are(visible, mask, num_queries, queries_that_count, is_cau
 def test_causal_key_ranges_are_the_pairs_that_see_each_other(padding, num_seen, kind):
     num_queries = 9 - num_seen
     attention_mask = None if PADDING[padding] is None else torch.tensor(PADDING[padding])
-    mask = create_causal_mask(
-        config(), torch.zeros(2, num_queries, 32), attention_mask, filled_cache(kind, num_seen),
-        position_ids=torch.arange(num_seen, 9)[None],
-    )  # fmt: skip
+    mask = causal_mask(
+        attention_mask, filled_cache(kind, num_seen), num_queries, position_ids=torch.arange(num_seen, 9)[None]
+    )
     is_token = torch.ones(2, 9, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     visible = torch.zeros(2, num_queries, 12 if kind == "static" else 9, dtype=torch.bool)
     for row in range(2):
@@ -74,7 +82,7 @@ def test_causal_key_ranges_are_the_pairs_that_see_each_other(padding, num_seen, 
 @pytest.mark.parametrize("padding", PADDING)
 def test_bidirectional_key_ranges_end_before_padding(padding):
     attention_mask = None if PADDING[padding] is None else torch.tensor(PADDING[padding])
-    mask = create_causal_mask(config(is_causal=False), torch.zeros(2, 9, 32), attention_mask, None)
+    mask = causal_mask(attention_mask, is_causal=False)
     is_token = torch.ones(2, 9, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     assert_key_ranges_are(is_token[:, None].expand(-1, 9, -1), mask, 9, is_token, is_causal=False)
 
@@ -82,7 +90,7 @@ def test_bidirectional_key_ranges_end_before_padding(padding):
 @pytest.mark.parametrize("lengths", [[[9], [9]], [[4, 5], [4, 5]], [[1, 1, 7], [8, 1]]], ids=str)
 def test_packed_key_ranges_are_sequences(lengths):
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
-    mask = create_causal_mask(config(), torch.zeros(2, 9, 32), None, None, position_ids=positions)
+    mask = causal_mask(position_ids=positions)
     bounds = torch.zeros(2, 1, 9, 2, dtype=torch.int32)
     for row, of_row in enumerate(lengths):
         start = 0
@@ -99,8 +107,8 @@ def test_packed_key_ranges_are_sequences(lengths):
 
 def test_mask_of_ones_costs_the_kernels_nothing():
     mask = torch.ones(2, 9, dtype=torch.long)
-    assert create_causal_mask(config(), torch.zeros(2, 9, 32), mask, None) is None
-    assert create_causal_mask(config(), torch.zeros(2, 1, 32), mask, filled_cache("dynamic", 8)) is None
+    assert causal_mask(mask) is None
+    assert causal_mask(mask, filled_cache("dynamic", 8), num_queries=1) is None
 
 
 def test_left_padding_is_read_where_transformers_wants_a_mask_in_any_case():
@@ -115,14 +123,12 @@ def test_left_padding_is_read_where_transformers_wants_a_mask_in_any_case():
 def test_padding_between_tokens_is_refused_with_every_cache(kind):
     attention_mask = torch.tensor([[1] * 9, [1, 1, 0] + [1] * 6])
     with pytest.raises(ValueError, match=r'padding between tokens of a sequence.*use attn_implementation="sdpa"'):
-        create_causal_mask(config(), torch.zeros(2, 1, 32), attention_mask, filled_cache(kind, 8))
+        causal_mask(attention_mask, filled_cache(kind, 8), num_queries=1)
 
 
 def test_mask_function_of_a_caller_is_refused():
     with pytest.raises(ValueError, match="a custom mask function"):
-        create_causal_mask(
-            config(), torch.zeros(2, 9, 32), None, None, and_mask_function=lambda b, h, q, k: q - k < 3
-        )  # fmt: skip
+        causal_mask(and_mask_function=lambda b, h, q, k: q - k < 3)
 
 
 COMPILED = """
