@@ -20,6 +20,12 @@ from conversion.cli import app
 
 ROOT = Path(__file__).parents[2]
 V1 = ("--variant", "v1", "--uncalibrated")
+# As from a terminal: a suite that runs under nohup, or in the background, hands on signals that are ignored.
+SIGNALS = (
+    "import signal\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)]\n"
+)
 
 
 @pytest.fixture
@@ -212,7 +218,7 @@ def test_inspect_reads_llama_and_diffllama(tmp_path, llama):
 def test_a_stopped_run_ends_though_a_thread_would_not(stop):
     """As one whose start the signal has interrupted, before it was told whom to wait for."""
     script = (
-        "import os, signal, sys, threading; from conversion import cli\n"
+        f"{SIGNALS}import os, sys, threading; from conversion import cli\n"
         "def app():\n"
         "    threading.Thread(target=threading.Event().wait).start()\n"
         f"    print('shown'); {stop}\n"
@@ -251,7 +257,7 @@ def test_commands_do_not_wait_for_what_only_training_needs():
 def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama, name):
     """Stopped for certain while writing, by itself at the first progress report; then again within the clean-up."""
     script = (
-        "import os, shutil, signal, sys; from conversion import cli, convert; original = convert.convert_checkpoint\n"
+        f"{SIGNALS}import os, shutil, sys; from conversion import cli, convert; original = convert.convert_checkpoint\n"
         f"stop = lambda *a: os.kill(os.getpid(), signal.{name})\n"
         "remove = shutil.rmtree; shutil.rmtree = \\\n"
         "    lambda *a, **k: [stop(), remove(*a, **k), stop()] if sys.exception() else remove(*a, **k)\n"

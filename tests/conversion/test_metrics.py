@@ -56,7 +56,7 @@ def test_kl_of_rounding_is_never_printed_below_zero(dtype):
 
 def test_standard_text_travels_with_the_package_and_is_that_of_the_small_llama():
     assert STANDARD_TEXT.parent == ROOT / "conversion" / "data"
-    assert re.search(r"^conversion = .*data/\*", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.search(r'^"conversion\.data" = .*"\*\.txt"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert STANDARD_TEXT.read_bytes() == (ROOT / "examples/assets/tiny-llama/heldout.txt").read_bytes()
     assert "PSF License" in (STANDARD_TEXT.parent / "README.md").read_text()
 
