@@ -192,7 +192,6 @@ def update_code(
     show_update(report, as_json)
 
 
-# Until the options of a healing are derived from its config as well.
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help=ALLOW_PICKLE)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help=RESUME)]

@@ -257,7 +257,8 @@ def test_commands_do_not_wait_for_what_only_training_needs():
 def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama, name):
     """Stopped for certain while writing, by itself at the first progress report; then again within the clean-up."""
     script = (
-        f"{SIGNALS}import os, shutil, sys; from conversion import cli, convert; original = convert.convert_checkpoint\n"
+        f"{SIGNALS}import os, shutil, sys; from conversion import cli, convert\n"
+        "original = convert.convert_checkpoint\n"
         f"stop = lambda *a: os.kill(os.getpid(), signal.{name})\n"
         "remove = shutil.rmtree; shutil.rmtree = \\\n"
         "    lambda *a, **k: [stop(), remove(*a, **k), stop()] if sys.exception() else remove(*a, **k)\n"
