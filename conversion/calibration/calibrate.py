@@ -24,14 +24,14 @@ from transformers import PreTrainedConfig
 
 from conversion.calibration.closed_form import (
     LAMBDA_GRID,
-    LayerProblem,
-    Norm,
     choose_lambda,
     choose_pairing,
     refit_outputs,
     refit_values,
 )
 from conversion.calibration.gradient_fit import LocalFit, fit_layer
+from conversion.calibration.problem import LayerProblem, Norm
+from conversion.calibration.speed import faster_in_bfloat16
 from conversion.calibration.store import CalibrationStore, run_identity
 from conversion.calibration.streams import STRICT_EPS, LayerWeights, LlamaLayers, Streams
 from conversion.checkpoint.reader import CheckpointReader
@@ -119,6 +119,7 @@ def calibrate(
         "layers": sorted(layers) if layers is not None else None,
         "dtype": dtype,
         "device": device,
+        "bfloat16": faster_in_bfloat16(torch.device(device).type),
     }
     temporary = TemporaryDirectory(prefix="calibration-") if work_folder is None else None
     folder = work_folder or Path(temporary.name if temporary else "")
@@ -253,14 +254,19 @@ def check_tokens(config: PreTrainedConfig, tokens: torch.Tensor, stages: Collect
             f"calibration tokens: rows of {tokens.shape[1]}, but max_position_embeddings is "
             f"{config.max_position_embeddings}; use shorter rows"
         )
+    check_enough(config, tokens.shape[0], tokens.shape[1], stages)
+
+
+def check_enough(config: PreTrainedConfig, num_rows: int, row_tokens: int, stages: Collection[Stage]) -> None:
+    """ConversionError for fewer tokens than a refit needs, next to a sequence that judges it."""
     # Least squares with fewer tokens than o_proj has columns fits them exactly and says nothing of others.
     columns = padded_counts(config.num_attention_heads, config.num_key_value_heads)[0] * config.head_dim
     needed = columns if set(stages) - {Stage.COPY, Stage.PAIRING} else 0
-    fitted = (len(tokens) - max(1, len(tokens) // VALIDATION_SHARE)) * tokens.shape[1]
-    if len(tokens) < 2 or fitted < needed:
+    fitted = (num_rows - max(1, num_rows // VALIDATION_SHARE)) * row_tokens
+    if num_rows < 2 or fitted < needed:
         raise ConversionError(
-            f"calibration tokens: {tokens.numel()} in {len(tokens)} rows, of which {fitted} are fitted, but the refit "
-            f"needs {max(needed, 1)} and one row to judge by; give more text (--calibration-tokens)"
+            f"calibration tokens: {num_rows * row_tokens} in {num_rows} rows, of which {fitted} are fitted, but the "
+            f"refit needs {max(needed, 1)} and one row to judge by; give more text (--calibration-tokens)"
         )
 
 

@@ -1,32 +1,123 @@
 """What a calibration will take, before it is begun: operations from sizes, seconds from this machine's own rate."""
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.calibration.calibrate import DEFAULT_STAGES, Stage
-from conversion.calibration.closed_form import LAMBDA_GRID, SAMPLE_TOKENS
+from conversion.calibration.calibrate import DEFAULT_STAGES, VALIDATION_SHARE, Stage
+from conversion.calibration.candidates import RIDGES
+from conversion.calibration.closed_form import CARRIER_SHARES, LAMBDA_GRID
 from conversion.calibration.gradient_fit import LocalFit
-from conversion.calibration.streams import precision
+from conversion.calibration.problem import SAMPLE_TOKENS
+from conversion.calibration.speed import faster_in_bfloat16, product_rate
 
 
-PROBE_SIZE = 1024
-# Measured on tiny-llama and on small random models: what is not a matrix product takes about as long again.
+# What is no matrix product, and products of fewer columns than the probe's: a layer's time over that of its products.
 OVERHEAD = 2.0
+# A third of the batches are halved, and checks may skip a part of the schedule.
+SHARE_OF_STEPS = 0.8
+CORE_SHARE = 0.8  # of a core's speed that each of several adds
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, by the dtype of their products."""
+
+    float32: float = 0.0
+    float64: float = 0.0
+    fast: float = 0.0  # bfloat16 where that is faster
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.float32 + other.float32, self.float64 + other.float64, self.fast + other.fast)
+
+    def times(self, count: float) -> "Work":
+        """Returns the work of `count` such."""
+        return Work(count * self.float32, count * self.float64, count * self.fast)
 
 
 @dataclass(frozen=True)
 class CalibrationEstimate:
     """Of one whole calibration."""
 
-    product_flops: float  # matrix products of layers, in the dtype the device runs them in
-    gram_flops: float  # sums over tokens in float64
+    work: Work
     memory_bytes: int  # peak, on the device
     disk_bytes: int  # of the work folder, in float32
     seconds: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a layer's shape decides on its work: operations per token where nothing else is said."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    map_dim: int
+    intermediate: int
+    row_tokens: int
+
+    @property
+    def width(self) -> int:
+        """Columns of o_proj."""
+        return self.heads * self.map_dim
+
+    @property
+    def attention_parameters(self) -> int:
+        return 2 * self.hidden * (self.width + self.kv_heads * self.map_dim)
+
+    @property
+    def mlp_parameters(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def maps(self) -> int:
+        """Causal: half of Q K' and of twice as wide a product with V."""
+        return 3 * self.row_tokens * self.width
+
+    @property
+    def attention(self) -> int:
+        return 2 * self.attention_parameters + self.maps
+
+    @property
+    def sums(self) -> int:
+        """Of normal equations."""
+        return self.width * (self.width + 2 * self.hidden)
+
+    @property
+    def solutions(self) -> float:
+        """Of one refit, all ridges: operations in all."""
+        return len(RIDGES) * (self.width**3 / 3 + 8 * self.width**2 * self.hidden)
+
+
+def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: LocalFit) -> Work:
+    """Operations of the stages of one layer."""
+    sample = min(SAMPLE_TOKENS, num_tokens)
+    judged = num_tokens / VALIDATION_SHARE
+    whole = shape.attention + 2 * shape.mlp_parameters
+    # Whatever the stages: every one is judged.
+    work = Work(float32=len(stages) * judged * whole)
+    refit = Work((num_tokens + judged) * (shape.attention + shape.sums), shape.solutions)
+    trial = Work(judged * 2 * shape.mlp_parameters + (sample + judged) * shape.sums, shape.solutions)
+    work += Work(2 * (sample + judged) * shape.attention) + trial.times(len(LAMBDA_GRID))
+    if Stage.PAIRING in stages:
+        pairs = shape.heads * (shape.heads - shape.heads // shape.kv_heads)
+        outputs = 2 * shape.row_tokens * shape.width * shape.kv_heads
+        work += Work(sample * (shape.attention + outputs + pairs * 2 * (4 * shape.map_dim) ** 2))
+    if Stage.REFIT in stages:
+        work += refit
+    if Stage.VALUES in stages:
+        gathered = num_tokens * (shape.attention + shape.sums + shape.hidden**2)
+        work += refit + Work(gathered + (sample + judged) * shape.attention) + trial.times(len(CARRIER_SHARES))
+    if Stage.LOCAL in stages:
+        # Forward and backward; of what is frozen no gradient.
+        per_token = 6 * shape.attention_parameters + 4 * shape.mlp_parameters + 3.5 * shape.maps
+        # Muon's five steps of three products each.
+        orthogonal = 30 * shape.attention_parameters * min(shape.hidden, shape.width)
+        steps = SHARE_OF_STEPS * local.steps
+        work += Work(fast=steps * (min(local.batch_tokens, num_tokens) * per_token + orthogonal))
+    return work
 
 
 def estimate_calibration(
@@ -37,45 +128,59 @@ def estimate_calibration(
     stages: Collection[Stage] = DEFAULT_STAGES,
     local: LocalFit = LocalFit(),  # noqa: B008 (frozen)
     device: torch.device | str = "cpu",
+    num_layers: int | None = None,
+    written: bool = False,
 ) -> CalibrationEstimate:
-    """Good to a factor of about two: the rate is that of one matrix product, tried out here and now."""
+    """Returns what a calibration takes: seconds good to a factor of about two, on a machine that does nothing else.
+
+    Args:
+        config: The source's, with every field a plain LLaMA has.
+        num_tokens: Of the text.
+        row_tokens: Of a sequence.
+        stages: The stages that are run.
+        local: Of the gradient stage.
+        device: Its rate is measured by a short probe, in its own time.
+        num_layers: How many are calibrated; all by default.
+        written: Whether the source writes the text first.
+    """
     device = torch.device(device)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = heads * config.head_dim  # columns of o_proj
-    attention = 2 * hidden * (width + config.num_key_value_heads * config.head_dim)
-    parameters = attention + 3 * hidden * config.intermediate_size
-    maps = 4 * row_tokens * width  # a token's operations in both maps of a pair; half of them are masked
-    sample = min(SAMPLE_TOKENS, num_tokens)
-    gram = 2 * width * (width + hidden)  # a token's
-
-    full_passes = 2 * num_tokens  # LLaMA's and ours
-    attention_passes = (1 + 2 * len(LAMBDA_GRID)) * sample
-    gram_tokens = len(LAMBDA_GRID) * sample
-    if Stage.REFIT in stages:
-        attention_passes, gram_tokens = attention_passes + num_tokens, gram_tokens + num_tokens
-    if Stage.VALUES in stages:
-        attention_passes, gram_tokens = attention_passes + 4 * num_tokens, gram_tokens + 3 * num_tokens
-    if Stage.LOCAL in stages:
-        full_passes += 3 * local.steps * local.batch_tokens
-    product_flops = full_passes * (2 * parameters + maps) + attention_passes * (2 * attention + maps)
-    if Stage.PAIRING in stages:
-        product_flops += sample * heads * heads * 32 * config.head_dim**2
-    layers = config.num_hidden_layers
-    product_rate, gram_rate = _rate(device, torch.float32), _rate(device, torch.float64)
-    seconds = OVERHEAD * layers * (product_flops / product_rate + gram_tokens * gram / gram_rate)
-
-    floats = 2 * parameters + 5 * num_tokens * hidden + 3 * attention
-    floats += local.batch_tokens * (12 * hidden + 6 * width + 5 * config.intermediate_size)
-    doubles = 2 * width * (width + hidden) + 2 * hidden * hidden
-    if Stage.PAIRING in stages:
-        doubles += heads * heads * 16 * config.head_dim**2
-    return CalibrationEstimate(
-        product_flops=layers * product_flops,
-        gram_flops=layers * gram_tokens * gram,
-        memory_bytes=4 * floats + 8 * doubles,
-        disk_bytes=4 * (layers + len(stages)) * attention,  # a layer under way is there once per stage
-        seconds=seconds,
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        map_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        row_tokens=row_tokens,
     )
+    layers = config.num_hidden_layers
+    calibrated = layers if num_layers is None else num_layers
+    work = layer_work(shape, num_tokens, stages, local).times(calibrated)
+    streams = 2 * num_tokens * (shape.attention + 2 * shape.mlp_parameters)
+    work += Work(float32=layers * streams)
+    if written:
+        head = shape.hidden * config.vocab_size
+        work += Work(float32=2 * num_tokens * (layers * (shape.attention_parameters + shape.mlp_parameters) + head))
+
+    floats = 2 * (shape.attention_parameters + shape.mlp_parameters) + 5 * num_tokens * shape.hidden
+    floats += 3 * shape.attention_parameters + 6 * SAMPLE_TOKENS * shape.width
+    floats += local.batch_tokens * (12 * shape.hidden + 6 * shape.width + 5 * shape.intermediate)
+    doubles = 4 * shape.width * (shape.width + shape.hidden)
+    if Stage.PAIRING in stages:
+        doubles += shape.heads**2 * 16 * shape.map_dim**2
+    return CalibrationEstimate(
+        work=work,
+        memory_bytes=4 * floats + 8 * doubles,
+        disk_bytes=4 * (calibrated + len(stages)) * shape.attention_parameters + 8 * num_tokens * written,
+        seconds=seconds_of(work, device),
+    )
+
+
+def seconds_of(work: Work, device: torch.device) -> float:
+    """Seconds of the whole device, by the rates that it has been measured to have."""
+    fast = torch.bfloat16 if faster_in_bfloat16(device.type) else torch.float32
+    rated = ((work.float32, torch.float32), (work.float64, torch.float64), (work.fast, fast))
+    seconds = OVERHEAD * sum(operations / product_rate(device.type, dtype) for operations, dtype in rated)
+    return seconds / (1 + CORE_SHARE * (torch.get_num_threads() - 1)) if device.type == "cpu" else seconds
 
 
 def duration_text(seconds: float) -> str:
@@ -94,16 +199,3 @@ def duration_text(seconds: float) -> str:
 
 def _counted(count: int, unit: str) -> str:
     return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
-
-
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product."""
-    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        with precision(device) if dtype is torch.float32 else torch.no_grad():
-            # reading one number waits for the device
-            float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - began)
-    return 2 * PROBE_SIZE**3 / best

@@ -16,11 +16,13 @@ from conversion.calibration.calibrate import (
     Progress,
     Stage,
     calibrate,
+    check_enough,
     check_tokens,
     lambdas_to_try,
 )
 from conversion.calibration.estimate import CalibrationEstimate, duration_text, estimate_calibration
 from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.self_text import SELF_TEXT, check_self_text, has_text, self_text
 from conversion.calibration.store import has_results
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.checkpoint.kept_work import calibration_folder, keep_note
@@ -28,7 +30,7 @@ from conversion.checkpoint.output_folder import locked, parents_made
 from conversion.data.text import read_calibration
 from conversion.errors import ConversionError
 from conversion.mapping.stream import Plan, planned_config
-from conversion.options import CalibrationText, ConversionOptions
+from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
 from conversion.record import CALIBRATED
 from conversion.source import Source
 from conversion.source.architectures import plain_config
@@ -40,24 +42,34 @@ ROW_TOKENS = 1024  # or what the model can read, if that is less
 
 @dataclass(frozen=True)
 class Calibration:
-    """One that can be begun: the text with as many tokens as its whole rows hold, the rows (R, T), what it takes."""
+    """One that can be begun: the text with as many tokens as its whole sequences hold, and what it takes.
+
+    `rows` (R, T) are None until the source has written them.
+    """
 
     text: CalibrationText
-    rows: torch.Tensor
+    rows: torch.Tensor | None
+    row_tokens: int
     estimate: CalibrationEstimate
+    whole: bool = False  # the text is shorter than the default
 
     @property
     def note(self) -> str:
         gigabyte = 10**9
+        of = " (all of the text)" if self.whole else " that the source writes" if self.rows is None else ""
         return (
-            f"calibration on {self.text.tokens} tokens: about {duration_text(self.estimate.seconds)} on this "
+            f"calibration on {self.text.tokens} tokens{of}: about {duration_text(self.estimate.seconds)} on this "
             f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
             f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
         )
 
 
 def prepare_calibration(source: Source, options: ConversionOptions, text: CalibrationText) -> Calibration:
-    """Reads the text. ConversionError for text, options or a source with which the calibration would fail."""
+    """Reads the text, unless the source is to write it.
+
+    Raises:
+        ConversionError: Text, options or a source with which the calibration would fail.
+    """
     model = source.model
     if model.kind != "llama" or options.variant != "v1" or options.pairings:
         raise ConversionError(
@@ -71,12 +83,37 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         )
     for layer in options.differential_layers(model.sizes.num_layers):
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
-    row_tokens = min(model.config.max_position_embeddings, ROW_TOKENS)
-    rows = read_calibration(text.path, read_tokenizer(source.folder), text.tokens, row_tokens, model.sizes.vocab_size)
     config = plain_config(model.config)
-    check_tokens(config, rows, _stages(text))
-    estimate = estimate_calibration(config, rows.numel(), row_tokens, stages=_stages(text), device=_device())
-    return Calibration(replace(text, tokens=rows.numel()), rows, estimate)
+    row_tokens = min(config.max_position_embeddings, ROW_TOKENS)
+    asked = text.tokens or CALIBRATION_TOKENS
+    rows = None
+    if text.path is None:
+        check_self_text(source)
+    else:
+        rows = read_calibration(
+            text.path,
+            read_tokenizer(source.folder),
+            asked,
+            row_tokens,
+            model.sizes.vocab_size,
+            whole_if_shorter=text.tokens is None,
+        )
+        check_tokens(config, rows, _stages(text))
+    num_rows = asked // row_tokens if rows is None else len(rows)
+    check_enough(config, num_rows, row_tokens, _stages(text))
+    num_tokens = num_rows * row_tokens
+    layers = len(options.differential_layers(model.sizes.num_layers))
+    estimate = estimate_calibration(
+        config,
+        num_tokens,
+        row_tokens,
+        stages=_stages(text),
+        device=_device(),
+        num_layers=layers,
+        written=rows is None,
+    )
+    whole = num_tokens < asked // row_tokens * row_tokens
+    return Calibration(replace(text, tokens=num_tokens), rows, row_tokens, estimate, whole)
 
 
 def log_estimate(calibration: Calibration) -> None:
@@ -92,11 +129,16 @@ def run_calibration(
     resume: bool | None,
     progress: Progress,
 ) -> CalibrationResult:
-    """Fits the layers, on a GPU if there is one."""
+    """Fits the layers, on a GPU if there is one; before that the source writes its text, if it is to."""
+    rows = calibration.rows
+    if rows is None:
+        rows = self_text(
+            source, work_folder, calibration.text.tokens or 0, calibration.row_tokens, options.seed, _device(), resume
+        )
     return calibrate(
         source.reader,
         source.model.config,
-        calibration.rows,
+        rows,
         stages=_stages(calibration.text),
         lambda_init=_lambda_choice(options),
         norm=options.norm,
@@ -133,7 +175,7 @@ def calibrated_plan(plan: Plan, text: CalibrationText, result: CalibrationResult
 def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict[str, Any]:
     """For conversion.json: the text by name, and what every stage reached in every layer."""
     return {
-        "text": text.path.name,
+        "text": SELF_TEXT if text.path is None else text.path.name,
         "tokens": text.tokens,
         "lambda_floor": text.lambda_floor,
         "stages": [str(stage) for stage in _stages(text)],
@@ -155,7 +197,7 @@ def calibration_work(output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException as error:
-            if has_results(folder):
+            if has_results(folder) or has_text(folder):
                 keep_note(error, folder)
                 raise
             shutil.rmtree(folder, ignore_errors=True)

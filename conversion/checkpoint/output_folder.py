@@ -179,11 +179,16 @@ def sync_folder(folder: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replaces a small file of a finished checkpoint in one step. FilesError for the disk; the old file then stays."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file, or writes it, whole or not at all. FilesError for the disk; the old file then stays."""
     partial = path.with_name(f".{path.name}.partial")
     with file_errors(path):
         try:
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
+            with partial.open("wb") as stream:
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)

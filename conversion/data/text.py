@@ -21,23 +21,29 @@ CHUNK_TOKENS = 1 << 20
 
 
 def read_calibration(
-    path: Path, tokenizer: Tokenizer | None, num_tokens: int, row_tokens: int, vocab_size: int
+    path: Path,
+    tokenizer: Tokenizer | None,
+    num_tokens: int,
+    row_tokens: int,
+    vocab_size: int,
+    *,
+    whole_if_shorter: bool = False,
 ) -> torch.Tensor:
-    """
-    Reads the first tokens of a text in rows, each behind a bos if there is one; reads no further than needed.
+    """Returns the first `num_tokens` tokens of a text as sequences (R, T), each after a bos if there is one.
+
+    Reads no further than needed. Text comes in pieces of lines; of JSON lines each holds `text` or `input_ids`; of a
+    datasets folder the columns are called so.
 
     Args:
-        path: Text, JSON lines with `text` or `input_ids`, or a folder that `datasets` saved with such columns.
-        tokenizer: The source's tokenizer; without one only `input_ids` will do.
-        num_tokens: Number of tokens; what does not fill a row is left out.
-        row_tokens: Tokens per row, the bos counted.
-        vocab_size: Number of tokens that the model knows.
-
-    Returns:
-        Token ids, (R, T).
+        path: Text, JSON lines, or a folder that `datasets` has saved.
+        tokenizer: The source's; without one only `input_ids` will do.
+        num_tokens: Of all sequences together, rounded down to whole ones.
+        row_tokens: T, the bos included.
+        vocab_size: Ids from here on are refused.
+        whole_if_shorter: A shorter text gives as many whole sequences as it has, one at least.
 
     Raises:
-        ConversionError: The file is missing, empty, neither text nor JSON lines, or too short.
+        ConversionError: A file that is missing, empty, neither text nor JSON lines, or too short.
     """
     path = Path(path)
     bos = tokenizer.bos_token_id if tokenizer is not None else None
@@ -48,12 +54,15 @@ def read_calibration(
     ids = list(islice(token_ids(path, tokenizer, vocab_size), num_rows * body))
     if not ids:
         raise ConversionError(f"{path}: empty, expected calibration text of {num_tokens} tokens")
-    if len(ids) < num_rows * body:
+    if len(ids) < body and whole_if_shorter:
+        raise ConversionError(f"{path}: {len(ids)} tokens, fewer than one sequence of {body}; give more text")
+    if len(ids) < num_rows * body and not whole_if_shorter:
         raise ConversionError(
             f"{path}: {len(ids)} tokens, expected {num_rows * body} (--calibration-tokens {num_tokens}, in rows of "
-            f"{row_tokens}); give more text or ask for fewer tokens"
+            f"{row_tokens}); give more text, ask for fewer tokens, or leave --calibration-tokens out to use all of it"
         )
-    return behind_bos(torch.tensor(ids, dtype=torch.long).view(num_rows, body), bos)
+    num_rows = min(num_rows, len(ids) // body)
+    return behind_bos(torch.tensor(ids[: num_rows * body], dtype=torch.long).view(num_rows, body), bos)
 
 
 def behind_bos(rows: torch.Tensor, bos: int | None) -> torch.Tensor:

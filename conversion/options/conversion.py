@@ -41,6 +41,7 @@ NEUTRAL_EPS = 2.0**24
 
 
 CALIBRATION_TOKENS = 65536
+SELF = "self"  # as calibration text
 # Left alone lambda falls to 0 in most layers of a calibration, where the second map gets no gradient any more.
 LAMBDA_FLOOR = 0.02
 STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
@@ -216,16 +217,17 @@ class ConversionOptions:
 class CalibrationText:
     """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all).
 
+    Without `path` the source writes it. Without `tokens` it is CALIBRATION_TOKENS, or all of a shorter text.
     No stage takes lambda below `lambda_floor` in any layer; 0 allows layers that are not differential.
     """
 
-    path: Path
-    tokens: int = CALIBRATION_TOKENS
+    path: Path | None
+    tokens: int | None = None
     stages: Sequence[str] | None = None
     lambda_floor: float = LAMBDA_FLOOR
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or self.tokens < 1:
+        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
             raise ConversionError(f"{typed('calibration_tokens')} is {self.tokens!r}, expected a whole number above 0")
         if not isinstance(self.lambda_floor, int | float) or not 0 <= self.lambda_floor < 1:
             raise ConversionError(
@@ -245,12 +247,16 @@ class ConversionConfig(ConversionOptions):
     """All that a conversion can be asked, as options of `diff-llama convert` and as arguments from Python."""
 
     calibration: str | Path | None = option(
-        help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost."
+        help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost; or "
+        "`self`, for text that the source writes itself."
     )
     uncalibrated: bool = option(
         False, help="v1: the plain copy, which loses most of the function and has to be healed."
     )
-    calibration_tokens: int = option(CALIBRATION_TOKENS, help="Number of tokens of the calibration text to read.")
+    calibration_tokens: int | None = option(
+        help=f"Number of tokens of the calibration text to read. {CALIBRATION_TOKENS} by default, or all of a shorter "
+        "text."
+    )
     stages: Sequence[str] | None = option(
         help="Calibration stages to run. All by default.", parse=parse_stages, metavar=",".join(STAGES)
     )
@@ -282,9 +288,9 @@ class ConversionConfig(ConversionOptions):
             ConversionError: Values that mean something only with a text.
         """
         if self.calibration is not None:
-            return CalibrationText(
-                Path(self.calibration), self.calibration_tokens, stages=self.stages, lambda_floor=self.lambda_floor
-            )
+            # Before it is a path, as ./self is the file of that name.
+            path = None if self.calibration == SELF else Path(self.calibration)
+            return CalibrationText(path, self.calibration_tokens, stages=self.stages, lambda_floor=self.lambda_floor)
         for field in fields(ConversionConfig):
             belongs = field.name in ("stages", "calibration_tokens", "lambda_floor")
             if belongs and getattr(self, field.name) != field.default:

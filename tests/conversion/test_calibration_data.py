@@ -83,6 +83,16 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
         read(tmp_path / "a.txt", tokenizer=None)
 
 
+def test_text_shorter_than_the_default_is_used_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefg" * 2 + "abc")
+    rows = read_calibration(path, Letters(), 24, 8, vocab_size=96, whole_if_shorter=True)
+    assert torch.equal(rows, read(path, num_tokens=16)) and len(rows) == 2
+    path.write_text("abc")
+    with pytest.raises(ConversionError, match="3 tokens, fewer than one sequence of 7"):
+        read_calibration(path, Letters(), 24, 8, vocab_size=96, whole_if_shorter=True)
+
+
 def test_less_than_a_row_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 20)
     with pytest.raises(ConversionError, match="fewer than one row of 8"):

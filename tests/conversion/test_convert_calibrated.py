@@ -164,6 +164,17 @@ def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
     assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in notes)
 
 
+def test_text_shorter_than_the_default_is_used_whole_and_said(llama, text, tmp_path):
+    report = convert(llama, tmp_path / "v1", text, calibration_tokens=None, dry_run=True)
+    assert any(f"calibration on {ROW_TOKENS * NUM_ROWS} tokens (all of the text)" in note for note in report.notes)
+    asked = convert(llama, tmp_path / "v1", text, dry_run=True)
+    assert not any("all of the text" in note for note in asked.notes)
+    short = tmp_path / "short.jsonl"
+    short.write_text(text.read_text().splitlines()[0])
+    with pytest.raises(ConversionError, match="one row to judge by; give more text"):
+        convert(llama, tmp_path / "v1", short, calibration_tokens=None)
+
+
 def test_estimate_comes_before_the_calibration_and_a_no_ends_it(llama, text, tmp_path):
     seen = []
 
@@ -211,7 +222,7 @@ def test_lambda_of_zero_of_a_plain_copy_is_said_too(llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration_tokens": 10**6}, "give more text or ask for fewer tokens"),
+        ({"calibration_tokens": 10**6}, "give more text, ask for fewer tokens, or leave"),
         ({"calibration_tokens": 5}, "fewer than one row"),
         ({"stages": ["polish"]}, "polish.*expected one of copy, pairing"),
         ({"calibration_tokens": -5}, "calibration_tokens is -5"),

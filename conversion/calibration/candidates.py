@@ -1,0 +1,118 @@
+"""
+Candidates for a layer, judged from heads' outputs that are computed once: the norm, o_proj and the MLP follow from
+them, and the attention maps are the same for all.
+
+N tokens, H heads, D head_dim, C hidden.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from conversion.calibration.problem import AttentionInputs, LayerProblem
+from conversion.calibration.refit import NormalEquations, ridge_refit
+from conversion.calibration.streams import NEUTRAL_EPS, STRICT_EPS, LayerWeights, precision
+
+
+RIDGES = (1e-5, 1e-3, 1e-1)
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Heads' outputs before the norm (N, H D), on the sample that fits a candidate and on what judges it."""
+
+    fitted: AttentionInputs
+    judging: AttentionInputs
+
+    @classmethod
+    def gather(cls, problem: LayerProblem, weights: LayerWeights) -> "HeadOutputs":
+        parts = []
+        for rows in (problem.sample_rows, problem.validation_rows):
+            chunks = list(problem.attend(weights, rows, "sub_norm"))
+            inputs = torch.cat([chunk.inputs["sub_norm"] for chunk in chunks])
+            targets = torch.cat([chunk.targets for chunk in chunks])
+            token_weights = torch.cat([chunk.token_weights for chunk in chunks])
+            parts.append(AttentionInputs({"sub_norm": inputs}, targets, token_weights))
+        return cls(*parts)
+
+    @property
+    def mean_square(self) -> float:
+        """On the sample, over tokens and components."""
+        outputs = self.fitted.inputs["sub_norm"]
+        return float(outputs.square().sum(-1).double().sum()) / outputs.numel()
+
+    def mixed(self, other: "HeadOutputs", share: float) -> "HeadOutputs":
+        """(1 - share) of these outputs and `share` of the other's."""
+
+        def mix(ours: AttentionInputs, theirs: AttentionInputs) -> AttentionInputs:
+            outputs = torch.lerp(ours.inputs["sub_norm"], theirs.inputs["sub_norm"], share)
+            return ours._replace(inputs={"sub_norm": outputs})
+
+        return HeadOutputs(mix(self.fitted, other.fitted), mix(self.judging, other.judging))
+
+    def scaled(self, scale: torch.Tensor) -> "HeadOutputs":
+        """With the components of every head scaled by `scale` (D,)."""
+
+        def multiplied(part: AttentionInputs) -> AttentionInputs:
+            heads = part.inputs["sub_norm"].unflatten(-1, (-1, len(scale)))
+            return part._replace(inputs={"sub_norm": (heads * scale).flatten(-2)})
+
+        return replace(self, fitted=multiplied(self.fitted), judging=multiplied(self.judging))
+
+
+def with_norm(problem: LayerProblem, weights: LayerWeights, mean_square: float) -> LayerWeights:
+    """
+    `sub_norm.weight` such that heads keep their mean square s^2, and a pair of equal maps its output.
+
+    N(u) = u sqrt((eps + s^2) / (eps + ms(u))); with eps >> s^2 this is the identity. The weight undoes
+    1 - lambda_init as well, and 1 - lambda, by which equal maps shrink.
+    """
+    mean_square = max(mean_square, 1e-12)
+    eps = NEUTRAL_EPS * mean_square if problem.norm == "neutral" else STRICT_EPS
+    scale = (eps + mean_square) ** 0.5 / (1 - weights.lambda_init) ** 2
+    return weights.replaced(
+        sub_norm_eps=eps, tensors={"sub_norm.weight": torch.full_like(weights.tensors["sub_norm.weight"], scale)}
+    )
+
+
+@torch.no_grad()
+def left_over(problem: LayerProblem, weights: LayerWeights, outputs: HeadOutputs, refit: bool) -> float:
+    """`LayerProblem.distance` on the held-back sequences, with o_proj refitted on the sample if `refit`.
+
+    Args:
+        outputs: What the heads of `weights` give before the norm.
+    """
+    layer = problem.diff_layer(weights)
+    attention: Any = layer.self_attn
+    head_dim = len(weights.tensors["sub_norm.weight"])
+
+    def normalized(part: AttentionInputs) -> torch.Tensor:
+        return attention.normalize(part.inputs["sub_norm"].unflatten(-1, (-1, head_dim))).flatten(-2)
+
+    if refit:
+        parts = [[(normalized(part), part.targets, part.token_weights)] for part in (outputs.fitted, outputs.judging)]
+        attention.o_proj.weight.copy_(refitted(weights, *parts))
+    states = problem.streams.converted[problem.validation_rows]
+    with precision(problem.llama.device):
+        after_attention = states + attention.o_proj(normalized(outputs.judging)).view_as(states)
+        reached = after_attention + layer.mlp(layer.post_attention_layernorm(after_attention))
+    return problem.distance(reached.float(), problem.validation_rows)
+
+
+Tokens = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # features (N, H D), targets (N, C), weights (N,)
+
+
+def refitted(weights: LayerWeights, fitted: Tokens, judging: Tokens) -> torch.Tensor:
+    """o_proj (C, H D) by ridge least squares; the old one where nothing better generalizes."""
+    old = weights.tensors["o_proj.weight"]
+    bias = weights.tensors.get("o_proj.bias", 0.0)
+    sums = []
+    for tokens in (fitted, judging):
+        equations = NormalEquations(old.shape[1], old.shape[0], old.device)
+        for features, targets, token_weights in tokens:
+            equations.add(features, targets - bias, token_weights)
+        sums.append(equations)
+    solution, _ = ridge_refit(sums[0], sums[1], old.t(), RIDGES)
+    return solution.t().to(old.dtype).contiguous()

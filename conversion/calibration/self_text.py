@@ -1,0 +1,110 @@
+"""
+Calibration text that the source writes itself, where nobody has any: sampled at temperature 1, so that it comes as
+the model expects text to come.
+
+R sequences, T tokens per sequence, V vocabulary.
+"""
+
+import json
+import logging
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import DynamicCache
+
+from conversion.checkpoint.output_folder import replace_bytes
+from conversion.errors import ConversionError
+from conversion.source import Source
+from conversion.source.model import default_dtype, load_original
+
+
+SELF_TEXT = "self: sampled from the source at temperature 1"  # as the record names it
+BATCH_ROWS = 64  # a step reads all weights once, however many sequences it continues
+FILE = "text.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+def check_self_text(source: Source) -> None:
+    """ConversionError for a source that cannot write."""
+    if not {"lm_head.weight", "model.embed_tokens.weight"} & set(source.reader.tensors):
+        raise ConversionError(
+            f"{source.folder}: has no language model head, so --calibration self has nothing to sample from; give text"
+        )
+
+
+def self_text(
+    source: Source, folder: Path, num_tokens: int, row_tokens: int, seed: int, device: str, resume: bool | None
+) -> torch.Tensor:
+    """Returns what the source writes from its bos on, (R, T): what a stopped run has left, or a new sample.
+
+    Args:
+        folder: Where the text is kept for a run that continues this one.
+        num_tokens: Of all sequences together.
+        row_tokens: T, the bos included.
+        seed: Of the sample.
+        resume: False discards what is there.
+
+    Raises:
+        ConversionError: Logits that are not finite.
+    """
+    path = folder / FILE
+    wanted = {"source": source.reader.content(), "seed": seed, "shape": [num_tokens // row_tokens, row_tokens]}
+    if resume is not False and (kept := read_text(path, wanted)) is not None:
+        logger.info("the text that the source wrote before is used again: %s", path)
+        return kept
+    model = load_original(
+        source.folder, source.model.config, dtype=default_dtype(source.model.config, source.reader)
+    ).to(device)
+    rows = sample(model.eval(), *wanted["shape"], seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, save({"rows": rows}, {"said": json.dumps(wanted)}))
+    return rows
+
+
+def read_text(path: Path, wanted: dict[str, Any]) -> torch.Tensor | None:
+    """The sequences in `path`, None where there are none that were written as `wanted`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = json.loads((file.metadata() or {}).get("said", "{}"))
+            return file.get_tensor("rows").clone() if said == json.loads(json.dumps(wanted)) else None
+    except (FileNotFoundError, SafetensorError, ValueError):
+        return None
+
+
+def has_text(folder: Path) -> bool:
+    """Whether a source has written its text there."""
+    return (folder / FILE).exists()
+
+
+@torch.no_grad()
+def sample(model: Any, num_rows: int, row_tokens: int, *, seed: int) -> torch.Tensor:
+    """Returns sequences (R, T) that the model draws token by token; of one without a bos the first token is any.
+
+    What follows the end of a document is drawn as well, as in text that is packed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bos = model.config.bos_token_id
+    known = isinstance(bos, int) and 0 <= bos < model.config.vocab_size
+    # `cache` from transformers 5.24 on
+    cache_argument = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    drawn = []
+    for count in torch.full((num_rows,), 1).split(BATCH_ROWS):
+        first = torch.randint(model.config.vocab_size, (len(count), 1), generator=generator)
+        tokens = [torch.full_like(first, bos) if known else first]
+        cache = DynamicCache(config=model.config)
+        while len(tokens) < row_tokens:
+            latest = tokens[-1].to(model.device)
+            output = model(input_ids=latest, use_cache=True, **{cache_argument: cache})
+            logits = output.logits[:, -1].float().cpu()  # (B, V)
+            if not logits.isfinite().all():
+                raise ConversionError(
+                    "the source's logits are NaN or Inf, so it can write no text; look for NaN in its weights"
+                )
+            tokens.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        drawn.append(torch.cat(tokens, dim=1))
+    return torch.cat(drawn)

@@ -1,0 +1,50 @@
+"""How fast this machine multiplies matrices, measured once by a short probe, whatever else it does meanwhile."""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+
+PROBE_SIZE = 768
+ROUNDS = 5
+WORTH_IT = 1.3  # below it, conversions to and from bfloat16 eat what its products save
+
+
+@lru_cache
+def product_rate(device_type: str, dtype: torch.dtype) -> float:
+    """Measures operations per second of a matrix product: of one CPU core in its own time, or of a whole GPU.
+
+    Args:
+        device_type: "cpu", "cuda" or another of torch's.
+        dtype: That of the product.
+    """
+    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device_type)
+
+    def multiply() -> None:
+        float((matrix @ matrix)[0, 0])  # reading one number waits for the device
+
+    clock = time.thread_time if device_type == "cpu" else time.perf_counter
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 2 * PROBE_SIZE**3 / least_seconds(multiply, clock)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def least_seconds(function: Callable[[], None], clock: Callable[[], float]) -> float:
+    """The shortest of a few calls after one that warms up, by `clock`."""
+    function()
+    seconds = []
+    for _ in range(ROUNDS):
+        began = clock()
+        function()
+        seconds.append(clock() - began)
+    return max(min(seconds), 1e-9)
+
+
+def faster_in_bfloat16(device_type: str) -> bool:
+    """Whether bfloat16 products are so much faster that converting to them pays: AMX, AVX-512 BF16 and GPUs."""
+    return product_rate(device_type, torch.bfloat16) > WORTH_IT * product_rate(device_type, torch.float32)
