@@ -14,7 +14,7 @@ from healing_toys import CONTEXT, write_rows
 from random_llamas import random_diffllama, random_llama, saved
 from typer.testing import CliRunner
 
-from conversion.calibration.estimate import CalibrationEstimate
+from conversion.calibration.estimate import CalibrationEstimate, Work
 from conversion.cli import app
 
 
@@ -191,7 +191,7 @@ def test_long_calibration_is_asked_about_on_a_terminal_alone(
     tmp_path, llama, monkeypatch, seconds, terminal, options, asked
 ):
     rows = write_rows(tmp_path / "rows.jsonl", num_rows=32)
-    estimate = CalibrationEstimate(1.0, 1.0, 1, 1, seconds)
+    estimate = CalibrationEstimate(work=Work(), memory_bytes=1, disk_bytes=1, seconds=seconds)
     monkeypatch.setattr("conversion.calibration.step.estimate_calibration", lambda *arguments, **options: estimate)
     monkeypatch.setattr(
         "conversion.console.display.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: terminal))
