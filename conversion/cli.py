@@ -265,7 +265,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal without our letters
     logging.getLogger("conversion").addHandler(NoteHandler())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here asks for
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()
     try:
         app()
     except Stopped as stopped:  # before the command's work was begun, or after its end
