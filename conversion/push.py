@@ -17,7 +17,7 @@ from conversion.evaluation.verification import VerificationReport
 from conversion.hub.bundle import code_requirements, read_code
 from conversion.hub.commit import MAIN, UNTOUCHED, commit_files, remote_files
 from conversion.hub.errors import hub_errors
-from conversion.hub.licenses import licence_warnings, llama_terms, private_reason
+from conversion.hub.licenses import license_warnings, llama_terms, private_reason
 from conversion.hub.model_card import GENERATED, CardFacts, export_card, render_card, source_metadata
 from conversion.hub.upload_files import CARD, UploadFolder, is_replaced, read_upload_folder, refuse_secret
 from conversion.mapping.lambdas import read_lambdas
@@ -78,7 +78,7 @@ def push_checkpoint(
 ) -> PushReport:
     """Uploads a checkpoint, an export or an adapter, with all that a stranger needs to load it, in a single commit.
 
-    `private` None: private where the base's licence gives its models on request, else the Hub's default; it holds for
+    `private` None: private where the base's license gives its models on request, else the Hub's default; it holds for
     new repositories. `verification` puts measured numbers into the card. `format` "diffllama" exports first.
     Raises ConversionError, in one line, for bad input and for whatever the Hub answers; running again is always safe.
     """
@@ -146,7 +146,7 @@ def plan_upload(
         notes.append(f"private, as {reason}; --public overrides")
     elif private is False and reason:
         notes.append(f"public as asked, though {reason}")
-    notes += licence_warnings(metadata, terms, contents, repo_id)
+    notes += license_warnings(metadata, terms, contents, repo_id)
     return UploadPlan(repo_id, contents, private, reason, tuple(notes))
 
 

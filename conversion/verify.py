@@ -11,7 +11,7 @@ from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.held_out import HeldOut, read_held_out
 from conversion.evaluation.behavior import (
-    Behaviour,
+    Behavior,
     cache_difference,
     cacheable_length,
     compare_logits,
@@ -56,7 +56,7 @@ def verify_checkpoint(
     checks = list(_structure(folder, config, record))
     # A broken checkpoint would only fail in less clear ways; its code is not what is run here.
     if all(check.outcome != "failed" or check.name == "code" for check in checks):
-        checks += _behaviour(folder, config, record, against, texts, None if held_out is None else Path(held_out))
+        checks += _behavior(folder, config, record, against, texts, None if held_out is None else Path(held_out))
     return VerificationReport(folder.name, promise, checks)
 
 
@@ -111,7 +111,7 @@ def _full_name(name: str, config: DiffLlamaConfig) -> str:
     return f"model.{name}" if _model_class(config) is DiffLlamaModel else name
 
 
-def _behaviour(
+def _behavior(
     folder: Path,
     config: DiffLlamaConfig,
     record: Mapping[str, Any],
@@ -202,7 +202,7 @@ def _cache(model: DiffLlamaForCausalLM, ids: torch.Tensor) -> Check:
     return Check("cache", _outcome(difference <= TOLERANCE), detail, {"largest_difference": difference})
 
 
-def _same_function(promise: str, original: Behaviour, converted: Behaviour) -> Iterator[Check]:
+def _same_function(promise: str, original: Behavior, converted: Behavior) -> Iterator[Check]:
     difference = largest_difference(original, converted)
     scale = max(logits.abs().max().item() for logits in original.logits)
     good = difference == 0 if promise == "bit-exact" else difference <= TOLERANCE * max(scale, 1)
@@ -231,7 +231,7 @@ def _parity(
     model: DiffLlamaForCausalLM,
     inputs: Sequence[torch.Tensor],
     held_out: HeldOut,
-    original: Behaviour | None,
+    original: Behavior | None,
     source_logits: list[torch.Tensor] | None,
 ) -> Check:
     """Nothing is promised of a parity conversion's function: its numbers, next to those of a wrong conversion."""

@@ -50,7 +50,7 @@ class DiffLlamaConfig(LlamaConfig):
     LLaMA's configuration with LLaMA's names and defaults; every count is of *differential heads*, each of two maps.
 
     variant (`"v1"` or `"v2"`, defaults to `"v1"`):
-        `"v1"`: lambda is one learned scalar a layer, a head's value is twice as wide as its maps and is normalised.
+        `"v1"`: lambda is one learned scalar a layer, a head's value is twice as wide as its maps and is normalized.
         `"v2"`: lambda is a sigmoid of the token, one a head; no norm, and both maps of a head read the same key.
     lambda_init (`list[float]`, *optional*, V1):
         The constant part of lambda, one a layer. Defaults to the paper's `0.8 - 0.6 exp(-0.3 l)`, l from 0.

@@ -299,7 +299,7 @@ class DiffLlamaAttention(PlainAttention):
         return (1 - self.diff_lambda.lambda_init) * self.sub_norm(attn_output)
 
     def fusable_norm(self) -> dict[str, torch.Tensor | float]:
-        """What a kernel needs to normalise by itself; nothing without a norm, or where the module does more."""
+        """What a kernel needs to normalize by itself; nothing without a norm, or where the module does more."""
         # An adapter takes its place; tensor parallelism and offloading wrap its forward.
         if self.config.variant == "v2" or type(self.sub_norm) is not SubNorm or "forward" in vars(self.sub_norm):
             return {}
@@ -409,7 +409,7 @@ class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
         prepare_for_engine(config)
-        super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialise LLaMA's layers
+        super(LlamaModel, self).__init__(config)  # not LlamaModel's, which would build and initialize LLaMA's layers
         check_behavior_when_used(self, DiffLlamaForCausalLM)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -130,10 +130,10 @@ def test_report_reads_numbers_saved_under_older_names():
     from modeling_diff.analysis.report import current_names
 
     saved = {
-        "effort": {"quantised_prompts": 3},
+        "effort": {"quantized_prompts": 3},
         "models": [
             {
-                "quantised": [{"bits": None}],
+                "quantized": [{"bits": None}],
                 "attention": [{"view": "first"}, {"view": "second"}, {"view": "signed"}],
                 "profile": {"views": {"second": [0.5], "clamped": [0.25]}},
             }

@@ -115,7 +115,7 @@ def test_asset_is_a_small_bf16_gqa_llama():
 
 
 def test_asset_texts_are_disjoint():
-    """No file in both, and no long line of one in the other but for licence boilerplate."""
+    """No file in both, and no long line of one in the other but for license boilerplate."""
     record = json.loads((ASSET / "training_record.json").read_text())["text"]
     assert not set(record["heldout_files"]) & set(record["calibration_files"])
     lines = [

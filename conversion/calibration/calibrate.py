@@ -47,7 +47,7 @@ class Stage(StrEnum):
     """What is done to a layer, in this order. A stage that is left out is skipped; the first is always there."""
 
     COPY = "copy"  # permuted weights, lambda chosen, norm scaled to the heads' output
-    PAIRING = "pairing"  # heads matched by least-squares cost, instead of neighbours
+    PAIRING = "pairing"  # heads matched by least-squares cost, instead of neighbors
     REFIT = "refit"  # o_proj by least squares
     VALUES = "values"  # values in a basis in which the norm hardly bends the output
     LOCAL = "local"  # gradient descent on the attention parameters

@@ -1,4 +1,4 @@
-"""The files that travel beside the weights: tokenizer, templates, licences from the source, model code from here."""
+"""The files that travel beside the weights: tokenizer, templates, licenses from the source, model code from here."""
 
 import codecs
 import re
@@ -17,7 +17,7 @@ from conversion.errors import ConversionError, file_errors
 
 
 # As people spell them, in any case: LICENSE, License.md, licence.txt. Names that only begin so may be anything.
-LICENCE_STEMS = ("LICENSE", "LICENCE", "LICENSE-CODE", "LICENSE-MODEL", "LICENSE_CODE", "LICENSE_MODEL", "COPYING")
+LICENSE_STEMS = ("LICENSE", "LICENCE", "LICENSE-CODE", "LICENSE-MODEL", "LICENSE_CODE", "LICENSE_MODEL", "COPYING")
 NOTICE_STEMS = ("NOTICE", "NOTICES", "THIRD_PARTY_NOTICES", "USE_POLICY", "ACCEPTABLE_USE_POLICY")
 TEXT_ENDINGS = ("", ".txt", ".md", ".rst")
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
@@ -31,7 +31,7 @@ def _in_any_case(stems: Iterable[str]) -> tuple[str, ...]:
     return tuple("".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in name) for name in names)
 
 
-LICENCES = _in_any_case(LICENCE_STEMS)
+LICENSES = _in_any_case(LICENSE_STEMS)
 # kind: patterns of which at least one file should be there, or its absence is reported
 COMPANIONS = {
     "tokenizer": (
@@ -48,7 +48,7 @@ COMPANIONS = {
     ),
     "chat template": ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     "generation config": ("generation_config.json",),
-    "licence": LICENCES + _in_any_case(NOTICE_STEMS),
+    "license": LICENSES + _in_any_case(NOTICE_STEMS),
 }
 
 
@@ -61,7 +61,7 @@ def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     notes = []
     for kind, patterns in COMPANIONS.items():
         found = {name: whole_file(folder, name) for name in matching_names(folder, patterns)}
-        for name in [name for name, path in found.items() if is_licence(name) and not is_text(path)]:
+        for name in [name for name, path in found.items() if is_license(name) and not is_text(path)]:
             del found[name]
             notes.append(f"{name} is no text, or holds a private key, and is not copied")
         files |= found
@@ -78,9 +78,9 @@ def matching_names(folder: Path, patterns: Iterable[str]) -> list[str]:
     return [name for name in names if not (folder / name).is_dir()]
 
 
-def is_licence(name: str) -> bool:
+def is_license(name: str) -> bool:
     """Whether a file of this name is one of the licenses and notices."""
-    return any(fnmatch(name, pattern) for pattern in COMPANIONS["licence"])
+    return any(fnmatch(name, pattern) for pattern in COMPANIONS["license"])
 
 
 def is_text(path: Path) -> bool:

@@ -42,7 +42,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """Logits (T, V) in float32 and a greedy continuation, for each text."""
 
     logits: list[torch.Tensor]
@@ -70,7 +70,7 @@ def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Seque
 
 
 @torch.no_grad()
-def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behaviour:
+def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behavior:
     """Runs the model on every input."""
     logits, continuations = [], []
     for ids in inputs:
@@ -85,7 +85,7 @@ def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behaviour:
             pad_token_id=0,
         )
         continuations.append(generated[0, ids.shape[1] :].tolist())
-    return Behaviour(logits, continuations)
+    return Behavior(logits, continuations)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tenso
     return max(differences), max(scales)
 
 
-def generation_agreement(original: Behaviour, other: Behaviour) -> float:
+def generation_agreement(original: Behavior, other: Behavior) -> float:
     """Share of a greedy continuation that is the same up to the first difference: errors add up when generating."""
     shares = []
     for first, second in zip(original.continuations, other.continuations, strict=True):
@@ -118,7 +118,7 @@ def generation_agreement(original: Behaviour, other: Behaviour) -> float:
     return sum(shares) / len(shares)
 
 
-def largest_difference(original: Behaviour, other: Behaviour) -> float:
+def largest_difference(original: Behavior, other: Behavior) -> float:
     return max((p - q).abs().max().item() for p, q in zip(original.logits, other.logits, strict=True))
 
 
@@ -151,7 +151,7 @@ def cacheable_length(config: Any) -> int:
 
 @contextmanager
 def shuffled_pairs(model: DiffLlamaForCausalLM):  # type: ignore[no-untyped-def]
-    """A deliberately wrong conversion: every o_proj reads its neighbour's slice, as if rows and columns had not moved
+    """A deliberately wrong conversion: every o_proj reads its neighbor's slice, as if rows and columns had not moved
     together. Undone at the end."""
     layers = [layer.self_attn for layer in model.model.layers]
     try:

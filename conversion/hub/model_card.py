@@ -108,7 +108,7 @@ def render_card(facts: CardFacts) -> str:
         + LOAD.format(repo=json.dumps(escape(facts.repo_id or facts.name), ensure_ascii=False), needs=facts.needs),
         "## How to fine-tune\n\n" + FINE_TUNE.format(new_modules=NEW_MODULES[config.variant]),
         "## Limits\n\n" + LIMITS,
-        *_licence(facts),
+        *_license(facts),
         "## Citation\n\n" + CITATION,
         GENERATED,
     ]
@@ -312,7 +312,7 @@ def _sizes(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows)
 
 
-def _licence(facts: CardFacts) -> list[str]:
+def _license(facts: CardFacts) -> list[str]:
     if not facts.terms:
         return []
-    return [f"## Licence\n\n{facts.terms.notice} Its terms and its acceptable use policy hold for this model as well."]
+    return [f"## License\n\n{facts.terms.notice} Its terms and its acceptable use policy hold for this model as well."]

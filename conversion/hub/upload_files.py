@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from conversion.checkpoint.companions import COMPANIONS, PRIVATE_KEY, is_licence, is_text, matching_names, whole_file
+from conversion.checkpoint.companions import COMPANIONS, PRIVATE_KEY, is_license, is_text, matching_names, whole_file
 from conversion.checkpoint.json_files import read_json, text_parts
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import TOKEN, ConversionError
@@ -57,7 +57,7 @@ def read_upload_folder(folder: Path) -> UploadFolder:
         names |= set(matching_names(folder, patterns))
     files = {name: whole_file(folder, name) for name in sorted(names)}
     for name, path in files.items():
-        if is_licence(name) and not is_text(path):
+        if is_license(name) and not is_text(path):
             raise ConversionError(f"{path}: no text, or holds a private key; remove or rename it")
         if path.suffix in TEXT_SUFFIXES:
             for text in text_parts(path):

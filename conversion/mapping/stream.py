@@ -49,7 +49,7 @@ class Plan:
         stored = self.reader.tensors[rule.dtype_of].dtype
         if not stored.is_floating_point or stored.itemsize == 1:
             raise ConversionError(
-                f"tensor {rule.dtype_of} is {stored}: quantised weights cannot be rearranged; convert the original"
+                f"tensor {rule.dtype_of} is {stored}: quantized weights cannot be rearranged; convert the original"
             )
         return self.dtype or stored
 

@@ -136,7 +136,7 @@ def _check_architecture(raw: Mapping[str, Any], layout: Literal["auto", "unilm"]
     model_type = raw["model_type"]
     if raw.get("quantization_config") is not None:
         raise ConversionError(
-            "config.json: quantization_config is set, and quantised weights cannot be rearranged; convert the original"
+            "config.json: quantization_config is set, and quantized weights cannot be rearranged; convert the original"
         )
     if layout == "unilm":
         if model_type != "diff_llama" or raw.get("variant") != "v1":

@@ -30,7 +30,7 @@ def with_pretrained_length(raw: Mapping[str, Any]) -> dict[str, Any]:
     ConversionError if the two disagree.
     """
     length = raw.get(PRETRAINED)
-    settings = {field: _normalised(field, raw[field]) for field in SPELLINGS if raw.get(field)}
+    settings = {field: _normalized(field, raw[field]) for field in SPELLINGS if raw.get(field)}
     stretched = {field: said for field, said in settings.items() if said["rope_type"] in STRETCHED}
     if length is None or not stretched:
         return dict(raw)
@@ -45,7 +45,7 @@ def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
 
     Raises ConversionError for an unknown type, a missing or impossible number, or two settings that disagree.
     """
-    spelled = {field: _normalised(field, raw[field]) for field in SPELLINGS if raw.get(field)}
+    spelled = {field: _normalized(field, raw[field]) for field in SPELLINGS if raw.get(field)}
     theta = {field: settings["rope_theta"] for field, settings in spelled.items() if "rope_theta" in settings}
     if raw.get("rope_theta") is not None:
         theta["rope_theta"] = raw["rope_theta"]
@@ -58,7 +58,7 @@ def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
         _check_settings(field, settings, map_dim)
 
 
-def _normalised(field: str, settings: Any) -> dict[str, Any]:
+def _normalized(field: str, settings: Any) -> dict[str, Any]:
     """The settings with their type under `rope_type` alone."""
     if not isinstance(settings, dict):
         raise ConversionError(f"config.json: {field} is {settings!r}, expected an object")

@@ -243,7 +243,7 @@ def _another_kind(name: str) -> str | None:
     if re.search(r"lora_|\.base_layer\.|adapter", name):
         return "this is an adapter that was not merged; save the model that PEFT's merge_and_unload() returns"
     if re.search(r"qweight|scales|qzeros|absmax|quant|weight_scale", name):
-        return "quantised weights cannot be rearranged; convert the original checkpoint"
+        return "quantized weights cannot be rearranged; convert the original checkpoint"
     if re.search(r"[qk]_norm", name):
         return "only qwen3 has norms on queries and keys, so this is another model; check model_type in config.json"
     if re.search(r"experts\.|block_sparse_moe", name):

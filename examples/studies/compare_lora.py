@@ -106,14 +106,14 @@ def fit(model: PeftModel, batches: Iterator[list[dict]], collate, steps: int, le
 
 @torch.no_grad()
 def held_out_loss(model, examples: list[dict], collate, batch_size: int) -> float:
-    """Returns the loss in nats per labelled token."""
+    """Returns the loss in nats per labeled token."""
     total = 0.0
     count = 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])
-        labelled = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch).loss.item() * labelled
-        count += labelled
+        labeled = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**batch).loss.item() * labeled
+        count += labeled
     return total / count
 
 

@@ -115,7 +115,7 @@ def prepare_text(size, seed, tokenizer=None):
     texts = [text for _, text in sources]
     tokenizer = tokenizer or train_tokenizer(texts[:4000], size.vocab_size, size.context)
     stream = pack(tokenizer, texts)
-    # Only the standard library is quoted, for its licence, and none of its tests, for their odd data.
+    # Only the standard library is quoted, for its license, and none of its tests, for their odd data.
     quoted = [source for source in read_sources(size.text.removesuffix("+packages")) if "test" not in source[0]]
     sides = {"heldout": HELD_OUT_BYTES, "calibration": CALIBRATION_BYTES * 3 // 4}
     parts = {

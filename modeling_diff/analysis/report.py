@@ -29,8 +29,8 @@ MAP_NAMES = {"attention": "A", "positive": "A1", "negative": "A2", "difference":
 OLD_NAMES = {
     "first": "positive",
     "second": "negative",
-    "quantised": "quantized",
-    "quantised_prompts": "quantized_prompts",
+    "quantized": "quantized",
+    "quantized_prompts": "quantized_prompts",
 }
 
 

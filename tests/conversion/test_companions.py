@@ -8,7 +8,7 @@ from huggingface_hub.utils import filter_repo_objects
 from conversion import ConversionError
 from conversion.checkpoint.companions import companion_files, read_tokenizer
 from conversion.evaluation.behavior import encode_texts
-from conversion.hub.licenses import licence_warnings, llama_terms
+from conversion.hub.licenses import license_warnings, llama_terms
 from conversion.hub.upload_files import UploadFolder, read_upload_folder
 from conversion.source.location import TEXT_PATTERNS
 
@@ -38,10 +38,10 @@ def test_licences_are_known_in_every_spelling(tmp_path, names):
         (tmp_path / name).write_text(AGREEMENT)
     (tmp_path / "LICENSES").mkdir()
     files, notes = companion_files(tmp_path)
-    assert files.keys() == set(names) and "no licence in the source" not in notes
+    assert files.keys() == set(names) and "no license in the source" not in notes
     terms = llama_terms({}, tmp_path)
-    assert terms is not None and terms.licence == "Llama 3.1 Community License"
-    assert licence_warnings({"license": "llama3.1"}, terms, names, "me/Llama-x") == []
+    assert terms is not None and terms.license == "Llama 3.1 Community License"
+    assert license_warnings({"license": "llama3.1"}, terms, names, "me/Llama-x") == []
     assert set(names) <= adapter_files(tmp_path).files.keys()
     assert list(filter_repo_objects(names, allow_patterns=TEXT_PATTERNS)) == list(names)
 

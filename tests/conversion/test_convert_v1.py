@@ -349,7 +349,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_licence_outside_the_source_is_refused_before_a_byte_is_written(tmp_path, dry_run):
+def test_license_outside_the_source_is_refused_before_a_byte_is_written(tmp_path, dry_run):
     source, written = saved(random_llama(), tmp_path / "llama"), []
     (tmp_path / "terms").write_text("terms")
     (source / "LICENSE").symlink_to(tmp_path / "terms")

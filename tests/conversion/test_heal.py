@@ -92,7 +92,7 @@ def test_local_trains_attention_alone_and_brings_layers_nearer(toys, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("student", ["v1-neutral", "v2"])
-def test_every_student_and_optimiser_gets_nearer_or_stays(toys, tmp_path, student, optimizer):
+def test_every_student_and_optimizer_gets_nearer_or_stays(toys, tmp_path, student, optimizer):
     rate = 1e-3 if student == "v2" else 5e-3  # V2 starts at its end
     report = heal(
         toys, tmp_path / "out", student, optimizer=optimizer, learning_rate=rate, gradient_checkpointing=True

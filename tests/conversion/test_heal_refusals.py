@@ -223,7 +223,7 @@ def test_the_disk_asked_for_is_what_checkpoints_take(toys, tmp_path, options):
 
 @pytest.mark.parametrize("limit", [50_000, 120_000])
 def test_a_disk_that_fills_while_training_is_one_line(toys, tmp_path, limit):
-    """Too little first for the weights, which safetensors writes, then for the optimiser's state, which torch does."""
+    """Too little first for the weights, which safetensors writes, then for the optimizer's state, which torch does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:

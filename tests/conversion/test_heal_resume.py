@@ -18,7 +18,7 @@ from conversion.checkpoint.kept_work import kept_work
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "pytest", "conversion.heal"])
-# All that has a state: two optimisers, a path of lambda and epsilon, an order of rows that is not the first epoch's.
+# All that has a state: two optimizers, a path of lambda and epsilon, an order of rows that is not the first epoch's.
 RUNS = {
     "muon": ("v1-neutral", {"optimizer": "muon", "lambda_mode": "paper"}),
     "adamw": ("v2", {"optimizer": "adamw", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),

@@ -122,7 +122,7 @@ def test_empty_file_is_refused_where_none_is_empty(source, name):
     (source / "NOTICE").write_bytes(b"")
     assert f"{name}: empty; download it again" in refusal(lambda: convert(source))
     (source / name).unlink()
-    assert "no licence in the source" not in convert(source).notes
+    assert "no license in the source" not in convert(source).notes
 
 
 JSON_FAULTS = {

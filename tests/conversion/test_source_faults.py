@@ -67,7 +67,7 @@ def test_folder_that_is_no_model(tmp_path, files, message):
         ({"model_type": "bert"}, "something else"),
         ({"model_type": "diff_llama"}, "converted already"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "--backbone-only"),
         ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 24}, "--variant v2"),
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1.*--variant v2"),
@@ -137,12 +137,12 @@ def test_weights_that_deny_the_config(tmp_path, changes, message):
     assert_refused(folder, message)
 
 
-def test_quantised_tensors_are_refused(tmp_path):
+def test_quantized_tensors_are_refused(tmp_path):
     folder = saved(random_llama(), tmp_path / "source")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].char()
     save_file(weights, folder / "model.safetensors")
-    assert_refused(folder, "up_proj.weight is torch.int8: quantised")
+    assert_refused(folder, "up_proj.weight is torch.int8: quantized")
 
 
 def test_code_of_the_source_is_neither_run_nor_kept(tmp_path):

@@ -211,7 +211,7 @@ CHANGES = {
     ),
     "quantized": (
         {"model.layers.1.mlp.up_proj.weight": None, "model.layers.1.mlp.up_proj.qweight": 32},
-        "qweight.*quantised",
+        "qweight.*quantized",
     ),
     "fused": (
         {"model.layers.1.self_attn.q_proj.weight": None, "model.layers.1.self_attn.W_pack.weight": 32},

@@ -130,7 +130,7 @@ def test_changed_config_and_code_are_found(v1, tmp_path, change, name):
 
 
 def test_record_names_all_that_computes_and_nothing_that_is_the_users(v1, tmp_path):
-    """Against sha256sum; a card, a licence or a chat template may come later."""
+    """Against sha256sum; a card, a license or a chat template may come later."""
     listed = subprocess.run(
         "sha256sum config.json *.safetensors *.py", shell=True, cwd=v1, capture_output=True, text=True
     )
@@ -282,11 +282,11 @@ def test_reports_that_verify_did_not_print_are_refused_in_one_line(tmp_path, cha
 
 def test_kl_and_agreement_are_what_they_are_called():
     """Two tokens, worked by hand: KL((3/4, 1/4) || (1/2, 1/2)) = ln 2 - H(1/4)."""
-    from conversion.evaluation.behavior import Behaviour, generation_agreement
+    from conversion.evaluation.behavior import Behavior, generation_agreement
     from conversion.evaluation.metrics import text_metrics
 
-    original = Behaviour([torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()], [[1, 2, 3, 4]])
-    other = Behaviour([torch.tensor([[0.5, 0.5 + 1e-6], [0.5 + 1e-6, 0.5]]).log()], [[1, 2, 9, 4]])
+    original = Behavior([torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()], [[1, 2, 3, 4]])
+    other = Behavior([torch.tensor([[0.5, 0.5 + 1e-6], [0.5 + 1e-6, 0.5]]).log()], [[1, 2, 9, 4]])
     windows = [torch.tensor([[0, 1]])]
     found = text_metrics(other.logits, windows, original.logits)
     assert found.kl_nats == pytest.approx(0.130812, abs=1e-5)

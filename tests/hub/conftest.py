@@ -127,7 +127,7 @@ def put_in_hub_cache():
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
-    """A tiny random LLaMA under a licence of Meta's, with tokenizer, licence files and card."""
+    """A tiny random LLaMA under a license of Meta's, with tokenizer, license files and card."""
     folder = tmp_path_factory.mktemp("sources") / "Llama-tiny"
     torch.manual_seed(0)
     sizes = {key: value for key, value in TINY.items() if key != "lambda_init_std"}

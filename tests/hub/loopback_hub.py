@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 OWNER = "me"
 TOKEN = "hf_" + "TestTokenOfTheLoopbackHub" + "0123456789"
 LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".pt")
-LICENCES = {"apache-2.0", "mit", "other", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma"}
+LICENSES = {"apache-2.0", "mit", "other", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma"}
 MULTIPART_BYTES = 1 << 14  # small, so that tiny checkpoints go up in parts
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
@@ -268,9 +268,9 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         block = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         errors = [] if block else [{"message": "no metadata block at the top"}]
-        licence = re.search(r"^license: *(\S+)", block[1], re.MULTILINE) if block else None
-        if licence and licence[1] not in LICENCES:
-            errors.append({"message": f'"license" must be one of the known ones, not {licence[1]}'})
+        license = re.search(r"^license: *(\S+)", block[1], re.MULTILINE) if block else None
+        if license and license[1] not in LICENSES:
+            errors.append({"message": f'"license" must be one of the known ones, not {license[1]}'})
         if errors:
             self.reply(json.dumps({"errors": errors, "warnings": []}).encode(), 400)
             return None

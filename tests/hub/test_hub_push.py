@@ -56,7 +56,7 @@ def folders(converted, llama, tmp_path_factory):
     own_card = copy("own_card", converted["v2"]) / "README.md"
     own_card.write_text("---\nlicense: llama3.2\n---\n\n# Mine\n")
     bad_card = copy("bad_card", converted["v2"]) / "README.md"
-    bad_card.write_text("---\nlicense: no-such-licence\n---\n\n# Mine\n")
+    bad_card.write_text("---\nlicense: no-such-license\n---\n\n# Mine\n")
     open_source = copy("open_source", llama)
     (open_source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     found["open"] = home / "open"
@@ -180,12 +180,12 @@ def test_open_base_is_as_the_hub_has_it_by_default(reports):
     assert report["files"]["config.json"] == len(uploaded(reports["open"])["config.json"])
 
 
-def test_name_rule_of_the_licence_is_a_warning(reports):
+def test_name_rule_of_the_license_is_a_warning(reports):
     assert "begin with 'Llama'" in reports["renamed"]["stdout"] and reports["renamed"]["exit_code"] == 0
     assert "begin with 'Llama'" not in reports["first"]["stdout"]
 
 
-def test_notice_that_the_licence_asks_for_is_named(reports):
+def test_notice_that_the_license_asks_for_is_named(reports):
     assert "Notice file that says: Llama 3.2 is licensed under" in reports["first"]["stdout"]
 
 
@@ -200,7 +200,7 @@ def test_card_that_the_hub_refuses_stops_before_anything_is_uploaded(reports):
     assert "put" not in report["endpoints"] and report["files"][REPO]["main"] == {}
 
 
-def test_card_names_the_repository_and_inherits_the_licence(reports):
+def test_card_names_the_repository_and_inherits_the_license(reports):
     found = card(reports["first"])
     assert found.data.license == "llama3.2" and found.data.language == "en"
     assert found.data.library_name == "transformers" and found.data.pipeline_tag == "text-generation"

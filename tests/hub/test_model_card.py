@@ -76,7 +76,7 @@ def test_numbers_of_the_conversions_end_are_on_the_card_under_their_text(convert
     )
 
 
-def test_licence_of_another_name_is_inherited_with_its_link(llama, tmp_path):
+def test_license_of_another_name_is_inherited_with_its_link(llama, tmp_path):
     source = shutil.copytree(llama, tmp_path / "source")
     block = {"license": "other", "license_name": "own-terms", "license_link": "LICENSE.txt", "extra_gated_prompt": "x"}
     (source / "README.md").write_text(f"---\n{json.dumps(block)}\n---\n")
@@ -93,13 +93,13 @@ def test_card_that_cannot_be_read_stops_no_conversion(llama, tmp_path, block):
     assert source_metadata(source) == {}
 
 
-def test_no_licence_is_invented(llama, tmp_path):
+def test_no_license_is_invented(llama, tmp_path):
     source = shutil.copytree(llama, tmp_path / "source")
     for path in (*source.glob("LICENSE*"), source / "README.md"):
         path.unlink()
     convert_checkpoint(source, tmp_path / "v2", "v2")
     assert "license" not in ModelCard((tmp_path / "v2" / "README.md").read_text()).data.to_dict()
-    assert any("states no licence" in note for note in plan_upload(tmp_path / "v2", "me/x").notes)
+    assert any("states no license" in note for note in plan_upload(tmp_path / "v2", "me/x").notes)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def greedy(model, input_ids):
 def paired_weights(llama_model, map_dim):
     """
     LLaMA's weights for V1 without differential layers. Map m of head i reads half m of key-value pair i // G: the new
-    order of LLaMA's heads takes, of two neighbouring groups, one head each in turn.
+    order of LLaMA's heads takes, of two neighboring groups, one head each in turn.
     """
     config = llama_model.config
     num_groups = config.num_attention_heads // config.num_key_value_heads

@@ -272,7 +272,7 @@ def test_adapter_of_the_other_variant_is_refused(trained_on, loaded_on, tmp_path
         check_adapter(tiny_model(trained_on), tmp_path / "nowhere")
 
 
-def test_kernel_never_normalises_in_the_place_of_an_adapter():
+def test_kernel_never_normalizes_in_the_place_of_an_adapter():
     model = adapted("v1")
     attention = model.base_model.model.model.layers[0].self_attn
     assert attention.fusable_norm() == {}

@@ -107,15 +107,15 @@ def test_preference_training_starts_at_its_reference_and_learns(checkpoint, tmp_
     assert "lambda/layer_4/distance" in trainer.state.log_history[-2]
 
 
-def test_quantised_base_keeps_lambda_in_float32(checkpoint, tmp_path):
-    """TRL casts whatever trains on a quantised base to bfloat16, without asking the modules."""
+def test_quantized_base_keeps_lambda_in_float32(checkpoint, tmp_path):
+    """TRL casts whatever trains on a quantized base to bfloat16, without asking the modules."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
     class DiffSFTTrainer(DiffTrainerMixin, trl.SFTTrainer):
         pass
 
-    quantised = {"quantization_config": four_bit_config(), "dtype": torch.bfloat16}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, **quantised)
+    quantized = {"quantization_config": four_bit_config(), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **quantized)
     trainer = DiffSFTTrainer(
         model, trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})), train_dataset=ROWS,
         processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),

@@ -124,7 +124,7 @@ def test_every_training_has_the_rate_of_its_arguments(tmp_path):
         assert trainer.state.log_history[0]["learning_rate"] == rate
 
 
-def test_trainer_refuses_an_optimiser_with_its_own_groups(tmp_path):
+def test_trainer_refuses_an_optimizer_with_its_own_groups(tmp_path):
     trainer = DiffTrainer(tiny_model("v1"), training_arguments(tmp_path), train_dataset=random_rows())
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"optimizer_dict": {}})
     with pytest.raises(ValueError, match="groups parameters itself"):

@@ -1,8 +1,8 @@
-"""What the licences of bases ask for, as their texts say it, as warnings; private where access is gated."""
+"""What the licenses of bases ask for, as their texts say it, as warnings; private where access is gated."""
 
 import pytest
 
-from conversion.hub.licenses import licence_warnings, llama_terms, private_reason
+from conversion.hub.licenses import license_warnings, llama_terms, private_reason
 
 
 # Quoted from section 1.b of each text: words to display, how names begin, the model that the Notice names.
@@ -17,10 +17,10 @@ TEXTS = {
 COMPLETE = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "config.json"]
 
 
-@pytest.mark.parametrize("licence", TEXTS)
-def test_terms_are_those_of_the_text(licence):
-    built_with, name_start, model = TEXTS[licence]
-    terms = llama_terms({"license": licence})
+@pytest.mark.parametrize("license", TEXTS)
+def test_terms_are_those_of_the_text(license):
+    built_with, name_start, model = TEXTS[license]
+    terms = llama_terms({"license": license})
     assert (terms.built_with, terms.name_start) == (built_with, name_start)
     assert terms.notice.startswith(f"{model} is licensed under the ") and "Meta Platforms, Inc." in terms.notice
 
@@ -28,11 +28,11 @@ def test_terms_are_those_of_the_text(licence):
 @pytest.mark.parametrize("name", ["llama-3.2", "Llama3.2", "llama3.2-community", "Meta Llama 3", "llama-2"])
 def test_terms_are_found_by_license_name(name):
     terms = llama_terms({"license": "other", "license_name": name})
-    assert terms is not None and terms.licence.endswith("Community License")
+    assert terms is not None and terms.license.endswith("Community License")
 
 
 @pytest.mark.parametrize(
-    ("head", "licence"),
+    ("head", "license"),
     [
         (" LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n", "Llama 3.1 Community License"),
         ("**LLAMA 3.3 COMMUNITY LICENSE AGREEMENT**\n", "Llama 3.3 Community License"),
@@ -40,15 +40,15 @@ def test_terms_are_found_by_license_name(name):
         ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n", "Meta Llama 3 Community License"),
     ],
 )
-def test_terms_are_found_by_the_text_where_no_card_says(tmp_path, head, licence):
+def test_terms_are_found_by_the_text_where_no_card_says(tmp_path, head, license):
     (tmp_path / "LICENSE").write_text(head + "terms")
-    assert llama_terms({}, tmp_path).licence == licence
+    assert llama_terms({}, tmp_path).license == license
     assert llama_terms({"license": "apache-2.0"}, tmp_path) is None, "the card comes first"
 
 
-@pytest.mark.parametrize("licence", ["apache-2.0", "mit", "gemma", "other", None, "llama5"])
-def test_other_licences_have_no_terms_of_metas(licence):
-    assert llama_terms({"license": licence}) is None
+@pytest.mark.parametrize("license", ["apache-2.0", "mit", "gemma", "other", None, "llama5"])
+def test_other_licenses_have_no_terms_of_metas(license):
+    assert llama_terms({"license": license}) is None
 
 
 @pytest.mark.parametrize(
@@ -74,17 +74,17 @@ def test_open_bases_are_not(metadata):
 
 def test_nothing_is_warned_of_where_nothing_lacks():
     for name in ("me/Llama-3-diff", "me/Llama-3.2-1B-diff-v2"):
-        for licence in ("llama3", "llama3.2"):
-            metadata = {"license": licence}
-            assert licence_warnings(metadata, llama_terms(metadata), COMPLETE, name) == []
-    assert licence_warnings({"license": "mit"}, None, ["config.json"], "me/x") == []
+        for license in ("llama3", "llama3.2"):
+            metadata = {"license": license}
+            assert license_warnings(metadata, llama_terms(metadata), COMPLETE, name) == []
+    assert license_warnings({"license": "mit"}, None, ["config.json"], "me/x") == []
 
 
 def test_each_lack_is_a_warning():
     metadata = {"license": "llama3"}
-    warnings = licence_warnings(metadata, llama_terms(metadata), ["config.json"], "me/diff-llama")
+    warnings = license_warnings(metadata, llama_terms(metadata), ["config.json"], "me/diff-llama")
     assert [any(word in warning for warning in warnings) for word in ("copy of itself", "Notice", "'Llama 3'")] == [
         True
     ] * 3
     assert len(warnings) == 3
-    assert "states no licence" in licence_warnings({}, None, COMPLETE, "me/x")[0]
+    assert "states no license" in license_warnings({}, None, COMPLETE, "me/x")[0]
