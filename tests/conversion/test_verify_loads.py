@@ -102,6 +102,7 @@ def test_logits_are_compared_where_finite_and_otherwise_by_kind():
     ],
     ids=str,
 )
+@pytest.mark.transformers(since="5.16", reason="its LLaMA agrees with itself where later ones do not")
 def test_short_lengths_are_verified_as_far_as_llama_agrees_with_itself(tmp_path, changes):
     llama = random_llama(**changes)
     source = saved(llama, tmp_path / "llama")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -72,7 +73,8 @@ def test_vllm_finds_the_plugin_by_its_entry_point():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     ((name, value),) = project["project"]["entry-points"]["vllm.general_plugins"].items()
     assert EntryPoint(name, value, "vllm.general_plugins").load() is register
-    assert "modeling_diff.serving" in project["tool"]["setuptools"]["packages"]
+    packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert any(fnmatch("modeling_diff.serving", pattern) for pattern in packages)
 
 
 def test_importing_the_plugin_imports_no_vllm():
