@@ -29,9 +29,9 @@ AUTO_MAP = {
 }
 
 
-# Written to every config.json in the place of a number: transformers' own DiffLlama has our class names; a tool that
+# Written to every config.json instead of a number: transformers' own DiffLlama has our class names, and a tool that
 # takes a class by the name under "architectures" would load a V1 checkpoint into it without an error, and compute
-# something else. With this it stops, and says why.
+# something else. With this text it stops, and says why.
 WRONG_CLASS_GUARD = {
     "lambda_std_dev": "This is not a checkpoint of transformers' own DiffLlama: load it through the auto classes with "
     "trust_remote_code=True, or with modeling_diff; a tool that takes a class by its name, such as TRL given a path, "
@@ -40,7 +40,7 @@ WRONG_CLASS_GUARD = {
 
 
 def paper_lambda_init(layer_idx: int) -> float:
-    """lambda_init = 0.8 - 0.6 exp(-0.3 l) of layer l, counted from 0 (arXiv:2410.05258, section 2.1)."""
+    """Computes lambda_init = 0.8 - 0.6 exp(-0.3 l) of layer l, counted from 0 (arXiv:2410.05258, section 2.1)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
 
 
@@ -49,30 +49,30 @@ class DiffLlamaConfig(LlamaConfig):
     r"""
     LLaMA's configuration with LLaMA's names and defaults; every count is of *differential heads*, each of two maps.
 
-    variant (`"v1"` or `"v2"`, defaults to `"v1"`):
-        `"v1"`: lambda is one learned scalar a layer, a head's value is twice as wide as its maps and is normalized.
-        `"v2"`: lambda is a sigmoid of the token, one a head; no norm, and both maps of a head read the same key.
-    lambda_init (`list[float]`, *optional*, V1):
-        The constant part of lambda, one a layer. Defaults to the paper's `0.8 - 0.6 exp(-0.3 l)`, l from 0.
-    lambda_init_std (`float`, defaults to 0.1, V1):
-        Standard deviation from which the four lambda vectors of a layer are drawn.
-    sub_norm_eps (`float` or `list[float]`, defaults to 1e-5, V1):
-        Epsilon of the norm over a head's output, one for all layers or one a layer.
-    lambda_bias (`bool`, defaults to `False`, V2):
-        Whether `lambda_proj` has a bias.
-    differential_layers (`list[int]`, *optional*):
-        The layers with differential attention, all by default. The others keep LLaMA's attention, in the same weight
-        and cache shapes; with V1 their heads are stored in pairs as well.
-    attention_out_bias (`bool`, *optional*, defaults to `attention_bias`):
-        Whether `o_proj` has a bias; `attention_bias` then speaks of queries, keys and values alone, as in Qwen2.
-    use_qk_norm (`bool`, defaults to `False`):
-        Whether the queries and keys of each map are normalized before the rotary embedding, as in Qwen3: RMSNorm over
-        `map_dim` components with `rms_norm_eps`, and weights `q_norm` and `k_norm` that a layer's maps share.
-
     `head_dim` is the width of a head's value and output, `map_dim` (derived) that of one map's query and key:
     `head_dim / 2` in V1, `head_dim` in V2. Rotary frequencies are computed from `map_dim`.
 
-    Raises `ValueError` for a combination that has no meaning, naming the field, its value and the way out.
+    Args:
+        variant: `"v1"`: lambda is one learned scalar per layer, a head's value is twice as wide as its maps and is
+            normalized. `"v2"`: lambda is a sigmoid per token and head; no norm, and both maps of a head read the same
+            key.
+        lambda_init: The constant part of lambda, one value per layer (V1). Defaults to the paper's
+            `0.8 - 0.6 exp(-0.3 l)`, l from 0.
+        lambda_init_std: Standard deviation from which the four lambda vectors of a layer are drawn (V1).
+        sub_norm_eps: Epsilon of the norm over a head's output, one value for all layers or one per layer (V1).
+            Defaults to 1e-5.
+        lambda_bias: Whether `lambda_proj` has a bias (V2).
+        differential_layers: The layers with differential attention. Defaults to all. The others keep LLaMA's
+            attention, in the same weight and cache shapes; with V1 their heads are stored in pairs as well.
+        attention_out_bias: Whether `o_proj` has a bias; `attention_bias` is then for queries, keys and values only, as
+            in Qwen2. Defaults to `attention_bias`.
+        use_qk_norm: Whether the queries and keys of each map are normalized before the rotary embedding, as in Qwen3:
+            RMSNorm over `map_dim` components with `rms_norm_eps`, and weights `q_norm` and `k_norm` that a layer's
+            maps share.
+        kwargs: LLaMA's own fields.
+
+    Raises:
+        ValueError: A combination has no meaning; names the field, its value and the way out.
 
     ```python
     >>> from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
@@ -123,10 +123,10 @@ class DiffLlamaConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As LLaMA's, which sets fields given as keywords on the built config: here they are checked together after it.
+        Builds a config as LLaMA's does, and checks fields given as keywords together with all others.
 
         Fewer layers keep the first values of each list. `variant` is also a keyword of `from_pretrained`, for names of
-        weight files: what is none of ours is passed on to it.
+        weight files: other values than ours are passed on to it.
         """
         weights_variant = {} if kwargs.get("variant", "v1") in ("v1", "v2") else {"variant": kwargs.pop("variant")}
         config_dict = config_dict | {name: kwargs[name] for name in ("variant", "num_hidden_layers") if name in kwargs}
@@ -139,7 +139,7 @@ class DiffLlamaConfig(LlamaConfig):
 
     @staticmethod
     def _first_layers(config_dict: dict[str, Any]) -> dict[str, Any]:
-        """The same with its lists, of one value a layer, for no more than its `num_hidden_layers`."""
+        """Cuts lists with one value per layer to `num_hidden_layers`."""
         num_layers = config_dict["num_hidden_layers"]
         lists = {name: config_dict.get(name) for name in ("lambda_init", "sub_norm_eps")}
         cut = {name: values[:num_layers] for name, values in lists.items() if isinstance(values, list)}
@@ -148,7 +148,7 @@ class DiffLlamaConfig(LlamaConfig):
         return config_dict | cut
 
     def validate_differential(self) -> None:
-        """What transformers runs before it saves: fields may have been set since the config was built."""
+        """Checks before transformers saves: fields may have been set since the config was built."""
         self.check()
 
     def check(self) -> None:
@@ -169,19 +169,19 @@ class DiffLlamaConfig(LlamaConfig):
 
     @property
     def map_dim(self) -> int:
-        """Width of one map's query and key."""
+        """Returns the width of one map's query and key."""
         return self.head_dim // 2 if self.variant == "v1" else self.head_dim
 
     def is_differential(self, layer_idx: int) -> bool:
-        """Whether the layer subtracts its second map, or keeps LLaMA's attention."""
+        """Returns whether the layer subtracts a negative map; else it keeps LLaMA's attention."""
         return self.differential_layers is None or layer_idx in self.differential_layers
 
     def layer_sub_norm_eps(self, layer_idx: int) -> float:
-        """Epsilon of one layer's norm over heads (V1)."""
+        """Returns the epsilon of one layer's norm over heads (V1)."""
         return self.sub_norm_eps[layer_idx] if isinstance(self.sub_norm_eps, list) else self.sub_norm_eps
 
     def rotary_config(self) -> LlamaConfig:
-        """A LLaMA configuration whose heads are this model's maps, from which rotary frequencies are computed."""
+        """Returns a LLaMA configuration whose heads are this model's maps, to compute rotary frequencies from."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=1,  # unread, as head_dim is given, but has to divide hidden_size
@@ -191,10 +191,10 @@ class DiffLlamaConfig(LlamaConfig):
         )
 
     def validate_architecture(self) -> None:
-        """Nothing, where LLaMA wants heads that divide `hidden_size`: that matters while `head_dim` is derived."""
+        """Checks nothing: LLaMA wants heads that divide `hidden_size`, which matters only if `head_dim` is derived."""
 
     def validate_rope(self) -> None:
-        """Check the rope settings against `map_dim`, not `head_dim`; building the LLaMA configuration checks them."""
+        """Checks the rope settings against `map_dim`, not `head_dim`; building the LLaMA configuration checks them."""
         self.rotary_config()
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,8 +204,8 @@ class DiffLlamaConfig(LlamaConfig):
     def _check_variant(self) -> None:
         if self.variant not in ("v1", "v2"):
             raise ValueError(
-                f'variant={self.variant!r} is unknown: use "v1" (arXiv:2410.05258, lambda a layer, norm over heads) '
-                'or "v2" (lambda a token, no norm).'
+                f'variant={self.variant!r} is unknown: use "v1" (arXiv:2410.05258, lambda per layer, norm over heads) '
+                'or "v2" (lambda per token, no norm).'
             )
 
     def _check_heads(self) -> None:
@@ -223,7 +223,7 @@ class DiffLlamaConfig(LlamaConfig):
             )
         if self.map_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} gives maps {self.map_dim} wide, and rotary embedding turns pairs of "
+                f"head_dim={self.head_dim} gives maps {self.map_dim} wide, and rotary embedding rotates pairs of "
                 f"components: use a head_dim that is a multiple of {4 if self.variant == 'v1' else 2}."
             )
 
@@ -247,7 +247,7 @@ class DiffLlamaConfig(LlamaConfig):
         if len(self.lambda_init) != self.num_hidden_layers:
             raise ValueError(
                 f"lambda_init has {len(self.lambda_init)} values for num_hidden_layers={self.num_hidden_layers}: give "
-                "one a layer, or leave it out for the paper's schedule."
+                "one per layer, or leave it out for the paper's schedule."
             )
         for layer_idx, value in enumerate(self.lambda_init):
             if not math.isfinite(value) or value >= 1:
@@ -260,8 +260,8 @@ class DiffLlamaConfig(LlamaConfig):
         epsilons = self.sub_norm_eps if isinstance(self.sub_norm_eps, list) else [self.sub_norm_eps]
         if isinstance(self.sub_norm_eps, list) and len(epsilons) != self.num_hidden_layers:
             raise ValueError(
-                f"sub_norm_eps has {len(epsilons)} values for num_hidden_layers={self.num_hidden_layers}: give one a "
-                "layer, or a single float."
+                f"sub_norm_eps has {len(epsilons)} values for num_hidden_layers={self.num_hidden_layers}: give one "
+                "per layer, or a single float."
             )
         if any(not math.isfinite(eps) or eps <= 0 for eps in epsilons):
             raise ValueError(f"sub_norm_eps={self.sub_norm_eps}: must be finite and above 0, as in 1e-5.")
@@ -279,12 +279,12 @@ class DiffLlamaConfig(LlamaConfig):
                 )
 
     def _check_rope_type(self) -> None:
-        rope_type = self.rotary_config().rope_parameters["rope_type"]  # whichever way it is spelt in a field set later
+        rope_type = self.rotary_config().rope_parameters["rope_type"]  # however a field set later spells it
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}: LLaMA knows {', '.join(ROPE_TYPES)}.")
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
-        """LLaMA's plan; ranks hold different heads, so what a layer's heads share sums its gradient over ranks."""
+        """Returns LLaMA's plan; the gradient of what a layer's heads share is summed over ranks."""
         if not HAS_TENSOR_PARALLEL:
             return None
         plan = dict(LlamaConfig.base_model_tp_plan)

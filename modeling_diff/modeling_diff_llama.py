@@ -70,14 +70,14 @@ check_structure()
 
 
 # What takes unpadded queries and lambda, and gives heads' outputs. Looked up here before transformers' own registry:
-# another revision of this code, loaded beside this one, registers its functions under the same names.
+# another revision of this code, loaded next to this one, registers its functions under the same names.
 DIFFERENTIAL_ATTENTION_FUNCTIONS: dict[str, Callable] = {
     "eager": eager_attention_forward,
     "diff_chunked": chunked_attention_forward,
     "diff_triton": fused_attention_forward,
 }
 DEFAULT_ATTENTION = "diff_auto"
-# Adapters train these whole, which quantized weights cannot be.
+# Adapters train these in full, which quantized weights cannot be.
 NEVER_QUANTIZED = {".*lambda_proj", "score", "qa_outputs"}
 # Without a mask function of its own, a name gets no mask at all, even for a padded batch.
 for name, function, mask_function in (
@@ -90,7 +90,7 @@ for name, function, mask_function in (
 
 
 class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
-    """LLaMA's rotary embedding for maps: every map turns its own d components."""
+    """LLaMA's rotary embedding for maps: it rotates the d components of every map."""
 
     def __init__(self, config: DiffLlamaConfig):
         super().__init__(config.rotary_config())
@@ -117,8 +117,7 @@ class DiffLambda(nn.Module):
         vectors = [self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2]
         if self.lambda_q1.dtype in (torch.float16, torch.bfloat16):  # set so past `_apply`, as accelerate does
             vectors = [vector.float() for vector in vectors]
-        first, second = vectors[0].dot(vectors[1]), vectors[2].dot(vectors[3])
-        return first.exp() - second.exp() + self.lambda_init
+        return vectors[0].dot(vectors[1]).exp() - vectors[2].dot(vectors[3]).exp() + self.lambda_init
 
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,7 +151,7 @@ class DiffLlamaAttention(PlainAttention):
     """
     Differential attention in one standard attention call and one cache update.
 
-    V1: y_i = (1 - lambda_init) RMSNorm(O_i) of O_i = (A1 - lambda A2) v with one lambda a layer (arXiv:2410.05258).
+    V1: y_i = (1 - lambda_init) RMSNorm(O_i) of O_i = (A1 - lambda A2) v with one lambda per layer (arXiv:2410.05258).
     V2: O_i = A_2i v - sigmoid(w_i . x) A_2i+1 v, without a norm.
     """
 
@@ -162,7 +161,7 @@ class DiffLlamaAttention(PlainAttention):
         super().__init__(config, layer_idx)
         self.map_dim = config.map_dim
         self.scaling = self.map_dim**-0.5
-        self.num_key_value_groups *= 2  # read by every backend: query heads, two a head, to one key-value head
+        self.num_key_value_groups *= 2  # read by every backend: query heads, two per head, to one key-value head
         if config.variant == "v2":
             num_queries = 2 * config.num_attention_heads * self.map_dim
             self.q_proj = nn.Linear(config.hidden_size, num_queries, bias=config.attention_bias)
@@ -286,21 +285,21 @@ class DiffLlamaAttention(PlainAttention):
         return self.normalize(subtract_maps(attn_output, self.compute_lambda(hidden_states))), None
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """() in V1, (B, T, H) in V2; float32 or wider."""
+        """Computes lambda, () in V1, (B, T, H) in V2; float32 or wider."""
         if self.config.variant == "v1":
             return self.diff_lambda(hidden_states)
         lambda_logits = self.lambda_proj(hidden_states)
         return lambda_logits.to(torch.promote_types(lambda_logits.dtype, torch.float32)).sigmoid()
 
     def normalize(self, attn_output: torch.Tensor) -> torch.Tensor:
-        """(1 - lambda_init) RMSNorm over each head's D components in V1, nothing in V2."""
+        """Applies (1 - lambda_init) RMSNorm over each head's D components in V1, nothing in V2."""
         if self.config.variant == "v2":
             return attn_output
         return (1 - self.diff_lambda.lambda_init) * self.sub_norm(attn_output)
 
     def fusable_norm(self) -> dict[str, torch.Tensor | float]:
-        """What a kernel needs to normalize by itself; nothing without a norm, or where the module does more."""
-        # An adapter takes its place; tensor parallelism and offloading wrap its forward.
+        """Returns what a kernel needs to normalize itself; nothing without a norm, or where the module does more."""
+        # An adapter replaces the module; tensor parallelism and offloading wrap its forward.
         if self.config.variant == "v2" or type(self.sub_norm) is not SubNorm or "forward" in vars(self.sub_norm):
             return {}
         scale = 1 - self.diff_lambda.lambda_init
@@ -326,8 +325,8 @@ class PairedLlamaAttention(DiffLlamaAttention):
 
     def combine(self, attn_output, attn_weights, hidden_states):
         """Takes from each map the half of the value that it weighs."""
-        first, second = attn_output.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
-        return torch.cat((first[..., : self.map_dim], second[..., self.map_dim :]), dim=-1), attn_weights
+        left, right = attn_output.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
+        return torch.cat((left[..., : self.map_dim], right[..., self.map_dim :]), dim=-1), attn_weights
 
 
 class DiffLlamaDecoderLayer(LlamaDecoderLayer):
@@ -377,7 +376,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
         return {name: kept for name, kept in plan.items() if name not in NEVER_QUANTIZED}
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs):
-        """As transformers', but refuses an adapter that was made for another model, such as the LLaMA."""
+        """Loads an adapter as transformers does, but refuses one made for another model, such as the LLaMA."""
         check_adapter_to_load(self, peft_model_id, peft_config, adapter_state_dict, **kwargs)
         return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
 
@@ -386,7 +385,7 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """Saves as transformers does; a conversion's card in that folder loses its word, which is of other weights."""
+        """Saves as transformers does; a conversion's card in that folder is retired, as it is of other weights."""
         if is_main_process:
             retire_card(Path(save_directory))  # before: it must not outlive its weights if this is stopped half-way
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -449,7 +448,7 @@ class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
 
 # The three generic heads name their backbone, as their parents' constructors ask AutoModel for it: that looks up the
-# config's class, and code loaded from a folder holds two, one imported as the config and one beside the model.
+# config's class, and code loaded from a folder holds two, one imported as the config and one next to the model.
 class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel):
     def __init__(self, config: DiffLlamaConfig):
         super(GenericForSequenceClassification, self).__init__(config)

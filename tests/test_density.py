@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("density", ROOT / ".ci" / "density.py")
 density = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(density)
-LIBRARIES = ("modeling_diff/analysis", "modeling_diff/training", "modeling_diff/serving")
 
 
 def measured(source: str, folder: Path, name: str = "some.py") -> density.Measurements:
@@ -20,15 +19,9 @@ def measured(source: str, folder: Path, name: str = "some.py") -> density.Measur
     return density.measure(folder, root=folder)
 
 
-@pytest.mark.parametrize("what", ["format_skips", "nested_conditionals"])
-def test_modeling_diff_has_no_dense_lines(what):
+@pytest.mark.parametrize("what", ["format_skips", "nested_conditionals", "tuple_assignments", "a_layer", "british"])
+def test_modeling_diff_keeps_to_the_words_and_to_one_statement_per_line(what):
     assert density.measure(ROOT / "modeling_diff").places[what] == []
-
-
-@pytest.mark.parametrize("what", ["tuple_assignments", "a_layer", "british"])
-@pytest.mark.parametrize("folder", LIBRARIES)
-def test_libraries_keep_to_the_words_and_one_statement_per_line(folder, what):
-    assert density.measure(ROOT / folder).places[what] == []
 
 
 def test_every_export_of_training_names_its_arguments():
