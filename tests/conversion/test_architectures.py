@@ -60,7 +60,7 @@ def test_adapter_next_to_a_converted_checkpoint_is_not_left_out_of_its_export(tm
         export_checkpoint(tmp_path / "v1", tmp_path / "theirs")
 
 
-@pytest.mark.transformers(since="5.16", reason="its own from_pretrained opens a folder of that name")
+@pytest.mark.transformers(since="5.23", reason="its own from_pretrained opens a folder of that name")
 def test_folder_called_adapter_config_is_no_adapter(tmp_path):
     """transformers looks for a file."""
     source = saved(random_llama(), tmp_path / "llama")
