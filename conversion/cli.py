@@ -32,12 +32,12 @@ from conversion.healing.options import HealingOptions, refuse_renamed
 from conversion.options import (
     ConversionConfig,
     ExportConfig,
+    HealFilesConfig,
     InspectConfig,
     PushConfig,
     UpdateCodeConfig,
     VerifyConfig,
 )
-from conversion.options.values import ALLOW_PICKLE, OVERWRITE, RESUME, checked_size
 
 
 app = typer.Typer(
@@ -72,7 +72,7 @@ def _group(
 
 
 @app.command(cls=PlainCommand)
-@with_options(ConversionConfig)
+@with_options(config=ConversionConfig)
 def convert(
     source: Annotated[
         str,
@@ -102,7 +102,7 @@ def convert(
 
 
 @app.command(cls=PlainCommand)
-@with_options(VerifyConfig)
+@with_options(config=VerifyConfig)
 def verify(
     output: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     config: VerifyConfig,
@@ -119,7 +119,7 @@ def verify(
 
 
 @app.command(cls=PlainCommand)
-@with_options(ExportConfig)
+@with_options(config=ExportConfig)
 def export(
     output: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -136,7 +136,7 @@ def export(
 
 
 @app.command(cls=PlainCommand)
-@with_options(InspectConfig)
+@with_options(config=InspectConfig)
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a LLaMA, diffllama or diff_llama checkpoint.")],
     config: InspectConfig,
@@ -152,7 +152,7 @@ def inspect(
 
 
 @app.command(cls=PlainCommand)
-@with_options(PushConfig)
+@with_options(config=PushConfig)
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an export or an adapter.")],
     repo: Annotated[
@@ -175,7 +175,7 @@ def push(
 
 
 @app.command("update-code", cls=PlainCommand)
-@with_options(UpdateCodeConfig)
+@with_options(config=UpdateCodeConfig)
 def update_code(
     target: Annotated[
         str, typer.Argument(metavar="FOLDER_OR_REPO", help="Folder or Hub id of a diff_llama checkpoint.")
@@ -192,17 +192,6 @@ def update_code(
     show_update(report, as_json)
 
 
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help=ALLOW_PICKLE)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
-Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help=RESUME)]
-ShardSize = Annotated[
-    Any,
-    typer.Option(
-        parser=parsed(checked_size), metavar="<size>", help="Largest size of a weight file, such as 5GB or 200MiB."
-    ),
-]
-
-
 class _HealCommand(PlainCommand):
     """A command that says what options of earlier versions are called now."""
 
@@ -215,7 +204,7 @@ class _HealCommand(PlainCommand):
 
 
 @app.command(cls=_HealCommand)
-@with_options(HealingOptions)
+@with_options(config=HealingOptions, files=HealFilesConfig)
 def heal(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -224,16 +213,7 @@ def heal(
         typer.Option(metavar="<path>", help="Text, JSON lines or a datasets folder; may be given several times."),
     ],
     config: HealingOptions,
-    teacher: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
-    ] = None,
-    held_out: Annotated[
-        Path | None, typer.Option(help="Text to measure on. The first rows of --data by default.")
-    ] = None,
-    allow_pickle: Pickle = False,
-    max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    resume: Resume = None,
+    files: HealFilesConfig,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -241,19 +221,7 @@ def heal(
     with one_line_errors(verbose, output), step_progress() as progress:
         from conversion.heal import heal_checkpoint  # with the Trainer: seconds that other commands need not wait for
 
-        report = heal_checkpoint(
-            checkpoint,
-            output,
-            config,
-            data=data,
-            teacher=teacher,
-            held_out=held_out,
-            allow_pickle=allow_pickle,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
+        report = heal_checkpoint(checkpoint, output, config, data=data, progress=progress, **vars(files))
     show_healing(report, as_json)
 
 

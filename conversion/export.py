@@ -1,6 +1,5 @@
 """V1 checkpoints to transformers' own `diffllama`, which loads without custom code: lossless, or refused."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,6 @@ def export_checkpoint(
     chosen("format", format, ("diffllama",))
     folder = Path(source)
     check_target(Path(output), source=folder, overwrite=overwrite)
-    plan, notes = plan_export(folder, dtype=dtype, max_shard_size=max_shard_size)
-    plan = replace(plan, texts={**plan.texts, "README.md": export_card(folder)})
+    plan, notes = plan_export(folder, export_card(folder), dtype=dtype, max_shard_size=max_shard_size)
     written = write_plan(plan, Path(output), folder, overwrite=overwrite, resume=resume, progress=progress)
     return ConversionReport(Path(output), written, notes, plan.num_bytes)

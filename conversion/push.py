@@ -109,8 +109,7 @@ def _exported(folder: Path, format: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="diff-llama-") as scratch:
         target = Path(scratch) / folder.resolve().name
-        plan, _ = plan_export(folder)
-        plan = replace(plan, texts={**plan.texts, "README.md": export_card(folder)})
+        plan, _ = plan_export(folder, export_card(folder))
         write_plan(plan, target, folder, overwrite=False, resume=False)
         yield target
 

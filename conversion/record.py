@@ -1,6 +1,5 @@
 """conversion.json and the report of `verify --json`, read back: every field that is taken from them is checked."""
 
-import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from conversion.checkpoint.file_identity import file_sha256
 from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.writer import RECORD
-from conversion.errors import ConversionError, file_errors, quote
+from conversion.errors import ConversionError, quote
 
 
 PROMISES = {
@@ -173,14 +173,12 @@ class ConversionReport:
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
-    return sorted(name for name, digest in record["sha256"].items() if _sha256(folder / name) != digest)
+    return sorted(name for name, digest in record["sha256"].items() if recorded_sha256(folder / name) != digest)
 
 
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with file_errors(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def recorded_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as records have it, an empty text for one that is not there."""
+    return file_sha256(path) if path.is_file() else ""
 
 
 def measured_text(measured: Mapping[str, Any] | None) -> str | None:

@@ -28,7 +28,7 @@ from conversion.evaluation.metrics import text_metrics, window_logits
 from conversion.evaluation.verification import Check, VerificationReport
 from conversion.hub.bundle import missing_code, read_code
 from conversion.mapping.lambdas import not_differential, read_lambdas
-from conversion.record import _sha256, changed_files, read_record
+from conversion.record import changed_files, read_record, recorded_sha256
 from conversion.source.config import read_source_model
 from conversion.source.converted import read_our_config
 from conversion.source.location import locate_source
@@ -157,7 +157,7 @@ def _behavior(
 
 
 def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:
-    found = {name: _sha256(folder / name) for name in record["source"]["sha256"]}
+    found = {name: recorded_sha256(folder / name) for name in record["source"]["sha256"]}
     same = found == record["source"]["sha256"]
     return Check("source", _outcome(same), "as recorded" if same else "these are not the weights that were converted")
 

@@ -13,7 +13,8 @@ import torch
 
 from conversion.calibration.problem import AttentionInputs, LayerProblem
 from conversion.calibration.refit import NormalEquations, ridge_refit
-from conversion.calibration.streams import NEUTRAL_EPS, STRICT_EPS, LayerWeights, precision
+from conversion.calibration.streams import NEUTRAL_RATIO, LayerWeights, precision
+from conversion.options import STRICT_EPS
 
 
 RIDGES = (1e-5, 1e-3, 1e-1)
@@ -70,7 +71,7 @@ def with_norm(problem: LayerProblem, weights: LayerWeights, mean_square: float) 
     1 - lambda_init as well, and 1 - lambda, by which equal maps shrink.
     """
     mean_square = max(mean_square, 1e-12)
-    eps = NEUTRAL_EPS * mean_square if problem.norm == "neutral" else STRICT_EPS
+    eps = NEUTRAL_RATIO * mean_square if problem.norm == "neutral" else STRICT_EPS
     scale = (eps + mean_square) ** 0.5 / (1 - weights.lambda_init) ** 2
     return weights.replaced(
         sub_norm_eps=eps, tensors={"sub_norm.weight": torch.full_like(weights.tensors["sub_norm.weight"], scale)}

@@ -21,13 +21,14 @@ from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.mapping.heads import HeadPairing
 from conversion.mapping.layout import TENSORS, Keep, paired_layout
+from conversion.options import STRICT_EPS
 from conversion.source.architectures import plain_config
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
 
-NEUTRAL_EPS = 1000.0  # in units of the heads' mean square; the norm then turns no output by more than 0.05 %
-STRICT_EPS = 1e-5
+# Epsilon of a neutral norm over the heads' mean square; the norm then turns no output by more than 0.05 %.
+NEUTRAL_RATIO = 1000.0
 ROLES = {name.partition(".self_attn.")[2]: role for name, _, role, _ in TENSORS if ".self_attn." in name}
 
 

@@ -1,4 +1,4 @@
-"""The files that travel beside the weights: tokenizer, templates, licenses from the source, model code from here."""
+"""The files that go with the weights: tokenizer, templates, licenses from the source, model code from here."""
 
 import codecs
 import re

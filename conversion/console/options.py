@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -13,36 +14,38 @@ from conversion.console.display import one_line_errors
 from conversion.console.usage import parsed
 
 
-def with_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function that takes a `config`: one option for each field of the class that has a help.
+def with_options(**config_classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function that takes configs: one option for each of their fields that has a help.
 
     The options stand between the function's arguments and its own options. A config that is refused ends the command
     in one line.
 
     Args:
-        config_class: A dataclass whose fields are made by `option`.
+        config_classes: By the name of the function's parameter, dataclasses whose fields are made by `option`.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [
             parameter
             for parameter in inspect.signature(function, eval_str=True).parameters.values()
-            if parameter.name != "config"
+            if parameter.name not in config_classes
         ]
-        options = options_of(config_class)
+        options = {name: options_of(config_class) for name, config_class in config_classes.items()}
 
         @wraps(function)
         def command(**values: Any) -> None:
-            given = {option.name: values.pop(option.name) for option in options}
+            configs = {}
             with one_line_errors(values.get("verbose", False)):
-                config = config_class(**given)
+                for name, config_class in config_classes.items():
+                    configs[name] = config_class(**{option.name: values.pop(option.name) for option in options[name]})
                 _hide_loading_bars()
-            function(config=config, **values)
+            function(**configs, **values)
 
         required = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
         optional = [parameter for parameter in own if parameter.default is not inspect.Parameter.empty]
         parameters = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*required, *options, *optional)
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in (*required, *chain.from_iterable(options.values()), *optional)
         ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

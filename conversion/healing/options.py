@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from conversion.errors import ConversionError, typed
-from conversion.options import DTYPES, chosen, chosen_dtype, option
+from conversion.options import chosen, chosen_dtype, dtype_option, option
 
 
 class HealStage(StrEnum):
@@ -85,10 +85,6 @@ def refuse_renamed(name: str) -> None:
         now = " and ".join(map(typed, RENAMED[name]))
         meaning = f": {MEANINGS[name]}" if name in MEANINGS else ""
         raise ConversionError(f"{typed(name)} is called {now} now{meaning}")
-
-
-def _dtype_option(name: str, help: str) -> Any:
-    return option(help=help, parse=lambda text: chosen_dtype(name, text), metavar=f"<{'|'.join(DTYPES)}>")
 
 
 @dataclass(kw_only=True)
@@ -221,14 +217,14 @@ class HealingOptions(TrainerOptions):
     held_out_rows: int | None = option(
         None, help="Number of sequences to measure on. By default 32, or one in five where the run has fewer than 160."
     )
-    teacher_dtype: str | None = _dtype_option(
+    teacher_dtype: str | None = dtype_option(
         "teacher_dtype", "Precision of the teacher in memory. bfloat16 on a GPU and float32 on a CPU by default."
     )
     cached_logits: int | None = option(
         None, help="Store this many of the teacher's likeliest tokens per position on disk, and unload the teacher."
     )
     lora_r: int | None = option(None, help="Train adapters of this rank, merged at the end.")
-    dtype: str | None = _dtype_option("dtype", "Cast the weights. By default each tensor keeps its own dtype.")
+    dtype: str | None = dtype_option()
 
     def __post_init__(self) -> None:
         """Checks every option.

@@ -1,6 +1,8 @@
 """Which heads a LLaMA has, and which of them make up one differential head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 def padded_counts(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
@@ -69,6 +71,26 @@ class Sizes:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+
+    @classmethod
+    def from_fields(
+        cls, fields: Mapping[str, Any], *, num_heads: int, num_kv_heads: int, map_dim: int, lm_head: bool = True
+    ) -> "Sizes":
+        """Returns the sizes that config fields by our names mean; heads are counted by the caller, as LLaMA's."""
+        return cls(
+            vocab_size=fields["vocab_size"],
+            hidden_size=fields["hidden_size"],
+            intermediate_size=fields["intermediate_size"],
+            num_layers=fields["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            map_dim=map_dim,
+            lm_head=lm_head,
+            attention_bias=fields["attention_bias"],
+            attention_out_bias=fields.get("attention_out_bias", fields["attention_bias"]),
+            mlp_bias=fields.get("mlp_bias", False),
+            qk_norm=fields.get("use_qk_norm", False),
+        )
 
     def shape(self, letters: str) -> tuple[int, ...]:
         """The shape that a row of `TENSORS` spells."""

@@ -1,7 +1,14 @@
 """What a user can ask: one config per command, from which the command line is derived. Imports neither torch nor
 transformers."""
 
-from conversion.options.commands import ExportConfig, InspectConfig, PushConfig, UpdateCodeConfig, VerifyConfig
+from conversion.options.commands import (
+    ExportConfig,
+    HealFilesConfig,
+    InspectConfig,
+    PushConfig,
+    UpdateCodeConfig,
+    VerifyConfig,
+)
 from conversion.options.conversion import (
     CALIBRATION_TOKENS,
     LAMBDA_FLOOR,
@@ -18,8 +25,8 @@ from conversion.options.values import (
     chosen,
     chosen_dtype,
     config_of,
+    dtype_option,
     option,
-    parse_dtype,
     parse_lambda_init,
     parse_layers,
     parse_size,
@@ -38,6 +45,7 @@ __all__ = [
     "ConversionConfig",
     "ConversionOptions",
     "ExportConfig",
+    "HealFilesConfig",
     "InspectConfig",
     "PushConfig",
     "UpdateCodeConfig",
@@ -45,8 +53,8 @@ __all__ = [
     "chosen",
     "chosen_dtype",
     "config_of",
+    "dtype_option",
     "option",
-    "parse_dtype",
     "parse_lambda_init",
     "parse_layers",
     "parse_size",

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from conversion.options.values import (
-    ALLOW_PICKLE,
-    DTYPES,
-    OVERWRITE,
-    RESUME,
-    checked_size,
+    allow_pickle_option,
+    dtype_option,
+    held_out_option,
     option,
-    parse_dtype,
+    overwrite_option,
+    resume_option,
+    shard_size_option,
 )
 
 
@@ -20,9 +20,7 @@ class VerifyConfig:
     """Options of `diff-llama verify`."""
 
     against: str | None = option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
-    held_out: str | Path | None = option(
-        help="Text or JSON lines to measure on. By default a standard text of this package."
-    )
+    held_out: str | Path | None = held_out_option()
 
 
 @dataclass(frozen=True)
@@ -30,23 +28,17 @@ class ExportConfig:
     """Options of `diff-llama export`."""
 
     format: Literal["diffllama"] = option("diffllama", help="diffllama: transformers' own DiffLlama class.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        help="Cast the weights. By default each tensor keeps its own dtype.",
-        parse=parse_dtype,
-        metavar=f"<{'|'.join(DTYPES)}>",
-    )
-    max_shard_size: str | int = option(
-        "5GB", help="Largest size of a weight file, such as 5GB or 200MiB.", parse=checked_size, metavar="<size>"
-    )
-    overwrite: bool = option(False, help=OVERWRITE)
-    resume: bool | None = option(help=RESUME, flag="--resume/--no-resume")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = dtype_option()
+    max_shard_size: str | int = shard_size_option()
+    overwrite: bool = overwrite_option()
+    resume: bool | None = resume_option()
 
 
 @dataclass(frozen=True)
 class InspectConfig:
     """Options of `diff-llama inspect`."""
 
-    allow_pickle: bool = option(False, help=ALLOW_PICKLE)
+    allow_pickle: bool = allow_pickle_option()
 
 
 @dataclass(frozen=True)
@@ -77,3 +69,15 @@ class UpdateCodeConfig:
     force: bool = option(False, help="Replace files that were edited or are newer, too.")
     revision: str | None = option(help="Branch on the Hub. main by default.")
     create_pr: bool = option(False, help="Open a pull request on the Hub in place of a commit.")
+
+
+@dataclass(frozen=True)
+class HealFilesConfig:
+    """Options of `diff-llama heal` that say from where and to where; what is learned is in `HealingOptions`."""
+
+    teacher: str | None = option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
+    held_out: Path | None = option(help="Text to measure on. The first rows of --data by default.")
+    allow_pickle: bool = allow_pickle_option()
+    max_shard_size: str | int = shard_size_option()
+    overwrite: bool = overwrite_option()
+    resume: bool | None = resume_option()

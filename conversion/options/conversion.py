@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from conversion.errors import ConversionError, typed
 from conversion.mapping.heads import HeadPairing, Sizes, padded_counts
 from conversion.options.values import (
-    ALLOW_PICKLE,
-    DTYPES,
-    OVERWRITE,
-    RESUME,
-    checked_size,
+    allow_pickle_option,
     chosen,
     chosen_dtype,
+    dtype_option,
+    held_out_option,
     option,
-    parse_dtype,
+    overwrite_option,
     parse_lambda_init,
     parse_layers,
+    resume_option,
+    shard_size_option,
     torch_dtype,
 )
 
@@ -95,11 +95,7 @@ class ConversionOptions:
     )
     # By layer, where adjacent heads are not wanted (V1); from Python alone.
     pairings: Mapping[int, HeadPairing] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        help="Cast the weights. By default each tensor keeps its own dtype.",
-        parse=parse_dtype,
-        metavar=f"<{'|'.join(DTYPES)}>",
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = dtype_option()
     seed: int = option(0, help="v1: seed from which the lambda vectors are drawn.")
     source_layout: Literal["auto", "unilm"] = option(
         "auto", help="unilm: the tensor names and interleaved rotary order of the authors' own V1 code."
@@ -264,21 +260,17 @@ class ConversionConfig(ConversionOptions):
         LAMBDA_FLOOR, help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."
     )
     measure: bool = option(True, help="Measure the finished conversion next to its source.")
-    held_out: str | Path | None = option(
-        help="Text or JSON lines to measure on. By default a standard text of this package."
-    )
-    max_shard_size: str | int = option(
-        "5GB", help="Largest size of a weight file, such as 5GB or 200MiB.", parse=checked_size, metavar="<size>"
-    )
+    held_out: str | Path | None = held_out_option()
+    max_shard_size: str | int = shard_size_option()
     adapter: str | Path | None = option(
         help="Folder of a LoRA of the LLaMA, to carry over to OUTPUT/adapter. With --calibration it is merged into "
         "the LLaMA first. Where SOURCE is converted already, OUTPUT is the adapter."
     )
     revision: str | None = option(help="Branch, tag or commit, where SOURCE is a Hub id.")
-    allow_pickle: bool = option(False, help=ALLOW_PICKLE)
+    allow_pickle: bool = allow_pickle_option()
     dry_run: bool = option(False, help="Check everything but the numbers in the weights, and write nothing.")
-    overwrite: bool = option(False, help=OVERWRITE)
-    resume: bool | None = option(help=RESUME, flag="--resume/--no-resume")
+    overwrite: bool = overwrite_option()
+    resume: bool | None = resume_option()
 
     @property
     def calibration_text(self) -> CalibrationText | None:

@@ -24,13 +24,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHORT_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Sentences that more than one command says of its option.
-ALLOW_PICKLE = "Also read pytorch_model.bin, of which only the tensors are taken."
-OVERWRITE = "Replace an existing OUTPUT, in one step at the end."
-RESUME = (
-    "Continue from the work that a stopped run has kept, or discard it. By default the work of the same run is "
-    "continued, and layers and checkpoints of another run are refused."
-)
 LEAST_SHARD_BYTES = 10**3  # below it every tensor gets a file of its own, which nobody means
 
 
@@ -44,6 +37,44 @@ def option(default: Any = None, *, help: str, **metadata: Any) -> Any:
             that is typed; `metavar`, what `--help` shows for the value.
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def dtype_option(
+    argument: str = "dtype", help: str = "Cast the weights. By default each tensor keeps its own dtype."
+) -> Any:
+    """Makes an option for a dtype, by any of its usual names."""
+    return option(help=help, parse=lambda text: chosen_dtype(argument, text), metavar=f"<{'|'.join(DTYPES)}>")
+
+
+def shard_size_option() -> Any:
+    """Makes the option for the largest size of a weight file."""
+    return option(
+        "5GB", help="Largest size of a weight file, such as 5GB or 200MiB.", parse=checked_size, metavar="<size>"
+    )
+
+
+def allow_pickle_option() -> Any:
+    """Makes the option that lets pickled weights be read."""
+    return option(False, help="Also read pytorch_model.bin, of which only the tensors are taken.")
+
+
+def overwrite_option() -> Any:
+    """Makes the option to replace a target."""
+    return option(False, help="Replace an existing OUTPUT, in one step at the end.")
+
+
+def resume_option() -> Any:
+    """Makes the option for work that a stopped run has kept."""
+    return option(
+        help="Continue from the work that a stopped run has kept, or discard it. By default the work of the same run "
+        "is continued, and layers and checkpoints of another run are refused.",
+        flag="--resume/--no-resume",
+    )
+
+
+def held_out_option() -> Any:
+    """Makes the option for the text to measure on."""
+    return option(help="Text or JSON lines to measure on. By default a standard text of this package.")
 
 
 def config_of(config_class: type[Config], config: Config | None, options: Mapping[str, Any]) -> Config:
@@ -91,11 +122,6 @@ def chosen_dtype(argument: str, value: Any) -> str:
         return name
     choices = f"{', '.join(DTYPES)} (or {', '.join(SHORT_NAMES)})"
     raise ConversionError(f"{typed(argument)} is {value!r}, expected one of {choices}")
-
-
-def parse_dtype(text: str) -> str:
-    """Returns the name in `DTYPES` that is meant by what was typed. ConversionError for none."""
-    return chosen_dtype("dtype", text)
 
 
 def checked_size(text: str) -> str:

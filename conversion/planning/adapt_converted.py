@@ -91,18 +91,11 @@ def adapt_converted(
 def _llama_sizes(config: Any, padding: Mapping[str, int]) -> Sizes:
     """Of the LLaMA that a checkpoint was converted from, which had no idle heads."""
     maps = 2 if config.variant == "v1" else 1  # that a head of ours takes the place of
-    return Sizes(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
+    return Sizes.from_fields(
+        config.to_dict(),
         num_heads=maps * config.num_attention_heads - padding.get("heads", 0),
         num_kv_heads=maps * config.num_key_value_heads - padding.get("key_value_heads", 0),
         map_dim=config.map_dim,
-        attention_bias=config.attention_bias,
-        attention_out_bias=config.attention_out_bias,
-        mlp_bias=config.mlp_bias,
-        qk_norm=config.use_qk_norm,
     )
 
 

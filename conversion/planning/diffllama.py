@@ -24,12 +24,17 @@ from modeling_diff.configuration_diff_llama import paper_lambda_init
 
 
 def plan_export(
-    folder: Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, max_shard_size: str | int = "5GB"
+    folder: Path,
+    card: str,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str | int = "5GB",
 ) -> tuple[Plan, list[str]]:
-    """Returns all that an export will write but its model card, and notes for the user.
+    """Returns all that an export will write, and notes for the user.
 
     Args:
         folder: A V1 checkpoint of ours.
+        card: Its model card.
         dtype: Of the weights; by default each tensor keeps its own.
         max_shard_size: Largest size of a weight file, such as "5GB", or bytes.
 
@@ -38,7 +43,8 @@ def plan_export(
     """
     config = read_our_config(folder)
     _refuse_unsayable(config)
-    stored = None if dtype is None else torch_dtype(chosen_dtype("dtype", dtype))
+    name = None if dtype is None else chosen_dtype("dtype", dtype)
+    stored = None if name is None else torch_dtype(name)
     reader = CheckpointReader(folder)
     sizes = map_sizes(config)
     rules = diffllama_export_rules(sizes)
@@ -48,7 +54,7 @@ def plan_export(
     record: dict[str, Any] = {
         "format": 1,
         "source": {"name": SourceFolder(folder).name, "hub_id": None, "revision": None, "kind": "diff_llama"},
-        "options": {"format": "diffllama", "dtype": None if dtype is None else chosen_dtype("dtype", dtype)},
+        "options": {"format": "diffllama", "dtype": name},
         "layout": "halves",
         "promise": {"kind": "equal", "text": "the same function as the source up to rounding"},
         "versions": versions(),
@@ -60,7 +66,7 @@ def plan_export(
         allow_nonfinite=False,
         max_shard_bytes=parse_size(max_shard_size),
         record=record,
-        texts={"config.json": transformers.DiffLlamaConfig(**fields).to_json_string()},
+        texts={"config.json": transformers.DiffLlamaConfig(**fields).to_json_string(), "README.md": card},
         files=files,
     )
     return plan, [*notes, *matched.notes]
@@ -68,19 +74,12 @@ def plan_export(
 
 def map_sizes(config: Any) -> Sizes:
     """Sizes of a V1 model with heads counted as maps."""
-    return Sizes(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
+    return Sizes.from_fields(
+        config.to_dict(),
         num_heads=2 * config.num_attention_heads,
         num_kv_heads=2 * config.num_key_value_heads,
         map_dim=config.map_dim,
         lm_head=not config.tie_word_embeddings,
-        attention_bias=config.attention_bias,
-        attention_out_bias=config.attention_out_bias,
-        mlp_bias=config.mlp_bias,
-        qk_norm=config.use_qk_norm,
     )
 
 

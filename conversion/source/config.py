@@ -83,20 +83,12 @@ def read_source_model(
             "config.json: use_qk_norm is true, or attention_out_bias is not attention_bias, which the authors' layout "
             "(unilm) has no tensors for; correct it"
         )
-    fields = shared_fields(config)
-    sizes = Sizes(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
+    sizes = Sizes.from_fields(
+        shared_fields(config),
         num_heads=maps.num_heads,
         num_kv_heads=maps.num_kv_heads,
         map_dim=maps.map_dim,
         lm_head=not (config.tie_word_embeddings or backbone_only),
-        attention_bias=fields["attention_bias"],
-        attention_out_bias=fields.get("attention_out_bias", fields["attention_bias"]),
-        mlp_bias=fields.get("mlp_bias", False),
-        qk_norm=fields.get("use_qk_norm", False),
     )
     return SourceModel(raw, config, sizes)
 

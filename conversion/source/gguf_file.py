@@ -4,7 +4,6 @@ A GGUF file as a source: unpacked into an ordinary checkpoint, one tensor in mem
 Its numbers are what the output computes: a 4-bit file gives the 4-bit model, in float32.
 """
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -19,8 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conversion.checkpoint.safetensors_format import quote
-from conversion.errors import ConversionError, FilesError, file_errors
+from conversion.checkpoint.file_identity import file_sha256
+from conversion.errors import ConversionError, FilesError, file_errors, quote
 from conversion.mapping.layout import Keep, interleaved_layout, llama_tensors
 from conversion.source.architectures import ARCHITECTURES, unsupported
 from conversion.source.config import read_source_model
@@ -103,7 +102,7 @@ def unpack_gguf(path: Path, config_only: bool = False) -> UnpackedFile:
     record = {"file": path.name, "type": kind, "bits_per_weight": round(bits, 2)}
     notes = [f"{path.name}: {kind}, {bits:.1f} bits per weight; what these numbers compute is converted, in float32"]
     if not config_only:
-        record["sha256"] = _sha256(path)
+        record["sha256"] = file_sha256(path)
         _write_tensors(path, reader, unpacked, shapes, raw)
         notes += _write_tokenizer(path, unpacked, values)
     return UnpackedFile(path, folder, record, tuple(notes))
@@ -217,7 +216,9 @@ def _write_tensors(
     names = get_tensor_name_map(MODEL_ARCH[str(raw["model_type"]).upper()], sizes.num_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
     # llama.cpp rotates neighboring components of LLaMA's heads, and the halves of Qwen's.
-    rotated = interleaved_layout(sizes.num_heads, sizes.num_kv_heads, sizes.map_dim) if "llama" in raw.values() else {}
+    rotated = (
+        interleaved_layout(sizes.num_heads, sizes.num_kv_heads, sizes.map_dim) if raw["model_type"] == "llama" else {}
+    )
     files: dict[str, dict[str, torch.Tensor]] = {}
     index: dict[str, str] = {}
 
@@ -269,8 +270,3 @@ def _write_tokenizer(path: Path, folder: Path, values: Mapping[str, Any]) -> Ite
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     except (*BUILD_ERRORS, OSError, NotImplementedError) as error:
         yield f"{path.name}: its tokenizer cannot be read ({one_line(error)}); copy that of the original next to it"
-
-
-def _sha256(path: Path) -> str:
-    with file_errors(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

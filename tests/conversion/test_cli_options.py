@@ -9,10 +9,18 @@ import pytest
 from typer.testing import CliRunner
 
 import modeling_diff
-from conversion import ConversionConfig, export_checkpoint, push_checkpoint, update_checkpoint_code, verify_checkpoint
+from conversion import (
+    ConversionConfig,
+    export_checkpoint,
+    heal_checkpoint,
+    push_checkpoint,
+    update_checkpoint_code,
+    verify_checkpoint,
+)
 from conversion.cli import app
 from conversion.describe import describe_checkpoint
-from conversion.options import ExportConfig, InspectConfig, PushConfig, UpdateCodeConfig, VerifyConfig
+from conversion.healing.options import HealingOptions
+from conversion.options import ExportConfig, HealFilesConfig, InspectConfig, PushConfig, UpdateCodeConfig, VerifyConfig
 
 
 CONFIGS = {
@@ -26,17 +34,21 @@ CONFIGS = {
 FUNCTIONS = {
     export_checkpoint: ExportConfig,
     describe_checkpoint: InspectConfig,
+    heal_checkpoint: HealFilesConfig,
     push_checkpoint: PushConfig,
     update_checkpoint_code: UpdateCodeConfig,
     verify_checkpoint: VerifyConfig,
 }
 
 
-@pytest.mark.parametrize("command", sorted(CONFIGS))
-def test_help_shows_every_field_with_its_help(command):
+CASES = [*sorted(CONFIGS.items()), ("heal", HealingOptions), ("heal", HealFilesConfig)]
+
+
+@pytest.mark.parametrize(("command", "config"), CASES)
+def test_help_shows_every_field_with_its_help(command, config):
     shown = CliRunner(env={"COLUMNS": "500", "TERM": "dumb"}).invoke(app, [command, "--help"]).stdout
     words = " ".join(shown.replace("│", " ").split())
-    for field in fields(CONFIGS[command]):
+    for field in fields(config):
         if "help" not in field.metadata:
             continue
         flag = field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
