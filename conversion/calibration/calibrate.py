@@ -33,10 +33,11 @@ from conversion.calibration.gradient_fit import LocalFit, fit_layer
 from conversion.calibration.problem import LayerProblem, Norm
 from conversion.calibration.speed import faster_in_bfloat16
 from conversion.calibration.store import CalibrationStore, run_identity
-from conversion.calibration.streams import STRICT_EPS, LayerWeights, LlamaLayers, Streams
+from conversion.calibration.streams import LayerWeights, LlamaLayers, Streams
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
 from conversion.mapping.heads import HeadPairing, padded_counts
+from conversion.options import STRICT_EPS
 from conversion.source.architectures import plain_config
 from conversion.source.config import check_pairs
 from modeling_diff.analysis.tokens import token_fault

@@ -7,7 +7,6 @@ R sequences, T tokens per sequence, V vocabulary.
 
 import json
 import logging
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from conversion.checkpoint.output_folder import replace_bytes
 from conversion.errors import ConversionError
 from conversion.source import Source
 from conversion.source.model import default_dtype, load_original
+from modeling_diff.diff_transformers_compat import cache_argument
 
 
 SELF_TEXT = "self: sampled from the source at temperature 1"  # as the record names it
@@ -90,8 +90,6 @@ def sample(model: Any, num_rows: int, row_tokens: int, *, seed: int) -> torch.Te
     generator = torch.Generator().manual_seed(seed)
     bos = model.config.bos_token_id
     known = isinstance(bos, int) and 0 <= bos < model.config.vocab_size
-    # `cache` from transformers 5.24 on
-    cache_argument = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     drawn = []
     for count in torch.full((num_rows,), 1).split(BATCH_ROWS):
         first = torch.randint(model.config.vocab_size, (len(count), 1), generator=generator)
@@ -99,7 +97,7 @@ def sample(model: Any, num_rows: int, row_tokens: int, *, seed: int) -> torch.Te
         cache = DynamicCache(config=model.config)
         while len(tokens) < row_tokens:
             latest = tokens[-1].to(model.device)
-            output = model(input_ids=latest, use_cache=True, **{cache_argument: cache})
+            output = model(input_ids=latest, use_cache=True, **cache_argument(cache))
             logits = output.logits[:, -1].float().cpu()  # (B, V)
             if not logits.isfinite().all():
                 raise ConversionError(
