@@ -3,6 +3,7 @@
 from typing import Any
 
 from conversion.calibration.calibrate import CalibrationResult
+from conversion.mapping.heads import paired_fields
 from conversion.source.architectures import plain_config, shared_fields
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
@@ -11,12 +12,8 @@ def calibrated_model(llama: Any, result: CalibrationResult) -> DiffLlamaForCausa
     """
     LLaMA with the attention of every layer replaced by what was calibrated; the calibration must be of all layers.
     """
-    maps = plain_config(llama.config)
-    heads = {
-        "num_attention_heads": len(result.pairings[0].query_heads) // 2,
-        "num_key_value_heads": len(result.pairings[0].kv_heads) // 2,
-        "head_dim": 2 * maps.head_dim,
-    }
+    pairing = result.pairings[0]
+    heads = paired_fields(len(pairing.query_heads), len(pairing.kv_heads), plain_config(llama.config).head_dim)
     config = DiffLlamaConfig(
         **(shared_fields(llama.config) | heads),
         lambda_init=list(result.lambda_init),

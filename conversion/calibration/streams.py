@@ -19,10 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from conversion.calibration.speed import faster_in_bfloat16
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
-from conversion.mapping.heads import HeadPairing
+from conversion.mapping.heads import HeadPairing, paired_fields
 from conversion.mapping.layout import TENSORS, Keep, paired_layout
 from conversion.options import STRICT_EPS
-from conversion.source.architectures import plain_config
+from conversion.source.architectures import plain_config, shared_fields
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
@@ -121,25 +121,10 @@ def fast_precision(device: torch.device) -> AbstractContextManager:
 
 def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlamaConfig:
     """A V1 config from which one layer with these weights can be built, of a plain `config`."""
-    built = DiffLlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=len(weights.pairing.query_heads) // 2,
-        num_key_value_heads=len(weights.pairing.kv_heads) // 2,
-        head_dim=2 * config.head_dim,
-        hidden_act=config.hidden_act,
-        rms_norm_eps=config.rms_norm_eps,
-        attention_bias=config.attention_bias,
-        attention_out_bias=config.attention_out_bias,
-        mlp_bias=config.mlp_bias,
-        use_qk_norm=config.use_qk_norm,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=deepcopy(config.rope_parameters),
-        lambda_init=[weights.lambda_init] * num_layers,
-        sub_norm_eps=weights.sub_norm_eps,
-    )
-    return built
+    pairing = weights.pairing
+    heads = paired_fields(len(pairing.query_heads), len(pairing.kv_heads), config.head_dim)
+    ours = {"lambda_init": [weights.lambda_init] * num_layers, "sub_norm_eps": weights.sub_norm_eps}
+    return DiffLlamaConfig(**{**shared_fields(config), **heads, **ours, "num_hidden_layers": num_layers})
 
 
 def copied_weights(

@@ -14,6 +14,15 @@ def padded_counts(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
     return num_heads // num_kv_heads * kv_heads, kv_heads
 
 
+def paired_fields(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, int]:
+    """Returns the config fields of a V1 that so many heads make: two of LLaMA's are one of ours, twice as wide."""
+    return {
+        "num_attention_heads": num_heads // 2,
+        "num_key_value_heads": num_kv_heads // 2,
+        "head_dim": 2 * map_dim,
+    }
+
+
 @dataclass(frozen=True)
 class HeadPairing:
     """Which LLaMA heads make up the differential heads of one layer.

@@ -8,7 +8,7 @@ import torch
 
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import ConversionError, typed
-from conversion.mapping.heads import Sizes, padded_counts
+from conversion.mapping.heads import Sizes, padded_counts, paired_fields
 from conversion.mapping.rules import Rule, diffllama_rules, llama_v1_rules, llama_v2_rules, unilm_rules
 from conversion.options import ConversionConfig, ConversionOptions
 from conversion.record import PROMISES
@@ -89,14 +89,8 @@ def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule
 
 
 def _pair_fields(model: SourceModel) -> dict[str, Any]:
-    """Two LLaMA heads make one of ours, twice as wide."""
-    num_heads, num_kv_heads = padded_counts(model.sizes.num_heads, model.sizes.num_kv_heads)
-    return {
-        "variant": "v1",
-        "num_attention_heads": num_heads // 2,
-        "num_key_value_heads": num_kv_heads // 2,
-        "head_dim": 2 * model.sizes.map_dim,
-    }
+    counts = padded_counts(model.sizes.num_heads, model.sizes.num_kv_heads)
+    return {"variant": "v1"} | paired_fields(*counts, model.sizes.map_dim)
 
 
 def padding(sizes: Sizes) -> dict[str, int] | None:

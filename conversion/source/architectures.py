@@ -38,6 +38,8 @@ class Architecture:
     limits: str = ""
 
 
+# What relatives of LLaMA add: fixed by their rows below, fields of a config of ours.
+OUR_FIELDS = frozenset(["attention_out_bias", "use_qk_norm"])
 QWEN_WINDOWS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers", "layer_types"])
 QWEN_LIMITS = "use_sliding_window must be false, or the window as long as max_position_embeddings"
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -174,7 +176,7 @@ def shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     Args:
         config: As transformers' own class reads the source's config.json.
     """
-    fields = {name: value for name, value in config.to_dict().items() if name in KEPT_FIELDS}
+    fields = {name: value for name, value in config.to_dict().items() if name in KEPT_FIELDS | OUR_FIELDS}
     if fields.get("is_causal", True):
         fields.pop("is_causal", None)  # the default; written out, it would be an argument of every attention call
     return fields | dict(ARCHITECTURES[config.model_type].fixed)
