@@ -176,7 +176,9 @@ def shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     Args:
         config: As transformers' own class reads the source's config.json.
     """
-    fields = {name: value for name, value in config.to_dict().items() if name in KEPT_FIELDS | OUR_FIELDS}
+    # Other classes keep whatever stands in a config.json under these names, and read none of it.
+    kept = KEPT_FIELDS | OUR_FIELDS if isinstance(config, DiffLlamaConfig) else KEPT_FIELDS
+    fields = {name: value for name, value in config.to_dict().items() if name in kept}
     if fields.get("is_causal", True):
         fields.pop("is_causal", None)  # the default; written out, it would be an argument of every attention call
     return fields | dict(ARCHITECTURES[config.model_type].fixed)
