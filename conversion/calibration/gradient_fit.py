@@ -15,7 +15,8 @@ from torch import nn
 from conversion.calibration.problem import LayerProblem
 from conversion.calibration.streams import LayerWeights, fast_precision
 from conversion.options import LAMBDA_FLOOR
-from modeling_diff.modeling_diff_llama import DiffLambda, DiffLlamaDecoderLayer
+from modeling_diff.diff_attention_modules import DiffLambda
+from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
 
 # Of the full rate. tiny-llama, 16K tokens: half batches above 0.5 of it, and steps skipped for less than 1 % of

@@ -10,7 +10,7 @@ B batch, T queries, H heads, D = 2d head_dim.
 import torch
 from transformers import TrainerCallback
 
-from modeling_diff.modeling_diff_llama import DiffLlamaAttention
+from modeling_diff.diff_attention_modules import DiffLlamaAttention
 
 
 class BlendedAttention(DiffLlamaAttention):

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..configuration_diff_llama import DiffLlamaConfig
 from ..diff_attention import place_queries, subtract_maps
+from ..diff_attention_modules import DiffLambda
 from ..diff_parallel import check_tensor_parallel_size
 from ..diff_sub_norm import SubNorm
-from ..modeling_diff_llama import DiffLambda
 from .versions import unsupported_vllm
 
 

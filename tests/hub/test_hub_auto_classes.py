@@ -41,7 +41,7 @@ def assert_ours(model, class_name: str) -> None:
     assert type(model).__module__ == "modeling_diff.modeling_diff_llama"
     assert type(model.base_model).__module__ == "modeling_diff.modeling_diff_llama"
     for layer in model.base_model.layers:
-        assert type(layer.self_attn).__module__ == "modeling_diff.modeling_diff_llama"
+        assert type(layer.self_attn).__module__ == "modeling_diff.diff_attention_modules"
 
 
 def test_auto_config_gives_our_config(saved, case):

@@ -71,7 +71,8 @@ def test_head_backbone_and_config_are_the_bundles_own(report, case):
         assert report[part].startswith("transformers_modules."), part
         assert report[part].endswith(".modeling_diff_llama"), part
     assert report["backbone_module"] == report["module"]
-    assert report["attention_modules"] == [report["module"]]
+    bundle = report["module"].removesuffix(".modeling_diff_llama")
+    assert report["attention_modules"] == [f"{bundle}.diff_attention_modules"]
     assert report["config_module"].startswith("transformers_modules.")
     assert report["config_module"].endswith(".configuration_diff_llama")
 

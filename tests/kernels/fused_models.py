@@ -40,5 +40,5 @@ def record_paths(monkeypatch):
         return name, mask
 
     monkeypatch.setattr("modeling_diff.diff_attention_auto.fastest_path", record)
-    monkeypatch.setattr("modeling_diff.modeling_diff_llama.fastest_path", record)
+    monkeypatch.setattr("modeling_diff.diff_attention_modules.fastest_path", record)
     return lambda: chosen

@@ -17,9 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaModel
+from modeling_diff.diff_attention_modules import DiffLlamaAttention, PairedLlamaAttention
 from modeling_diff.diff_engines import VLLM_CONVERTORS, register_with_vllm
 from modeling_diff.diff_transformers_compat import HAS_TENSOR_PARALLEL
-from modeling_diff.modeling_diff_llama import DiffLlamaAttention, PairedLlamaAttention
 
 
 ATTENTION_CLASSES = [LlamaAttention, DiffLlamaAttention, PairedLlamaAttention]
@@ -52,6 +52,11 @@ def test_forward_holds_one_interface_call_with_readable_scaling(attention_class)
     (call,) = calls_of(tree, lambda callee: isinstance(callee, ast.Name) and callee.id in names)
     (scaling,) = (keyword.value for keyword in call.keywords if keyword.arg == "scaling")
     assert ast.unparse(scaling) == "self.scaling"
+
+
+def test_source_of_the_model_lets_the_attention_be_chosen():
+    """transformers and vLLM read the model's own file: an attention class in it has to hold the interface call."""
+    assert DiffLlamaModel._can_set_attn_implementation()
 
 
 @pytest.mark.parametrize("attention_class", ATTENTION_CLASSES)

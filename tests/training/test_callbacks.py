@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from trainable_models import random_rows, tiny_model, training_arguments
 from transformers import Trainer, TrainerCallback
 
-from modeling_diff.modeling_diff_llama import DiffLambda
+from modeling_diff.diff_attention_modules import DiffLambda
 from modeling_diff.training import (
     LORA_TARGETS,
     DiffTrainer,
