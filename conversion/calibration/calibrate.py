@@ -1,12 +1,13 @@
 """
 The story of a calibrated parity conversion: one LLaMA layer after the other becomes differential attention that does,
-on calibration text, as nearly as can be what the layer did.
+on calibration text, as nearly as possible what the layer did.
 
-A layer is fitted on the converted model's own stream against LLaMA's, so it repairs what earlier layers got wrong.
-Every stage is kept only if it brings held-back rows no further from LLaMA. Memory: one layer, the two streams (R, T,
-C), and Gram matrices. Results go to a folder layer by layer, from which an interrupted run goes on.
+A layer is fitted on the converted model's own hidden states against LLaMA's, so it repairs the errors of earlier
+layers. A stage is kept only if it brings the held-back sequences no further from LLaMA. Memory: one layer, hidden
+states of both models (R, T, C), and Gram matrices. Results go to a folder layer by layer; a stopped run continues
+from it.
 
-R rows, T tokens a row, C hidden.
+R sequences, T tokens per sequence, C hidden.
 """
 
 import time
@@ -45,17 +46,25 @@ from modeling_diff.configuration_diff_llama import paper_lambda_init
 
 
 class Stage(StrEnum):
-    """What is done to a layer, in this order. A stage that is left out is skipped; the first is always there."""
+    """
+    What is done to a layer, in this order. A stage that is left out is skipped; COPY is always there.
 
-    COPY = "copy"  # permuted weights, lambda chosen, norm scaled to the heads' output
-    PAIRING = "pairing"  # heads matched by least-squares cost, instead of neighbors
-    REFIT = "refit"  # o_proj by least squares
-    VALUES = "values"  # values in a basis in which the norm hardly bends the output
-    LOCAL = "local"  # gradient descent on the attention parameters
+    COPY: permuted weights, lambda chosen from a grid, the norm scaled to the heads' output.
+    PAIRING: heads matched by least-squares cost, in place of neighbors.
+    REFIT: o_proj by least squares.
+    VALUES: values in a basis in which the norm is nearly linear, then o_proj again.
+    LOCAL: gradient descent on the attention parameters.
+    """
+
+    COPY = "copy"
+    PAIRING = "pairing"
+    REFIT = "refit"
+    VALUES = "values"
+    LOCAL = "local"
 
 
 DEFAULT_STAGES = tuple(Stage)
-VALIDATION_SHARE = 16  # one row in so many judges, and is not fitted
+VALIDATION_SHARE = 16  # one sequence in so many is held back from the fit, and judges it
 
 # (layer, number of layers, stage, share of the stage done)
 Progress = Callable[[int, int, Stage, float], None]
@@ -63,18 +72,27 @@ Progress = Callable[[int, int, Stage, float], None]
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What a converted config and checkpoint need; tensors are read from disk when they are asked for."""
+    """What a converted config and checkpoint need: `result[name]` reads a tensor from disk.
+
+    Attributes:
+        pairings: Which heads become one, per layer.
+        lambda_init: The config's value of each layer.
+        sub_norm_eps: The epsilon of each layer's norm over heads.
+        records: Per layer: residual and seconds of each stage, and the lambda that was reached. Empty for a layer
+            that was not calibrated.
+        store: Where the tensors are.
+    """
 
     pairings: tuple[HeadPairing, ...]
     lambda_init: tuple[float, ...]
     sub_norm_eps: tuple[float, ...]
-    records: tuple[dict[str, Any], ...]  # for each layer: residual and seconds a stage, lambda reached
+    records: tuple[dict[str, Any], ...]
     store: CalibrationStore
     _folder: TemporaryDirectory | None = None  # lives as long as the result if nobody named a folder
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors of the converted checkpoint that are replaced: all of `self_attn` in the calibrated layers."""
+        """Names of the tensors that were fitted: all of `self_attn` in the calibrated layers."""
         return self.store.names
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -99,13 +117,33 @@ def calibrate(
     resume: bool | None = None,
     progress: Progress = lambda layer, num_layers, stage, done: None,
 ) -> CalibrationResult:
-    """
-    Differential attention for every layer of `layers` (all by default), fitted on `tokens` (R, T).
+    """Fits differential attention of variant V1 to a LLaMA's attention on text, layer by layer.
 
-    `dtype` is that of the checkpoint to be written (the source's by default): layers are rounded to it before the
-    next is fitted. No stage takes lambda below `local.lambda_floor`. A `work_folder` of the same source, tokens and
-    options is continued where it was left, one of others refused; both are discarded if `resume` is False.
-    Raises ConversionError for heads that do not pair, tokens that are too few or unknown, activations not finite.
+    Args:
+        source: The LLaMA's weights, or the folder that has them.
+        config: Its config.
+        tokens: Token ids (R, T), all sequences of one length. One sequence in 16 is held back to judge the others.
+        stages: What is done to each layer; the copy is always part of it.
+        lambda_init: "grid" chooses per layer what leaves least; "paper", a number, or one number per layer.
+        norm: "strict" for the paper's norm over heads, "neutral" for one that hardly differs from the identity.
+        layers: Indices of the layers to fit; all by default.
+        dtype: Dtype of the checkpoint to be written; the source's by default. Layers are rounded to it before the
+            next is fitted.
+        pad_heads: Whether idle heads may be added where heads or KV heads do not pair.
+        seed: Of the lambda vectors and of the order of the sequences.
+        device: Where the layers are computed.
+        local: How long and how fast the gradient stage goes, and the lowest lambda of every stage.
+        work_folder: Where finished layers are kept for a run that continues this one; by default a temporary folder.
+        resume: None and True continue the work of the same source, tokens and options, and refuse that of others;
+            False discards both.
+        progress: Called with layer, number of layers, stage, and how much of the stage is done (0 to 1).
+
+    Returns:
+        The fitted attention, by layer.
+
+    Raises:
+        ConversionError: Heads do not pair, tokens are too few or unknown, or activations are not finite.
+        FilesError: The work folder cannot be used.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
     config = plain_config(config)
@@ -137,7 +175,17 @@ def calibrate(
         if layers is None or index in layers:
             lambdas = lambdas_to_try(lambda_init, index, local.lambda_floor)
             judges = max(1, len(tokens) // VALIDATION_SHARE)
-            problem = LayerProblem(index, llama, tensors, layer, streams, seed, norm, lambdas, judges)
+            problem = LayerProblem(
+                index=index,
+                llama=llama,
+                tensors=tensors,
+                layer=layer,
+                streams=streams,
+                seed=seed,
+                norm=norm,
+                lambdas=lambdas,
+                num_validation_rows=judges,
+            )
             weights = fit_stages(problem, stages, local, store, dtype, progress)
             converted = problem.diff_layer(weights)
         else:
@@ -163,12 +211,13 @@ def fit_stages(
     dtype: torch.dtype | None,
     progress: Progress,
 ) -> LayerWeights:
-    """One layer through its stages, or what is left of them; float32 tensors that `dtype` can hold."""
+    """Takes one layer through its stages, or those that a stopped run has left; float32, in values of `dtype`."""
     device = problem.llama.device
     num_layers = problem.llama.config.num_hidden_layers
     if done := store.load(problem.index, None, device):
         return _as_float(done[0])
-    weights, residual = None, float("inf")
+    weights: LayerWeights | None = None
+    residual = float("inf")
     record: dict[str, Any] = {}
     for stage in stages:
         if stage is Stage.COPY and Stage.PAIRING in stages:
@@ -182,7 +231,8 @@ def fit_stages(
         tried = run_stage(problem, stage, weights, stages, local, partial(progress, problem.index, num_layers, stage))
         reached = problem.residual(tried)
         if weights is None or reached <= residual:
-            weights, residual = tried, reached
+            weights = tried
+            residual = reached
         record = {**record, stage: {"residual": residual, "tried": reached, "seconds": time.monotonic() - began}}
         store.save(problem.index, weights, record, stage)
         progress(problem.index, num_layers, stage, 1.0)
@@ -202,7 +252,7 @@ def run_stage(
     local: LocalFit,
     progress: Callable[[float], None],
 ) -> LayerWeights:
-    """What one stage makes of the weights of the stage before."""
+    """Returns what one stage makes of the weights of the stage before; the first one has none."""
     config = problem.llama.config
     if stage is Stage.COPY:
         pairing = HeadPairing.adjacent(*padded_counts(config.num_attention_heads, config.num_key_value_heads))
@@ -220,10 +270,15 @@ def run_stage(
 def lambdas_to_try(
     choice: Literal["grid", "paper"] | float | Sequence[float], index: int, floor: float
 ) -> tuple[float, ...]:
-    """Returns the values of lambda_init from which the layer's is chosen, none below `floor`.
+    """Returns the values of lambda_init from which a layer's is chosen.
+
+    Args:
+        choice: As `calibrate` has it.
+        index: Index of the layer.
+        floor: Lowest value.
 
     Raises:
-        ConversionError: A number that is none of lambda_init, or is below `floor`.
+        ConversionError: A number is not from 0 to below 1, or is below `floor`.
     """
     if choice == "grid":
         return (floor, *(value for value in LAMBDA_GRID if value > floor))
@@ -243,31 +298,50 @@ def lambdas_to_try(
 
 
 def check_tokens(config: PreTrainedConfig, tokens: torch.Tensor, stages: Collection[Stage]) -> None:
-    """ConversionError for tokens (R, T) unknown to the model, in rows too long for it, or too few for a refit."""
+    """Checks tokens to calibrate on.
+
+    Args:
+        config: The source's.
+        tokens: Token ids (R, T).
+        stages: What is done to each layer.
+
+    Raises:
+        ConversionError: They are unknown to the model, in sequences too long for it, or too few for a refit.
+    """
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64) or not tokens.numel():
         raise ConversionError(
-            f"calibration tokens: {tokens.dtype} of shape {tuple(tokens.shape)}, expected rows of ids"
+            f"calibration tokens: {tokens.dtype} of shape {tuple(tokens.shape)}, expected token ids, (R, T)"
         )
     if fault := token_fault(tokens, config.vocab_size):
         raise ConversionError(f"calibration tokens: {fault}")
     if tokens.shape[1] > config.max_position_embeddings:
         raise ConversionError(
-            f"calibration tokens: rows of {tokens.shape[1]}, but max_position_embeddings is "
-            f"{config.max_position_embeddings}; use shorter rows"
+            f"calibration tokens: sequences of {tokens.shape[1]}, but max_position_embeddings is "
+            f"{config.max_position_embeddings}; use shorter sequences"
         )
     check_enough(config, tokens.shape[0], tokens.shape[1], stages)
 
 
 def check_enough(config: PreTrainedConfig, num_rows: int, row_tokens: int, stages: Collection[Stage]) -> None:
-    """ConversionError for fewer tokens than a refit needs, next to a sequence that judges it."""
+    """Checks that there are tokens enough for a refit, in addition to a sequence that judges it.
+
+    Args:
+        config: The source's.
+        num_rows: Number of sequences.
+        row_tokens: Tokens per sequence.
+        stages: What is done to each layer.
+
+    Raises:
+        ConversionError: There are too few.
+    """
     # Least squares with fewer tokens than o_proj has columns fits them exactly and says nothing of others.
     columns = padded_counts(config.num_attention_heads, config.num_key_value_heads)[0] * config.head_dim
     needed = columns if set(stages) - {Stage.COPY, Stage.PAIRING} else 0
     fitted = (num_rows - max(1, num_rows // VALIDATION_SHARE)) * row_tokens
     if num_rows < 2 or fitted < needed:
         raise ConversionError(
-            f"calibration tokens: {num_rows * row_tokens} in {num_rows} rows, of which {fitted} are fitted, but the "
-            f"refit needs {max(needed, 1)} and one row to judge by; give more text (--calibration-tokens)"
+            f"calibration tokens: {num_rows * row_tokens} in {num_rows} sequences, of which {fitted} are fitted, but "
+            f"the refit needs {max(needed, 1)} and one sequence to judge by; give more text (--calibration-tokens)"
         )
 
 

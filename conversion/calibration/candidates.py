@@ -1,6 +1,6 @@
 """
-Candidates for a layer, judged from heads' outputs that are computed once: the norm, o_proj and the MLP follow from
-them, and the attention maps are the same for all.
+Candidates for a layer, judged from heads' outputs that are computed once: all candidates have the same attention
+maps, and the norm, o_proj and the MLP follow from these outputs.
 
 N tokens, H heads, D head_dim, C hidden.
 """
@@ -22,13 +22,19 @@ RIDGES = (1e-5, 1e-3, 1e-1)
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """Heads' outputs before the norm (N, H D), on the sample that fits a candidate and on what judges it."""
+    """Heads' outputs before the norm (N, H D), with their targets and weights.
+
+    Attributes:
+        fitted: Of the sample that a candidate is fitted on.
+        judging: Of the held-back sequences, which judge it.
+    """
 
     fitted: AttentionInputs
     judging: AttentionInputs
 
     @classmethod
     def gather(cls, problem: LayerProblem, weights: LayerWeights) -> "HeadOutputs":
+        """Computes the outputs of the heads that `weights` make."""
         parts = []
         for rows in (problem.sample_rows, problem.validation_rows):
             chunks = list(problem.attend(weights, rows, "sub_norm"))
@@ -40,12 +46,12 @@ class HeadOutputs:
 
     @property
     def mean_square(self) -> float:
-        """On the sample, over tokens and components."""
+        """Mean square of the outputs on the sample, over tokens and components."""
         outputs = self.fitted.inputs["sub_norm"]
         return float(outputs.square().sum(-1).double().sum()) / outputs.numel()
 
     def mixed(self, other: "HeadOutputs", share: float) -> "HeadOutputs":
-        """(1 - share) of these outputs and `share` of the other's."""
+        """Returns (1 - share) times these outputs plus `share` times the other's."""
 
         def mix(ours: AttentionInputs, theirs: AttentionInputs) -> AttentionInputs:
             outputs = torch.lerp(ours.inputs["sub_norm"], theirs.inputs["sub_norm"], share)
@@ -54,7 +60,7 @@ class HeadOutputs:
         return HeadOutputs(mix(self.fitted, other.fitted), mix(self.judging, other.judging))
 
     def scaled(self, scale: torch.Tensor) -> "HeadOutputs":
-        """With the components of every head scaled by `scale` (D,)."""
+        """Returns the outputs with the components of every head scaled by `scale` (D,)."""
 
         def multiplied(part: AttentionInputs) -> AttentionInputs:
             heads = part.inputs["sub_norm"].unflatten(-1, (-1, len(scale)))
@@ -64,11 +70,15 @@ class HeadOutputs:
 
 
 def with_norm(problem: LayerProblem, weights: LayerWeights, mean_square: float) -> LayerWeights:
-    """
-    `sub_norm.weight` such that heads keep their mean square s^2, and a pair of equal maps its output.
+    """Returns the weights with a `sub_norm.weight` for which heads keep their mean square.
 
-    N(u) = u sqrt((eps + s^2) / (eps + ms(u))); with eps >> s^2 this is the identity. The weight undoes
-    1 - lambda_init as well, and 1 - lambda, by which equal maps shrink.
+    N(u) = u sqrt((eps + s^2) / (eps + ms(u))), s^2 the mean square; with eps >> s^2 this is the identity. The weight
+    also undoes 1 - lambda_init, and 1 - lambda, by which the output of two equal maps shrinks.
+
+    Args:
+        problem: The layer.
+        weights: Its attention.
+        mean_square: s^2 of the heads' outputs before the norm.
     """
     mean_square = max(mean_square, 1e-12)
     eps = NEUTRAL_RATIO * mean_square if problem.norm == "neutral" else STRICT_EPS
@@ -80,10 +90,13 @@ def with_norm(problem: LayerProblem, weights: LayerWeights, mean_square: float) 
 
 @torch.no_grad()
 def left_over(problem: LayerProblem, weights: LayerWeights, outputs: HeadOutputs, refit: bool) -> float:
-    """`LayerProblem.distance` on the held-back sequences, with o_proj refitted on the sample if `refit`.
+    """Returns `LayerProblem.distance` on the held-back sequences.
 
     Args:
-        outputs: What the heads of `weights` give before the norm.
+        problem: The layer.
+        weights: Its attention.
+        outputs: Outputs of its heads before the norm.
+        refit: Whether o_proj is first fitted to the sample.
     """
     layer = problem.diff_layer(weights)
     attention: Any = layer.self_attn
@@ -106,7 +119,13 @@ Tokens = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # features (
 
 
 def refitted(weights: LayerWeights, fitted: Tokens, judging: Tokens) -> torch.Tensor:
-    """o_proj (C, H D) by ridge least squares; the old one where nothing better generalizes."""
+    """Returns o_proj (C, H D) by ridge least squares; the old one if no ridge does better on `judging`.
+
+    Args:
+        weights: The attention that has the old one.
+        fitted: Tokens to fit, chunk by chunk.
+        judging: Tokens that choose the ridge.
+    """
     old = weights.tensors["o_proj.weight"]
     bias = weights.tensors.get("o_proj.bias", 0.0)
     sums = []

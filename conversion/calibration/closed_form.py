@@ -25,14 +25,14 @@ CONSTANT_RIDGE = 1e-4
 
 
 def choose_pairing(problem: LayerProblem) -> HeadPairing:
-    """The heads that cost least together on a sample of the text (`PairCosts`)."""
+    """Returns the pairing of least cost on a sample of the text, by `PairCosts`."""
     config = problem.llama.config
     costs = PairCosts(
         problem.tensors["self_attn.o_proj.weight"],
         config.num_attention_heads,
         config.num_key_value_heads,
-        min(problem.lambdas, key=lambda value: abs(value - PAIRING_LAMBDA)),
-        problem.norm == "strict",
+        diff_lambda=min(problem.lambdas, key=lambda value: abs(value - PAIRING_LAMBDA)),
+        strict=problem.norm == "strict",
     )
     attention = problem.layer.self_attn
     with torch.no_grad():
@@ -45,9 +45,14 @@ def choose_pairing(problem: LayerProblem) -> HeadPairing:
 
 
 def choose_lambda(problem: LayerProblem, pairing: HeadPairing, refit: bool) -> LayerWeights:
-    """The permuted copy with the lambda that leaves least: after a refit of o_proj on a sample, or without one.
+    """Returns the permuted copy with the lambda of `problem.lambdas` that leaves least.
 
-    Heads' outputs are linear in lambda, so those of two lambdas, on a sample, give those of all.
+    Heads' outputs are linear in lambda, so those of two lambdas give those of all.
+
+    Args:
+        problem: The layer.
+        pairing: Which heads become one.
+        refit: Whether o_proj is fitted to a sample before a lambda is judged.
     """
     start = problem.start(pairing, problem.lambdas[0])
     if len(problem.lambdas) == 1:
@@ -61,12 +66,13 @@ def choose_lambda(problem: LayerProblem, pairing: HeadPairing, refit: bool) -> L
         tried = with_norm(problem, start.replaced({}, lambda_init=value), outputs.mean_square)
         left = left_over(problem, tried, outputs, refit)
         if left < least:
-            best, least = tried, left
+            best = tried
+            least = left
     return best
 
 
 def refit_outputs(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
-    """o_proj by ridge least squares on all of the converted stream."""
+    """Returns the weights with o_proj fitted by ridge least squares on all training sequences."""
 
     def tokens(rows: slice) -> Tokens:
         for chunk in problem.attend(weights, rows, "o_proj"):
@@ -78,12 +84,12 @@ def refit_outputs(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
 
 def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
     """
-    Values in a basis in which the norm hardly bends the output, then o_proj once more.
+    Returns the weights with values in a basis in which the norm is nearly linear, and o_proj fitted again.
 
-    The norm divides a head's output by its length and so forgets it. The least important of the D directions of a
-    value is given up for a carrier: the combination of the layer's input that comes closest to a constant. Averaged
-    by any map it stays constant, it outweighs the rest in the head's length, and the norm is nearly linear. By how
-    much it should outweigh depends on how constant it is, and is tried out on a sample. With a bias it is constant.
+    The norm divides a head's output by its length, which is then lost. The least important of the D directions of a
+    value is replaced by a carrier: the combination of the layer's input that is closest to a constant. Averaged by
+    any map it stays constant; where it dominates the head's length, the norm is nearly linear. How far it should
+    dominate depends on how constant it is, and is chosen on a sample. With a bias it is constant.
     """
     values = weights.tensors["v_proj.weight"]  # (K D, C)
     bias = weights.tensors.get("v_proj.bias")
@@ -95,7 +101,7 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
         carrier[-1] = 1
     rows = values.unflatten(0, (-1, head_dim))
     group = len(linear.gram) // head_dim // len(rows)
-    # Without a norm o_proj would be this, so by it the directions of a value are weighed.
+    # What o_proj would be without a norm: it weighs the directions of a value.
     importance = linear.solve(LINEAR_RIDGE).unflatten(0, (len(rows), group, head_dim))  # (K, G, D, C)
     num_outputs = problem.streams.converted[problem.training_rows][..., 0].numel() * group
     moments = head_moments(linear, len(rows), head_dim) / num_outputs
@@ -115,12 +121,13 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
         tried = with_norm(problem, _with_values(weights, scaled_rows), carried.mean_square)
         left = left_over(problem, tried, carried, refit=True)
         if left < least:
-            best, least = tried, left
+            best = tried
+            least = left
     return refit_outputs(problem, best)
 
 
 def _with_values(weights: LayerWeights, values: torch.Tensor) -> LayerWeights:
-    """`values` (K D, C), or (K D, C + 1) with the bias as the last column."""
+    """Returns the weights with `values` (K D, C), or (K D, C + 1) with the bias as the last column."""
     values = values.to(weights.tensors["v_proj.weight"].dtype)
     if "v_proj.bias" not in weights.tensors:
         return weights.replaced({"v_proj.weight": values})
@@ -129,8 +136,8 @@ def _with_values(weights: LayerWeights, values: torch.Tensor) -> LayerWeights:
 
 def _linear_and_constant(problem: LayerProblem, weights: LayerWeights) -> tuple[NormalEquations, torch.Tensor]:
     """
-    Sums over heads' outputs before the norm, and u (C,) for which u . x is as near to 1 as can be, x what enters the
-    projections.
+    Returns sums over heads' outputs before the norm, and the u (C,) for which u . x is nearest to 1, where x is the
+    input of the projections.
     """
     hidden, width = weights.tensors["o_proj.weight"].shape
     linear = NormalEquations(width, hidden, problem.llama.device)
@@ -144,17 +151,24 @@ def _linear_and_constant(problem: LayerProblem, weights: LayerWeights) -> tuple[
 
 
 def head_moments(sums: NormalEquations, num_kv_heads: int, head_dim: int) -> torch.Tensor:
-    """Sum of o o' over tokens and the heads of each KV head (K, D, D): blocks on the diagonal of their Gram matrix."""
+    """Returns the sum of o o' over tokens and the heads of each KV head (K, D, D).
+
+    Args:
+        sums: Over heads' outputs; the result adds blocks on the diagonal of its Gram matrix.
+        num_kv_heads: K.
+        head_dim: D.
+    """
     blocks = sums.gram.unflatten(1, (-1, head_dim)).unflatten(0, (-1, head_dim)).diagonal(dim1=0, dim2=2)  # (D, D, H)
     return blocks.permute(2, 0, 1).unflatten(0, (num_kv_heads, -1)).sum(1)
 
 
 def _kept_directions(moment: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
-    Basis (D, D - 1) of the outputs that matter most, each scaled by what it matters, and their mean square sum.
+    Returns a basis (D, D - 1) of the directions that matter most, each scaled by its importance, and the sum of their
+    mean squares.
 
     With S = E[o o'] (D, D) and Q the sum of W W' over the heads, o -> W' o loses least, in the mean square, if the
-    smallest eigenvalue of S^1/2 Q S^1/2 is given up.
+    direction of the smallest eigenvalue of S^1/2 Q S^1/2 is dropped.
     """
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(values[-1] * 1e-10)

@@ -1,4 +1,4 @@
-"""What a calibration will take, before it is begun: operations from sizes, seconds from this machine's own rate."""
+"""Estimates what a calibration takes: operations from sizes, seconds from this machine's own rate."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from conversion.calibration.problem import SAMPLE_TOKENS
 from conversion.calibration.speed import faster_in_bfloat16, product_rate
 
 
-# What is no matrix product, and products of fewer columns than the probe's: a layer's time over that of its products.
+# A layer's time over that of its matrix products: the rest, and products of fewer columns than the probe's.
 OVERHEAD = 2.0
 # A third of the batches are halved, and checks may skip a part of the schedule.
 SHARE_OF_STEPS = 0.8
@@ -23,33 +23,55 @@ CORE_SHARE = 0.8  # of a core's speed that each of several adds
 
 @dataclass(frozen=True)
 class Work:
-    """Operations, by the dtype of their products."""
+    """Numbers of operations.
+
+    Attributes:
+        float32: Of float32 matrix products.
+        float64: Of float64 matrix products.
+        fast: Of products in bfloat16 where that is faster, else in float32.
+    """
 
     float32: float = 0.0
     float64: float = 0.0
-    fast: float = 0.0  # bfloat16 where that is faster
+    fast: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.float32 + other.float32, self.float64 + other.float64, self.fast + other.fast)
 
     def times(self, count: float) -> "Work":
-        """Returns the work of `count` such."""
+        """Returns `count` times this work."""
         return Work(count * self.float32, count * self.float64, count * self.fast)
 
 
 @dataclass(frozen=True)
 class CalibrationEstimate:
-    """Of one whole calibration."""
+    """What a calibration takes.
+
+    Attributes:
+        work: Operations.
+        memory_bytes: Peak memory on the device.
+        disk_bytes: Size of the work folder.
+        seconds: Time, good to a factor of about two.
+    """
 
     work: Work
-    memory_bytes: int  # peak, on the device
-    disk_bytes: int  # of the work folder, in float32
+    memory_bytes: int
+    disk_bytes: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a layer's shape decides on its work: operations per token where nothing else is said."""
+    """Sizes of a layer on which its work depends; operations are per token where nothing else is said.
+
+    Attributes:
+        hidden: Hidden size.
+        heads: LLaMA's heads.
+        kv_heads: LLaMA's KV heads.
+        map_dim: Width of a head.
+        intermediate: Width of the MLP.
+        row_tokens: Tokens per sequence.
+    """
 
     hidden: int
     heads: int
@@ -65,38 +87,48 @@ class Shape:
 
     @property
     def attention_parameters(self) -> int:
+        """Weights of the four projections."""
         return 2 * self.hidden * (self.width + self.kv_heads * self.map_dim)
 
     @property
     def mlp_parameters(self) -> int:
+        """Weights of the MLP."""
         return 3 * self.hidden * self.intermediate
 
     @property
     def maps(self) -> int:
-        """Causal: half of Q K' and of twice as wide a product with V."""
+        """Operations of causal attention maps: half of Q K' and of a product with V of twice its width."""
         return 3 * self.row_tokens * self.width
 
     @property
     def attention(self) -> int:
+        """Operations of the attention's forward pass."""
         return 2 * self.attention_parameters + self.maps
 
     @property
     def sums(self) -> int:
-        """Of normal equations."""
+        """Operations of the sums of normal equations."""
         return self.width * (self.width + 2 * self.hidden)
 
     @property
     def solutions(self) -> float:
-        """Of one refit, all ridges: operations in all."""
+        """Operations of one refit in all, for all ridges."""
         return len(RIDGES) * (self.width**3 / 3 + 8 * self.width**2 * self.hidden)
 
 
 def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: LocalFit) -> Work:
-    """Operations of the stages of one layer."""
+    """Counts the operations of the stages of one layer.
+
+    Args:
+        shape: Sizes of the layer.
+        num_tokens: Tokens of the text.
+        stages: The stages that are run.
+        local: Of the gradient stage.
+    """
     sample = min(SAMPLE_TOKENS, num_tokens)
     judged = num_tokens / VALIDATION_SHARE
     whole = shape.attention + 2 * shape.mlp_parameters
-    # Whatever the stages: every one is judged.
+    # Every stage is judged.
     work = Work(float32=len(stages) * judged * whole)
     refit = Work((num_tokens + judged) * (shape.attention + shape.sums), shape.solutions)
     trial = Work(judged * 2 * shape.mlp_parameters + (sample + judged) * shape.sums, shape.solutions)
@@ -111,7 +143,7 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
         gathered = num_tokens * (shape.attention + shape.sums + shape.hidden**2)
         work += refit + Work(gathered + (sample + judged) * shape.attention) + trial.times(len(CARRIER_SHARES))
     if Stage.LOCAL in stages:
-        # Forward and backward; of what is frozen no gradient.
+        # Forward and backward, without gradients of frozen weights.
         per_token = 6 * shape.attention_parameters + 4 * shape.mlp_parameters + 3.5 * shape.maps
         # Muon's five steps of three products each.
         orthogonal = 30 * shape.attention_parameters * min(shape.hidden, shape.width)
@@ -134,14 +166,17 @@ def estimate_calibration(
     """Returns what a calibration takes: seconds good to a factor of about two, on a machine that does nothing else.
 
     Args:
-        config: The source's, with every field a plain LLaMA has.
-        num_tokens: Of the text.
-        row_tokens: Of a sequence.
+        config: The source's, with every field of a plain LLaMA.
+        num_tokens: Tokens of the text.
+        row_tokens: Tokens per sequence.
         stages: The stages that are run.
         local: Of the gradient stage.
-        device: Its rate is measured by a short probe, in its own time.
-        num_layers: How many are calibrated; all by default.
+        device: Where it is to run; a short probe measures its rate.
+        num_layers: Number of layers that are calibrated; all by default.
         written: Whether the source writes the text first.
+
+    Returns:
+        Operations, seconds, memory and disk.
     """
     device = torch.device(device)
     shape = Shape(
@@ -176,7 +211,7 @@ def estimate_calibration(
 
 
 def seconds_of(work: Work, device: torch.device) -> float:
-    """Seconds of the whole device, by the rates that it has been measured to have."""
+    """Returns the seconds that work takes on a device, all of its cores together, at its measured rates."""
     fast = torch.bfloat16 if faster_in_bfloat16(device.type) else torch.float32
     rated = ((work.float32, torch.float32), (work.float64, torch.float64), (work.fast, fast))
     seconds = OVERHEAD * sum(operations / product_rate(device.type, dtype) for operations, dtype in rated)

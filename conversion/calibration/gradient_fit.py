@@ -1,7 +1,7 @@
 """
-Gradient descent on one layer's attention parameters, against LLaMA's stream after that layer.
+Gradient descent on one layer's attention parameters, against LLaMA's hidden states after that layer.
 
-R rows, T tokens a row, C hidden.
+R sequences, T tokens per sequence, C hidden.
 """
 
 import math
@@ -19,20 +19,24 @@ from modeling_diff.diff_attention_modules import DiffLambda
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
 
-# Of the full rate. tiny-llama, 16K tokens: half batches above 0.5 of it, and steps skipped for less than 1 % of
-# progress, ended 0.0037 nats above float32 and full batches without checks; as it is now 0.0002 below.
+# Share of the full rate. tiny-llama, 16K tokens: half batches above 0.5, and steps skipped for less than 1 % of
+# progress, ended 0.0037 nats above float32 and full batches without checks; these defaults end 0.0002 below.
 HIGH_RATE = 0.75
 
 
 @dataclass(frozen=True)
 class LocalFit:
-    """
-    How long, how fast, and how far down lambda may go.
+    """Configures the gradient stage of a calibration.
 
-    Rates are relative to the root mean square of a parameter's median row (a tenth of that for vectors), so they suit
-    any model; that of the lambda vectors is absolute, as they start at 0.1. Every `check_steps` steps the held-back
-    sequences are looked at: unless their loss has fallen by `worth_going_on`, as many steps are skipped.
-    `lambda_floor` holds in every stage of a calibration, in this one after every step.
+    Attributes:
+        steps: Length of the schedule, of which checks may skip a part.
+        batch_tokens: Tokens per batch; half as many while the learning rate is high.
+        learning_rate: Peak, relative to the root mean square of a matrix's median row; a tenth of it for vectors.
+        lambda_learning_rate: Peak for the lambda vectors, absolute, as they start at 0.1.
+        warmup_steps: Steps of linear warmup.
+        check_steps: Steps between checks of the held-back sequences.
+        worth_going_on: Share by which their loss must have fallen, or `check_steps` steps are skipped.
+        lambda_floor: Lowest lambda, in every stage of a calibration.
     """
 
     steps: int = 200
@@ -48,13 +52,18 @@ class LocalFit:
 def fit_layer(
     problem: LayerProblem, weights: LayerWeights, options: LocalFit, progress: Callable[[int], None]
 ) -> LayerWeights:
-    """
-    The weights after `options.steps` steps or fewer, lambda held at its floor; the caller sees if they are better.
+    """Returns a layer's weights after gradient descent, better or not; lambda is held at its floor.
 
-    What lambda became is its new constant part, and its vectors are those of the start, whose exponentials cancel:
-    the fit leaves them of very unequal lengths, and healing would move lambda by leaps.
+    The lambda that was reached becomes the constant part, and the lambda vectors are those of the start, whose
+    exponentials cancel: the fit leaves them with very unequal lengths, and healing would move lambda by leaps.
+
+    Args:
+        problem: The layer.
+        weights: Those to start from.
+        options: How long and how fast.
+        progress: Called with the number of steps done.
     """
-    # Its package takes seconds to import.
+    # Imported here, as its package takes seconds.
     from modeling_diff.training.lambda_values import hold_lambda, layer_lambda
 
     layer = problem.diff_layer(weights)
@@ -65,7 +74,7 @@ def fit_layer(
     order = row_order(problem, torch.Generator().manual_seed(problem.seed))
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     least = math.inf
-    position = 0  # in the schedule, which skips what leads nowhere
+    position = 0  # in the schedule
     while position < options.steps:
         factor = rate_factor(position, options)
         for optimizer, rates in zip(optimizers, base, strict=True):
@@ -93,14 +102,14 @@ def fit_layer(
 
 
 def build_optimizers(attention: nn.Module, options: LocalFit) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, which got further in equally many steps than Adam at any rate; Adam for the rest."""
+    """Returns Muon for matrices, which got further in equal steps than Adam at any rate, and Adam for the rest."""
     lambdas = list(attention.get_submodule("diff_lambda").parameters())
     vectors = [{"params": lambdas, "lr": options.lambda_learning_rate}]
     matrices = []
     for name, parameter in attention.named_parameters():
         if name.startswith("diff_lambda"):
             continue
-        # The median row, as the rows of a value that carry its norm are larger than the rest.
+        # The median row: the carrier rows of `refit_values` are larger than the rest.
         rows = parameter.detach().flatten(1) if parameter.dim() > 1 else parameter.detach()[None]
         rate = options.learning_rate * max(float(rows.square().mean(1).sqrt().median()), 1e-4)
         if parameter.dim() == 2:
@@ -114,7 +123,7 @@ def build_optimizers(attention: nn.Module, options: LocalFit) -> list[torch.opti
 
 
 def rate_factor(step: int, options: LocalFit) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Returns the share of the full rate at a step: linear warmup, then a cosine to zero."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
@@ -122,17 +131,18 @@ def rate_factor(step: int, options: LocalFit) -> float:
 
 
 def steps_to_skip(reached: float, least: float, options: LocalFit) -> int:
-    """Returns how many steps of the schedule a check makes needless: it stops early by ending its decay sooner.
+    """Returns how many steps of the schedule a check skips; its decay then ends sooner.
 
     Args:
         reached: Loss of the held-back sequences now.
-        least: The least loss of any check before.
+        least: Least loss of any check before.
+        options: How long and how fast.
     """
     return 0 if reached < (1 - options.worth_going_on) * least else options.check_steps
 
 
 def batch_size(problem: LayerProblem, factor: float, options: LocalFit) -> int:
-    """Sequences of a batch: half as many while the rate is high, whose noise is larger than that of the batch."""
+    """Returns the sequences of a batch: half as many at a high rate, which is noisier than a small batch."""
     num_rows, num_tokens = problem.streams.converted.shape[:2]
     tokens = options.batch_tokens // 2 if factor > HIGH_RATE else options.batch_tokens
     return min(num_rows - problem.num_validation_rows, max(1, tokens // num_tokens))
@@ -147,13 +157,13 @@ def row_order(problem: LayerProblem, generator: torch.Generator) -> Iterator[int
 
 @torch.no_grad()
 def held_back_loss(problem: LayerProblem, layer: DiffLlamaDecoderLayer, options: LocalFit) -> float:
-    """`batch_loss` on as many of the held-back sequences as a batch holds."""
+    """Returns the `batch_loss` of as many held-back sequences as a batch holds."""
     count = max(1, options.batch_tokens // problem.streams.converted.shape[1])
     return batch_loss(problem, layer, torch.arange(min(count, problem.num_validation_rows))).item()
 
 
 def batch_loss(problem: LayerProblem, layer: DiffLlamaDecoderLayer, rows: torch.Tensor) -> torch.Tensor:
-    """Mean square distance to LLaMA's stream after the layer, each token relative to its own mean square."""
+    """Returns the mean square distance to LLaMA's hidden states after the layer, relative per token."""
     with fast_precision(problem.llama.device):
         reached = problem.llama.run(layer, problem.streams.converted[rows])
     error = (reached - problem.streams.after_layer[rows]).square().mean(-1)

@@ -9,8 +9,11 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
 def calibrated_model(llama: Any, result: CalibrationResult) -> DiffLlamaForCausalLM:
-    """
-    LLaMA with the attention of every layer replaced by what was calibrated; the calibration must be of all layers.
+    """Returns a LLaMA with the attention of every layer replaced by the calibrated one.
+
+    Args:
+        llama: transformers' LLaMA.
+        result: A calibration of all of its layers.
     """
     pairing = result.pairings[0]
     heads = paired_fields(len(pairing.query_heads), len(pairing.kv_heads), plain_config(llama.config).head_dim)

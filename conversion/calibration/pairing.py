@@ -1,7 +1,7 @@
 """
 Which LLaMA heads become one differential head: the cost of every pair, and the matching that costs least.
 
-H LLaMA heads, K LLaMA KV heads, P partners of a head, N tokens, T tokens a row, d map_dim, C hidden.
+H LLaMA heads, K LLaMA KV heads, P partners of a head, N tokens, T tokens per sequence, d map_dim, C hidden.
 """
 
 from typing import NamedTuple
@@ -14,69 +14,81 @@ from conversion.mapping.heads import HeadPairing, padded_counts
 
 
 def match_heads(costs: torch.Tensor, num_kv_heads: int) -> HeadPairing:
-    """
-    The pairing of least total cost; `costs[i, j]` (H, H) is that of head i as positive and j as subtracted map.
+    """Returns the pairing of least total cost.
 
     KV heads form pairs by a minimum-weight perfect matching, exact because costs add up. The cost of a KV pair is
-    that of the best assignment of its query heads, and its role (which of the two is subtracted) the cheaper one.
-    With as many KV heads as heads this is a matching of heads.
+    that of the best assignment of its query heads, with the cheaper of the two as negative map. With as many KV heads
+    as heads this is a matching of heads.
+
+    Args:
+        costs: (H, H); `costs[i, j]` is that of head i as positive map and head j as negative map.
+        num_kv_heads: K.
     """
     num_heads = len(costs)
     group = num_heads // num_kv_heads
     blocks = costs.double().cpu().numpy().reshape(num_kv_heads, group, num_kv_heads, group)
     graph = networkx.Graph()
-    assigned = {}
+    assigned: dict[tuple[int, int], _Assignment] = {}
     for first in range(num_kv_heads):
         for second in range(first + 1, num_kv_heads):
-            roles = [_assign(blocks[a, :, b], a, b) for a, b in ((first, second), (second, first))]
-            assigned[first, second] = min(roles, key=lambda role: role.cost)
+            both = [_assign(blocks[a, :, b], a, b) for a, b in ((first, second), (second, first))]
+            assigned[first, second] = min(both, key=lambda assignment: assignment.cost)
             graph.add_edge(first, second, weight=assigned[first, second].cost)
     kv_heads: list[int] = []
     query_heads: list[int] = []
     for first, second in sorted((min(edge), max(edge)) for edge in networkx.min_weight_matching(graph)):
-        role = assigned[first, second]
-        kv_heads += [role.positive, role.subtracted]
-        for row, column in enumerate(role.columns):
-            query_heads += [role.positive * group + row, role.subtracted * group + column]
+        pair = assigned[first, second]
+        kv_heads += [pair.positive, pair.negative]
+        for i, j in enumerate(pair.partners):
+            query_heads += [pair.positive * group + i, pair.negative * group + j]
     return HeadPairing(tuple(query_heads), tuple(kv_heads))
 
 
-class _Role(NamedTuple):
-    """Two KV heads, which of them is subtracted, and the query head of that one for each of the other."""
+class _Assignment(NamedTuple):
+    """Two KV heads, and for each query head of the positive one its partner, a query head of the negative one."""
 
     cost: float
     positive: int
-    subtracted: int
-    columns: list[int]
+    negative: int
+    partners: list[int]
 
 
-def _assign(block: numpy.ndarray, positive: int, subtracted: int) -> _Role:
+def _assign(block: numpy.ndarray, positive: int, negative: int) -> _Assignment:
     group = len(block)
     graph = networkx.Graph()
     graph.add_weighted_edges_from((i, group + j, float(block[i, j])) for i in range(group) for j in range(group))
     matched = sorted((min(edge), max(edge)) for edge in networkx.min_weight_matching(graph))
-    columns = [place - group for _, place in matched]
-    return _Role(float(block[range(group), columns].sum()), positive, subtracted, columns)
+    partners = [place - group for _, place in matched]
+    cost = float(block[range(group), partners].sum())
+    return _Assignment(cost=cost, positive=positive, negative=negative, partners=partners)
 
 
 class PairCosts:
     """
-    Least-squares cost of every ordered pair of heads, from Gram matrices gathered row by row of the calibration text.
+    Least-squares cost of every ordered pair of heads, from Gram matrices that are gathered sequence by sequence.
 
-    With U_ik = A_i V_k, what the pair gives in LLaMA is E W, E = [U_i,k(i), U_j,k(j)] (N, 2d) and W = [W_i; W_j]
-    (2d, C); what a differential head offers is F = [U_i,k(i) - lambda U_j,k(i), U_i,k(j) - lambda U_j,k(j)] (N, 2d),
-    under the strict norm divided by its own rms, token by token. Cost: min over B of |E W - F B|^2.
+    With U_ik = A_i V_k, the output of the pair in LLaMA is E W, E = [U_i,k(i), U_j,k(j)] (N, 2d) and W = [W_i; W_j]
+    (2d, C). A differential head has F = [U_i,k(i) - lambda U_j,k(i), U_i,k(j) - lambda U_j,k(j)] (N, 2d); the strict
+    norm divides it by its own root mean square, per token. Cost: min over B of |E W - F B|^2.
 
-    Where KV heads are odd in number, one idle KV head joins them. Its heads have the map and the values of whatever
-    head they pair with, and W_j = 0, so a head costs the same with any of them.
+    If the number of KV heads is odd, one idle KV head joins them. Its heads have the map and the values of the head
+    that they pair with, and W_j = 0, so a head costs the same with any of them.
+
+    Args:
+        output_weight: LLaMA's o_proj.weight (C, H d).
+        num_heads: H.
+        num_kv_heads: K.
+        diff_lambda: The lambda at which pairs are compared.
+        strict: Whether the norm over heads is the paper's.
     """
 
     def __init__(
         self, output_weight: torch.Tensor, num_heads: int, num_kv_heads: int, diff_lambda: float, strict: bool
     ):
-        """`output_weight` is LLaMA's o_proj.weight (C, H d)."""
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.diff_lambda, self.strict = diff_lambda, strict
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.diff_lambda = diff_lambda
+        self.strict = strict
         self.weights = output_weight.double().t().unflatten(0, (num_heads, -1))  # (H, d, C)
         self.num_padded, _ = padded_counts(num_heads, num_kv_heads)
         width = 4 * self.weights.shape[1]
@@ -84,18 +96,25 @@ class PairCosts:
         self.grams = torch.zeros(shape, dtype=torch.float64, device=output_weight.device)  # of [E, F]
 
     def partners(self, head: int) -> torch.Tensor:
-        """The heads that read another KV head."""
+        """Returns the heads (P,) that read another KV head than `head`."""
         group = self.num_heads // self.num_kv_heads
         others = [other for other in range(self.num_heads) if other // group != head // group]
         return torch.tensor(others, device=self.grams.device)
 
     def add(self, maps: torch.Tensor, values: torch.Tensor, token_weights: torch.Tensor) -> None:
-        """One row of text: LLaMA's `maps` (H, T, T), `values` (K, T, d), and the weight of each token (T,)."""
+        """Adds one sequence.
+
+        Args:
+            maps: LLaMA's attention maps (H, T, T).
+            values: Its values (K, T, d).
+            token_weights: Weight of each token (T,).
+        """
         group = self.num_heads // self.num_kv_heads
         outputs = torch.einsum("hts,ksd->hktd", maps, values)  # (H, K, T, d)
         for i in range(self.num_heads):
             j = self.partners(i)  # (P,)
-            own, other = i // group, j // group
+            own = i // group
+            other = j // group  # (P,)
             exact = torch.cat((outputs[i, own].expand(len(j), -1, -1), outputs[j, other]), dim=-1)  # (P, T, 2d)
             first = outputs[i, own] - self.diff_lambda * outputs[j, own]
             second = outputs[i, other] - self.diff_lambda * outputs[j, other]
@@ -107,17 +126,23 @@ class PairCosts:
             if self.strict:
                 offered = offered / offered.square().mean(-1, keepdim=True).add(1e-5).sqrt()
             both = torch.cat((exact, offered), dim=-1)  # (P, T, 4d)
-            # a row in float32, the sum of rows in float64
+            # A sequence in float32, the sum over sequences in float64.
             self.grams[i, self._with_idle(j)] += (both * token_weights[:, None]).transpose(1, 2) @ both
 
     def costs(self, ridge: float = 1e-6) -> torch.Tensor:
-        """(H, H), idle heads last; infinite for a head with itself or with one of its own KV head."""
+        """Returns the costs (H, H), idle heads last; infinite for two heads of one KV head.
+
+        Args:
+            ridge: Of the least squares, over the mean of the Gram matrix's diagonal.
+        """
         costs = torch.full((self.num_padded, self.num_padded), torch.inf, dtype=torch.float64)
         half = self.grams.shape[-1] // 2
         for i in range(self.num_heads):
             j = self.partners(i)
             gram = self.grams[i, self._with_idle(j)]
-            exact, cross, offered = gram[:, :half, :half], gram[:, :half, half:], gram[:, half:, half:]
+            exact = gram[:, :half, :half]
+            cross = gram[:, :half, half:]
+            offered = gram[:, half:, half:]
             floor = ridge * offered.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(gram.dtype).tiny
             damped = offered + floor[:, None, None] * torch.eye(half).to(gram)
             explained = cross @ torch.linalg.solve(damped, cross.transpose(1, 2))
@@ -134,6 +159,7 @@ class PairCosts:
 
     @property
     def has_idle(self) -> bool:
+        """Whether an idle KV head is added."""
         return self.num_padded > self.num_heads
 
     def _with_idle(self, partners: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """
-One layer to be fitted, and what its converted attention sees and leaves.
+One layer to be fitted: what its converted attention sees, and how far from LLaMA it ends.
 
 R sequences, T tokens per sequence, N tokens, C hidden, D = 2d head_dim.
 """
@@ -30,7 +30,13 @@ SAMPLE_TOKENS = 8192  # enough for a choice among a few candidates
 
 
 class AttentionInputs(NamedTuple):
-    """Of a chunk of tokens: what enters modules by name (N, F), targets (N, C), and the weight of each token (N,)."""
+    """A chunk of tokens on their way through the attention.
+
+    Attributes:
+        inputs: What enters modules (N, F), by the module's name.
+        targets: What the attention should add to the hidden states (N, C).
+        token_weights: Weight of each token (N,).
+    """
 
     inputs: Mapping[str, torch.Tensor]
     targets: torch.Tensor
@@ -39,7 +45,20 @@ class AttentionInputs(NamedTuple):
 
 @dataclass
 class LayerProblem:
-    """One layer to be fitted: LLaMA's layer and tensors, the streams around it, and which rows judge the outcome."""
+    """One layer to be fitted.
+
+    Attributes:
+        index: Index of the layer.
+        llama: The source's layers.
+        tensors: Tensors of this one.
+        layer: This layer, as the source computes it.
+        streams: Hidden states around it.
+        seed: Of the calibration.
+        norm: "strict" or "neutral", the norm over heads.
+        lambdas: Values of lambda_init to choose from.
+        num_validation_rows: Number of sequences, the first ones, that are held back to judge.
+        token_weights: (R, T): one over the mean square after the layer, as the next norm divides by it.
+    """
 
     index: int
     llama: LlamaLayers
@@ -50,41 +69,50 @@ class LayerProblem:
     norm: Norm
     lambdas: tuple[float, ...]
     num_validation_rows: int
-    token_weights: torch.Tensor = field(init=False)  # (R, T): one over the mean square, as the next norm divides by it
+    token_weights: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_weights = 1 / self.streams.after_layer.square().mean(-1).add(1e-6)
 
     @property
     def training_rows(self) -> slice:
+        """The sequences that are fitted."""
         return slice(self.num_validation_rows, None)
 
     @property
     def validation_rows(self) -> slice:
+        """The held-back sequences."""
         return slice(0, self.num_validation_rows)
 
     @property
     def sample_rows(self) -> slice:
+        """The training sequences on which candidates are compared."""
         num_tokens = self.streams.converted.shape[1]
         return slice(self.num_validation_rows, self.num_validation_rows + max(2, SAMPLE_TOKENS // num_tokens))
 
     def diff_layer(self, weights: LayerWeights) -> DiffLlamaDecoderLayer:
+        """Returns the converted layer with these weights."""
         return self.llama.diff_layer(self.index, self.tensors, weights)
 
     def start(self, pairing: HeadPairing, lambda_init: float) -> LayerWeights:
-        """The permuted copy, with a norm that is not fitted yet."""
+        """Returns the permuted copy, with a norm that is not fitted yet."""
         seed = self.seed * 1000 + self.index
         return copied_weights(self.tensors, self.llama.config, pairing, lambda_init, seed)
 
     @torch.no_grad()
     def attend(self, weights: LayerWeights, rows: slice, *modules: str) -> Iterator["AttentionInputs"]:
-        """
-        What enters each of `modules` of the converted attention, chunk by chunk, all in one pass.
+        """Yields what enters modules of the converted attention, chunk by chunk, all modules in one pass.
 
-        The target is what the attention must add to the converted stream to end where LLaMA's is.
+        The target is what the attention must add to the converted hidden states to reach LLaMA's.
+
+        Args:
+            weights: The converted attention.
+            rows: Sequences to go through.
+            modules: Names below `self_attn`.
         """
         layer = self.diff_layer(weights)
-        states, after = self.streams.converted[rows], self.streams.after_attention[rows]
+        states = self.streams.converted[rows]
+        after = self.streams.after_attention[rows]
         token_weights = self.token_weights[rows]
         positions = torch.arange(states.shape[1], device=states.device)[None]
         rotated = self.llama.rotary(states[:1], positions)
@@ -99,13 +127,18 @@ class LayerProblem:
 
     @torch.no_grad()
     def distance(self, reached: torch.Tensor, rows: slice) -> float:
-        """Mean square distance of states (R, T, C) after the layer to LLaMA's, relative, token by token."""
+        """Returns the mean square distance to LLaMA's hidden states after the layer, relative per token.
+
+        Args:
+            reached: Hidden states (R, T, C) after the layer.
+            rows: Which sequences they are of.
+        """
         error = (reached - self.streams.after_layer[rows]).square().mean(-1)
         return float((error * self.token_weights[rows]).double().mean())
 
     @torch.no_grad()
     def residual(self, weights: LayerWeights) -> float:
-        """`distance` of what the layer makes of the held-back sequences."""
+        """Returns the `distance` of the held-back sequences after the converted layer."""
         layer = self.diff_layer(weights)
         states = self.streams.converted[self.validation_rows]
         reached = [self.llama.run(layer, states[part]) for part in chunks(*states.shape[:2])]

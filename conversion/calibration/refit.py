@@ -1,6 +1,6 @@
 """
-Least squares from Gram matrices: products of float32 blocks, summed in float64, of a size that does not depend on the
-number of tokens.
+Least squares from Gram matrices, whose size does not depend on the number of tokens: products of float32 blocks,
+summed in float64.
 
 N tokens, F features, C targets.
 """
@@ -12,14 +12,20 @@ import torch
 from conversion.errors import ConversionError
 
 
-COLUMNS = 512  # of a block of X'X: what lies above the diagonal is computed once
-BLOCK_TOKENS = 1024  # summed in float32; float32 sums over more would lose what the smallest ridge is worth
-LEAST_RIDGE = 1e-10  # of the diagonal: what keeps a Gram matrix with idle or repeated columns positive
+COLUMNS = 512  # of a block of X'X; blocks below the diagonal are not computed
+BLOCK_TOKENS = 1024  # summed in float32; the rounding of longer sums would exceed the smallest ridge
+LEAST_RIDGE = 1e-10  # over the diagonal: keeps a Gram matrix with idle or repeated columns positive
 RIDGE_STEP = 10.0
 
 
 class NormalEquations:
-    """Weighted sums X'X (F, F), X'Y (F, C) and Y'Y over tokens, gathered chunk by chunk."""
+    """Weighted sums X'X (F, F), X'Y (F, C) and Y'Y over tokens, gathered chunk by chunk.
+
+    Args:
+        num_features: F.
+        num_targets: C.
+        device: Where the sums are kept.
+    """
 
     def __init__(self, num_features: int, num_targets: int, device: torch.device):
         self.cross = torch.zeros(num_features, num_targets, dtype=torch.float64, device=device)
@@ -32,7 +38,13 @@ class NormalEquations:
         return self._upper.triu() + self._upper.triu(1).t()
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor) -> None:
-        """Adds tokens: `features` (N, F), `targets` (N, C), `token_weights` (N,), not negative."""
+        """Adds tokens.
+
+        Args:
+            features: X (N, F).
+            targets: Y (N, C).
+            token_weights: Weight of each token (N,), not negative.
+        """
         root = token_weights.float().sqrt()[:, None]
         blocks = zip(
             (root * features.float()).split(BLOCK_TOKENS), (root * targets.float()).split(BLOCK_TOKENS), strict=True
@@ -45,13 +57,18 @@ class NormalEquations:
             self.target_square += float(wanted.double().square().sum())
 
     def solve(self, ridge: float, prior: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        W (F, C) that minimizes |X W - Y|^2 + ridge |D (W - prior)|^2, D^2 the diagonal of X'X: whatever the scale of
-        a feature, the ridge weighs on it alike.
+        """Returns the W (F, C) that minimizes |X W - Y|^2 + ridge |D (W - prior)|^2, D^2 the diagonal of X'X.
 
-        Directions in which the features do not vary keep the prior (zero without one), so a singular Gram matrix, as
-        idle heads make it, is no obstacle. Where float32 products leave a matrix indefinite the ridge rises until it
-        is not. Raises ConversionError for sums that are not finite.
+        The ridge is relative to the scale of each feature. Directions in which the features do not vary keep the
+        prior, so a singular Gram matrix, as idle heads make it, can be solved. Where float32 products leave the
+        matrix indefinite, the ridge rises until it is definite.
+
+        Args:
+            ridge: At least LEAST_RIDGE is taken.
+            prior: (F, C); zero by default.
+
+        Raises:
+            ConversionError: The sums are not finite.
         """
         gram = self.gram
         if not (gram.isfinite().all() and self.cross.isfinite().all()):
@@ -73,7 +90,7 @@ class NormalEquations:
             ridge *= RIDGE_STEP
 
     def residual(self, weight: torch.Tensor) -> float:
-        """|X W - Y|^2 over |Y|^2, for W (F, C)."""
+        """Returns |X W - Y|^2 over |Y|^2, for W (F, C)."""
         weight = weight.double()
         square = (weight * (self.gram @ weight - 2 * self.cross)).sum().item() + self.target_square
         return square / self.target_square if self.target_square else math.nan
@@ -82,7 +99,17 @@ class NormalEquations:
 def ridge_refit(
     fitted: NormalEquations, validation: NormalEquations, prior: torch.Tensor, ridges: tuple[float, ...]
 ) -> tuple[torch.Tensor, float]:
-    """The weight (F, C) whose ridge leaves least on `validation`, and that residual; `prior` itself is a candidate."""
+    """Chooses the ridge that leaves least on other tokens; no change at all is a candidate as well.
+
+    Args:
+        fitted: Sums over the tokens to fit.
+        validation: Sums over the tokens that judge.
+        prior: The old weight (F, C).
+        ridges: Ridges to try.
+
+    Returns:
+        The weight (F, C), and its residual on `validation`.
+    """
     candidates = [prior.double()] + [fitted.solve(ridge, prior) for ridge in ridges]
     residuals = [validation.residual(weight) for weight in candidates]
     best = min(range(len(candidates)), key=lambda index: residuals[index])

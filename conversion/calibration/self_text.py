@@ -1,6 +1,6 @@
 """
-Calibration text that the source writes itself, where nobody has any: sampled at temperature 1, so that it comes as
-the model expects text to come.
+Calibration text that the source writes itself, where the user has none: sampled at temperature 1, so that it has the
+distribution that the model expects.
 
 R sequences, T tokens per sequence, V vocabulary.
 """
@@ -23,14 +23,18 @@ from modeling_diff.diff_transformers_compat import cache_argument
 
 
 SELF_TEXT = "self: sampled from the source at temperature 1"  # as the record names it
-BATCH_ROWS = 64  # a step reads all weights once, however many sequences it continues
+BATCH_ROWS = 64  # sequences that are continued together, as every step reads all weights
 FILE = "text.safetensors"
 
 logger = logging.getLogger(__name__)
 
 
 def check_self_text(source: Source) -> None:
-    """ConversionError for a source that cannot write."""
+    """Checks that a source can write text.
+
+    Raises:
+        ConversionError: It has no language model head.
+    """
     if not {"lm_head.weight", "model.embed_tokens.weight"} & set(source.reader.tensors):
         raise ConversionError(
             f"{source.folder}: has no language model head, so --calibration self has nothing to sample from; give text"
@@ -40,14 +44,16 @@ def check_self_text(source: Source) -> None:
 def self_text(
     source: Source, folder: Path, num_tokens: int, row_tokens: int, seed: int, device: str, resume: bool | None
 ) -> torch.Tensor:
-    """Returns what the source writes from its bos on, (R, T): what a stopped run has left, or a new sample.
+    """Returns text (R, T) that the source writes from its bos token on: the one of a stopped run, or a new sample.
 
     Args:
+        source: The LLaMA.
         folder: Where the text is kept for a run that continues this one.
-        num_tokens: Of all sequences together.
-        row_tokens: T, the bos included.
+        num_tokens: Tokens of all sequences together.
+        row_tokens: T, the bos token included.
         seed: Of the sample.
-        resume: False discards what is there.
+        device: Where the source is run.
+        resume: False discards text that is there.
 
     Raises:
         ConversionError: Logits that are not finite.
@@ -67,7 +73,12 @@ def self_text(
 
 
 def read_text(path: Path, wanted: dict[str, Any]) -> torch.Tensor | None:
-    """The sequences in `path`, None where there are none that were written as `wanted`."""
+    """Returns the sequences in a file; None where there are none, or others than wanted.
+
+    Args:
+        path: The file.
+        wanted: Source, seed and shape.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get("said", "{}"))
@@ -77,15 +88,24 @@ def read_text(path: Path, wanted: dict[str, Any]) -> torch.Tensor | None:
 
 
 def has_text(folder: Path) -> bool:
-    """Whether a source has written its text there."""
+    """Returns whether a source has written its text in this work folder."""
     return (folder / FILE).exists()
 
 
 @torch.no_grad()
 def sample(model: Any, num_rows: int, row_tokens: int, *, seed: int) -> torch.Tensor:
-    """Returns sequences (R, T) that the model draws token by token; of one without a bos the first token is any.
+    """Samples sequences (R, T) token by token; without a bos token the first one is any of the vocabulary.
 
-    What follows the end of a document is drawn as well, as in text that is packed.
+    After the end of a document the next one follows, as in packed text.
+
+    Args:
+        model: A causal language model.
+        num_rows: R.
+        row_tokens: T.
+        seed: Of the sample.
+
+    Raises:
+        ConversionError: Logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     bos = model.config.bos_token_id

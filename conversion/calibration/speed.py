@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, measured once by a short probe, whatever else it does meanwhile."""
+"""How fast this machine multiplies matrices, measured once by a short probe; other load does not change it."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 PROBE_SIZE = 768
 ROUNDS = 5
-WORTH_IT = 1.3  # below it, conversions to and from bfloat16 eat what its products save
+WORTH_IT = 1.3  # below it, conversions to and from bfloat16 cost what its products save
 
 
 @lru_cache
@@ -18,7 +18,10 @@ def product_rate(device_type: str, dtype: torch.dtype) -> float:
 
     Args:
         device_type: "cpu", "cuda" or another of torch's.
-        dtype: That of the product.
+        dtype: Dtype of the product.
+
+    Returns:
+        Operations per second; a multiplication and an addition count as two.
     """
     matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device_type)
 
@@ -35,7 +38,7 @@ def product_rate(device_type: str, dtype: torch.dtype) -> float:
 
 
 def least_seconds(function: Callable[[], None], clock: Callable[[], float]) -> float:
-    """The shortest of a few calls after one that warms up, by `clock`."""
+    """Returns the seconds of the shortest of a few calls by `clock`, after one that warms up."""
     function()
     seconds = []
     for _ in range(ROUNDS):
@@ -46,5 +49,5 @@ def least_seconds(function: Callable[[], None], clock: Callable[[], float]) -> f
 
 
 def faster_in_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 products are so much faster that converting to them pays: AMX, AVX-512 BF16 and GPUs."""
+    """Returns whether bfloat16 products are faster by enough to pay for converting: AMX, AVX-512 BF16 and GPUs."""
     return product_rate(device_type, torch.bfloat16) > WORTH_IT * product_rate(device_type, torch.float32)

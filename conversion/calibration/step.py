@@ -1,4 +1,4 @@
-"""Calibration as a step of a conversion: what it is asked, where it keeps its work, and what becomes of its result."""
+"""Calibration as a step of a conversion: its checks before the start, its work folder, and its result in the plan."""
 
 import logging
 import shutil
@@ -37,26 +37,36 @@ from conversion.source.architectures import plain_config
 
 
 logger = logging.getLogger(__name__)
-ROW_TOKENS = 1024  # or what the model can read, if that is less
+ROW_TOKENS = 1024  # per sequence, or what the model can read if that is less
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One that can be begun: the text with as many tokens as its whole sequences hold, and what it takes.
+    """A calibration that passed its checks and can start.
 
-    `rows` (R, T) are None until the source has written them.
+    Attributes:
+        text: The text, with the number of tokens in whole sequences.
+        rows: Its token ids (R, T); None if the source is to write them.
+        row_tokens: T, tokens per sequence.
+        estimate: What the calibration takes.
+        whole: Whether all of the text is read, as it is shorter than the default.
     """
 
     text: CalibrationText
     rows: torch.Tensor | None
     row_tokens: int
     estimate: CalibrationEstimate
-    whole: bool = False  # the text is shorter than the default
+    whole: bool = False
 
     @property
     def note(self) -> str:
+        """What the calibration takes, as one sentence."""
         gigabyte = 10**9
-        of = " (all of the text)" if self.whole else " that the source writes" if self.rows is None else ""
+        of = ""
+        if self.whole:
+            of = " (all of the text)"
+        elif self.rows is None:
+            of = " that the source writes"
         return (
             f"calibration on {self.text.tokens} tokens{of}: about {duration_text(self.estimate.seconds)} on this "
             f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
@@ -65,10 +75,18 @@ class Calibration:
 
 
 def prepare_calibration(source: Source, options: ConversionOptions, text: CalibrationText) -> Calibration:
-    """Reads the text, unless the source is to write it.
+    """Checks all that a calibration needs, and reads the text unless the source is to write it.
+
+    Args:
+        source: The LLaMA.
+        options: Choices of the conversion.
+        text: The text, and how it is used.
+
+    Returns:
+        The calibration, with an estimate of what it takes.
 
     Raises:
-        ConversionError: Text, options or a source with which the calibration would fail.
+        ConversionError: Text, options or source with which the calibration would fail.
     """
     model = source.model
     if model.kind != "llama" or options.variant != "v1" or options.pairings:
@@ -117,7 +135,7 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
 
 
 def log_estimate(calibration: Calibration) -> None:
-    """Logs what the calibration will take, before it is begun."""
+    """Logs what a calibration takes, before it starts."""
     logger.info(calibration.note)
 
 
@@ -129,7 +147,19 @@ def run_calibration(
     resume: bool | None,
     progress: Progress,
 ) -> CalibrationResult:
-    """Fits the layers, on a GPU if there is one; before that the source writes its text, if it is to."""
+    """Fits the layers, on a GPU if there is one; first the source writes its text, if it is to.
+
+    Args:
+        calibration: What was checked.
+        source: The LLaMA.
+        options: Choices of the conversion.
+        work_folder: Where finished layers are kept.
+        resume: What to do with work that is there: `conversion.checkpoint.kept_work`.
+        progress: As `calibrate` has it.
+
+    Returns:
+        The fitted attention, by layer.
+    """
     rows = calibration.rows
     if rows is None:
         rows = self_text(
@@ -155,7 +185,13 @@ def run_calibration(
 
 
 def calibrated_plan(plan: Plan, text: CalibrationText, result: CalibrationResult) -> Plan:
-    """Returns the plan with the attention of the calibrated layers as fitted, in config and record as well."""
+    """Returns a plan in which the attention of the calibrated layers is the fitted one, in config and record as well.
+
+    Args:
+        plan: The plan of the uncalibrated conversion.
+        text: The text that was used.
+        result: The fitted attention.
+    """
     rules = [
         replace(rule, build=lambda *_, name=rule.target: result[name]) if rule.target in result.names else rule
         for rule in plan.rules
@@ -173,7 +209,7 @@ def calibrated_plan(plan: Plan, text: CalibrationText, result: CalibrationResult
 
 
 def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict[str, Any]:
-    """For conversion.json: the text by name, and what every stage reached in every layer."""
+    """Returns the entry of conversion.json: the text by name, and what every stage reached in every layer."""
     return {
         "text": SELF_TEXT if text.path is None else text.path.name,
         "tokens": text.tokens,
@@ -188,9 +224,15 @@ def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict
 
 @contextmanager
 def calibration_work(output: Path) -> Iterator[Path]:
-    """Where a calibration keeps its finished layers: held against other runs, removed when all is written.
+    """Yields the folder of a calibration's finished layers: locked, and removed when the output is written.
 
-    Whatever stops the run leaves them there. FilesError if another run has the folder.
+    Whatever stops the run leaves them there.
+
+    Args:
+        output: The target of the conversion.
+
+    Raises:
+        FilesError: Another run has the folder.
     """
     folder = calibration_folder(output.resolve())
     with parents_made(folder), locked(folder):

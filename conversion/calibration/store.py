@@ -1,4 +1,4 @@
-"""Results of a calibration on disk, a file a layer, so that memory stays at one layer and a run can be taken up."""
+"""Results of a calibration on disk, one file per layer: memory is that of one, and a stopped run can continue."""
 
 import hashlib
 import json
@@ -26,7 +26,14 @@ IDENTITY = "identity.json"
 def run_identity(
     reader: CheckpointReader, config: PreTrainedConfig, tokens: torch.Tensor, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Changes with anything that could change a result; reads every byte of the weights."""
+    """Returns what changes with anything that could change a result; reads every byte of the weights.
+
+    Args:
+        reader: The source's weights.
+        config: Its config.
+        tokens: The calibration tokens (R, T).
+        options: All other choices.
+    """
     return {
         "source": [reader.content(), config.to_dict() | {"_name_or_path": None}],
         "text": [list(tokens.shape), hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()],
@@ -36,10 +43,15 @@ def run_identity(
 
 
 class CalibrationStore:
-    """`layer-00003.safetensors` for a finished layer, `layer-00003.STAGE.safetensors` for one under way.
+    """`layer-00003.safetensors` for a finished layer, `layer-00003.STAGE.safetensors` for an unfinished one.
 
-    A folder in which a run of another identity has finished a layer or a stage is refused, with a FilesError, unless
-    `resume` is False: `conversion.checkpoint.kept_work`.
+    Args:
+        folder: Where the files are.
+        identity: All that the results depend on.
+        resume: What to do with results that are there: `conversion.checkpoint.kept_work`.
+
+    Raises:
+        FilesError: A run of another identity has finished a layer or a stage there, and `resume` is not False.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool | None = None):
@@ -57,16 +69,24 @@ class CalibrationStore:
 
     @property
     def names(self) -> frozenset[str]:
+        """Names in the converted checkpoint of the tensors of finished layers."""
         return frozenset(self._files)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of a finished layer by its name in the converted checkpoint."""
+        """Reads a tensor of a finished layer by its name in the converted checkpoint."""
         path, key = self._files[name]
         with file_errors(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(key).clone()  # mapped otherwise, and a file cut short would kill the process
 
     def save(self, index: int, weights: LayerWeights, record: Mapping[str, Any], stage: str | None) -> None:
-        """Whole or not at all; `stage` None means that the layer is finished, and its stages are removed."""
+        """Writes the results of a stage, or of a finished layer, whole or not at all.
+
+        Args:
+            index: Index of the layer.
+            weights: Its attention.
+            record: What the stages reached.
+            stage: The stage; None for a finished layer, whose stages are then removed.
+        """
         said: dict[str, Any] = {"fingerprint": self.fingerprint, "record": dict(record)}
         said |= {"query_heads": weights.pairing.query_heads, "kv_heads": weights.pairing.kv_heads}
         said |= {"lambda_init": weights.lambda_init, "sub_norm_eps": weights.sub_norm_eps}
@@ -82,7 +102,7 @@ class CalibrationStore:
             self._finish(index, weights, record)
 
     def load(self, index: int, stage: str | None, device: torch.device) -> tuple[LayerWeights, dict[str, Any]] | None:
-        """What `save` left, or None if there is nothing of this run."""
+        """Returns the weights and the record that `save` wrote; None if there is nothing of this run."""
         path = self._path(index, stage)
         try:
             with safe_open(path, framework="pt") as file:
@@ -102,13 +122,13 @@ class CalibrationStore:
         path = self._path(index, None)
         self.records[index] = dict(record)
         self._files |= {f"model.layers.{index}.self_attn.{name}": (path, name) for name in weights.tensors}
-        for under_way in self.folder.glob(f"layer-{index:05}.*.safetensors"):
-            under_way.unlink(missing_ok=True)
+        for unfinished in self.folder.glob(f"layer-{index:05}.*.safetensors"):
+            unfinished.unlink(missing_ok=True)
 
     def _path(self, index: int, stage: str | None) -> Path:
         return self.folder / f"layer-{index:05}{f'.{stage}' if stage else ''}.safetensors"
 
 
 def has_results(folder: Path) -> bool:
-    """Whether a layer, or a stage of one, was finished there."""
+    """Returns whether a layer, or a stage of one, was finished in this work folder."""
     return next(folder.glob("layer-*.safetensors"), None) is not None

@@ -6,16 +6,26 @@ from typing import Any
 
 
 def padded_counts(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
-    """Returns how many heads and KV heads there are once they pair: an odd count gets one more, idle KV head.
+    """Returns the numbers of heads and KV heads that can be paired: an odd number of KV heads gets one idle one more.
 
-    Heads per KV head stay as they are, so an idle KV head brings that many idle heads. Theirs are the last numbers.
+    An idle KV head has as many heads as every other one. Idle heads have the last indices.
+
+    Args:
+        num_heads: LLaMA's heads.
+        num_kv_heads: LLaMA's KV heads.
     """
     kv_heads = num_kv_heads + num_kv_heads % 2
     return num_heads // num_kv_heads * kv_heads, kv_heads
 
 
 def paired_fields(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, int]:
-    """Returns the config fields of a V1 that so many heads make: two of LLaMA's are one of ours, twice as wide."""
+    """Returns the head fields of a V1 config: two of LLaMA's heads are one of ours, twice as wide.
+
+    Args:
+        num_heads: LLaMA's heads, idle ones included.
+        num_kv_heads: LLaMA's KV heads, idle ones included.
+        map_dim: Width of a LLaMA head.
+    """
     return {
         "num_attention_heads": num_heads // 2,
         "num_key_value_heads": num_kv_heads // 2,
@@ -27,10 +37,14 @@ def paired_fields(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, 
 class HeadPairing:
     """Which LLaMA heads make up the differential heads of one layer.
 
-    `query_heads[2 i + m]` is the LLaMA head that becomes map m of head i, `kv_heads[2 g + m]` the KV head whose keys
-    become map m's keys of KV head g and whose values become half m of its value. `query_heads` must read the KV
-    heads that `kv_heads` puts at their place. ValueError otherwise. Counts are those of `padded_counts`: heads that
-    LLaMA does not have are idle.
+    Attributes:
+        query_heads: `query_heads[2 i + m]` is the LLaMA head that becomes map m of head i. Numbers are those of
+            `padded_counts`; heads that LLaMA does not have are idle.
+        kv_heads: `kv_heads[2 g + m]` is the LLaMA KV head whose keys become those of map m, and whose values become
+            half m of the value, of KV head g.
+
+    Raises:
+        ValueError: A head is not listed exactly once, or a query head does not read the KV head at its position.
     """
 
     query_heads: tuple[int, ...]
@@ -43,22 +57,23 @@ class HeadPairing:
         if len(self.query_heads) % len(self.kv_heads):
             raise ValueError(f"{len(self.query_heads)} query heads cannot share {len(self.kv_heads)} KV heads evenly")
         group = len(self.query_heads) // len(self.kv_heads)
-        for place, head in enumerate(self.query_heads):
-            expected = self.kv_heads[2 * (place // 2 // group) + place % 2]
+        for position, head in enumerate(self.query_heads):
+            expected = self.kv_heads[2 * (position // 2 // group) + position % 2]
             if head // group != expected:
-                raise ValueError(f"query head {head} at place {place} reads KV head {head // group}, not {expected}")
+                raise ValueError(
+                    f"query head {head} at position {position} reads KV head {head // group}, not {expected}"
+                )
 
     @classmethod
     def adjacent(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
-        """The default without calibration: KV heads 2g and 2g + 1, their query heads j with one another."""
+        """Pairs KV heads 2g and 2g + 1, and their query heads in order: the default without calibration."""
         group = num_heads // num_kv_heads
-        places = range(num_heads // 2)
-        heads = ((2 * (i // group) + m) * group + i % group for i in places for m in (0, 1))
+        heads = ((2 * (i // group) + m) * group + i % group for i in range(num_heads // 2) for m in (0, 1))
         return cls(tuple(heads), tuple(range(num_kv_heads)))
 
     @classmethod
     def halves(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
-        """The order of transformers' own `diffllama`: map h pairs with map h + H / 2, KV heads likewise."""
+        """Pairs map h with map h + H / 2, KV heads likewise: the order of transformers' own `diffllama`."""
         query_heads = (i + m * num_heads // 2 for i in range(num_heads // 2) for m in (0, 1))
         kv_heads = (g + m * num_kv_heads // 2 for g in range(num_kv_heads // 2) for m in (0, 1))
         return cls(tuple(query_heads), tuple(kv_heads))
@@ -66,7 +81,22 @@ class HeadPairing:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the table needs to know of a model; head counts are LLaMA's (twice ours in V1)."""
+    """Sizes of a model from which `TENSORS` follows; numbers of heads are LLaMA's (twice ours in V1).
+
+    Attributes:
+        vocab_size: Size of the vocabulary.
+        hidden_size: Hidden size.
+        intermediate_size: Width of the MLP.
+        num_layers: Number of layers.
+        num_heads: LLaMA's heads.
+        num_kv_heads: LLaMA's KV heads.
+        map_dim: Width of a LLaMA head.
+        lm_head: Whether there is a tensor for the head: not if it is tied to the embedding, or there is none.
+        attention_bias: Whether queries, keys and values have biases.
+        attention_out_bias: Whether `o_proj` has a bias.
+        mlp_bias: Whether the MLP has biases.
+        qk_norm: Whether queries and keys have norms.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -75,8 +105,8 @@ class Sizes:
     num_heads: int
     num_kv_heads: int
     map_dim: int
-    lm_head: bool = True  # False: tied to the embedding, or a model without a head
-    attention_bias: bool = False  # of queries, keys and values
+    lm_head: bool = True
+    attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
@@ -85,7 +115,15 @@ class Sizes:
     def from_fields(
         cls, fields: Mapping[str, Any], *, num_heads: int, num_kv_heads: int, map_dim: int, lm_head: bool = True
     ) -> "Sizes":
-        """Returns the sizes that config fields by our names mean; heads are counted by the caller, as LLaMA's."""
+        """Returns the sizes that a config means.
+
+        Args:
+            fields: Fields of the config, by our names.
+            num_heads: LLaMA's heads.
+            num_kv_heads: LLaMA's KV heads.
+            map_dim: Width of a LLaMA head.
+            lm_head: Whether there is a tensor for the head.
+        """
         return cls(
             vocab_size=fields["vocab_size"],
             hidden_size=fields["hidden_size"],
@@ -102,7 +140,7 @@ class Sizes:
         )
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """The shape that a row of `TENSORS` spells."""
+        """Returns the shape that an entry of `TENSORS` spells in letters."""
         width = {
             "V": self.vocab_size,
             "C": self.hidden_size,

@@ -1,4 +1,4 @@
-"""Lambda per layer, as it stands in a checkpoint, and whether it leaves a layer differential."""
+"""Lambda per layer, as a checkpoint has it, and whether it leaves a layer differential."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,11 @@ from conversion.mapping.rules import LAMBDA_VECTORS
 
 
 def not_differential(lambdas: Mapping[int, float]) -> str | None:
-    """Returns which layers have a lambda of 0, at which the second map does nothing; None where no layer has."""
+    """Returns a warning of layers whose lambda is 0, at which the negative map has no effect; None without any.
+
+    Args:
+        lambdas: lambda by layer.
+    """
     layers = [str(layer) for layer, value in sorted(lambdas.items()) if round(value, 6) == 0]
     if not layers:
         return None
@@ -25,10 +29,17 @@ def differential_layers(config: Any) -> list[int]:
 
 
 def read_lambdas(config: Any, reader: CheckpointReader) -> dict[int, float]:
-    """Returns lambda per layer. V2's depends on the token: the mean over heads of a zero token's.
+    """Reads lambda by layer; V2's depends on the token, and the mean over heads for a token of zeros is taken.
+
+    Args:
+        config: Ours.
+        reader: The weights.
+
+    Returns:
+        lambda by index of the differential layers.
 
     Raises:
-        ConversionError: A tensor that is missing or of another shape.
+        ConversionError: A tensor is missing, or of another shape.
     """
     lambdas = {}
     prefix = "model." if any(name.startswith("model.") for name in reader.tensors) else ""
@@ -49,7 +60,7 @@ def read_lambdas(config: Any, reader: CheckpointReader) -> dict[int, float]:
 
 
 def _read_vector(reader: CheckpointReader, name: str, size: int) -> torch.Tensor:
-    """In float32. ConversionError unless the tensor is there in the shape (size,)."""
+    """Reads a tensor of the shape (size,), in float32; ConversionError without it."""
     info = reader.tensors.get(name)
     if info is None or info.shape != (size,):
         found = f"has shape {info.shape}" if info else "is missing"
@@ -58,7 +69,7 @@ def _read_vector(reader: CheckpointReader, name: str, size: int) -> torch.Tensor
 
 
 def starting_lambdas(config: Any, record: Mapping[str, Any]) -> dict[int, float]:
-    """λ of a conversion's differential layers before any training: V1's vectors cancel, V2 starts at one value."""
+    """Returns lambda by differential layer before any training: V1's vectors cancel, V2 starts at one value."""
     layers = differential_layers(config)
     if config.variant == "v1":
         return {layer: float((config.lambda_init or ())[layer]) for layer in layers}

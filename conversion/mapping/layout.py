@@ -1,7 +1,7 @@
 """Pure tensor rules: what a checkpoint's tensors are called, and what becomes of each; knows no files and no models.
 
-V vocabulary, C hidden, I intermediate, H LLaMA heads (= maps of one side), G LLaMA KV heads, d or D map_dim.
-`TENSORS` is the one table of names; a layout says what becomes of the rows and columns that attention cares about.
+V vocabulary, C hidden, I intermediate, H LLaMA heads, G LLaMA KV heads, d or D map_dim.
+`TENSORS` is the one table of names; a layout says what becomes of the rows and columns of the attention.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from conversion.mapping.heads import HeadPairing, Sizes
 
 
-# name, shape in the letters above (Q = H d, K = G d), role, the size in `Sizes` without which it is not there; a bias
-# has the rows of its weight
+# Name, shape in the letters above (Q = H d, K = G d), role, and the field of `Sizes` on which it depends. A bias has
+# the rows of its weight.
 TENSORS = (
     ("model.embed_tokens.weight", "VC", "keep", ""),
     ("model.layers.{layer}.input_layernorm.weight", "C", "keep", ""),
@@ -42,9 +42,9 @@ TENSORS = (
 
 
 def llama_tensors(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
-    """Every tensor a LLaMA of these sizes has, in file order: name, shape, role, layer."""
-    present = [row for row in TENSORS if not row[3] or getattr(sizes, row[3])]
-    of_layers = [row for row in present if "{layer}" in row[0]]
+    """Yields every tensor of a LLaMA of these sizes, in file order: name, shape, role, and layer, if it is in one."""
+    present = [tensor for tensor in TENSORS if not tensor[3] or getattr(sizes, tensor[3])]
+    of_layers = [tensor for tensor in present if "{layer}" in tensor[0]]
     for template, letters, role, _ in present:
         if template == of_layers[0][0]:
             for layer in range(sizes.num_layers):
@@ -67,7 +67,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Keep:
-    """The tensor as it is."""
+    """Leaves a tensor unchanged."""
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -81,7 +81,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Scale:
-    """Times a factor, in float64: rounded once, by whoever stores it, and not beyond what a narrow dtype holds."""
+    """Multiplies by a factor, in float64, so that the result is rounded once, by whoever stores it."""
 
     factor: float
 
@@ -97,9 +97,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class TakeBlocks:
-    """Blocks of `width` along `axis` in the order listed: a permutation, or a mirror where blocks repeat.
+    """Takes blocks of a tensor in another order: a permutation, or a mirror where blocks repeat.
 
-    `ZEROS` in the order is a block of zeros. The inverse of a mirror takes the first of each block's copies.
+    The inverse of a mirror takes the first of each block's copies.
+
+    Attributes:
+        axis: Dimension along which the blocks lie.
+        width: Size of a block.
+        order: Indices of blocks; `ZEROS` is a block of zeros.
     """
 
     axis: int
@@ -120,15 +125,21 @@ class TakeBlocks:
         return (*shape[: self.axis], len(self.order) * self.width, *shape[self.axis + 1 :])
 
     def inverse(self) -> "TakeBlocks":
-        first_place = {block: place for place, block in reversed(list(enumerate(self.order))) if block != ZEROS}
-        return TakeBlocks(self.axis, self.width, tuple(first_place[block] for block in range(len(first_place))))
+        first = {block: position for position, block in reversed(list(enumerate(self.order))) if block != ZEROS}
+        return TakeBlocks(self.axis, self.width, tuple(first[block] for block in range(len(first))))
 
 
 def paired_layout(pairing: HeadPairing, num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
-    """LLaMA -> V1: rows of q, k, v and the columns of o move together. Counts are LLaMA's own.
+    """Returns the layout LLaMA -> V1: rows of q, k, v and the columns of o move together.
 
-    An idle head writes nothing. Its rows are those of its partner: then both maps of the pair are equal, their
-    difference is the partner's map but for a factor, and gradients part them, which between zeros there are none of.
+    An idle head writes nothing. Its rows are those of its partner: both maps of the pair are then equal, their
+    difference is the partner's map times 1 - lambda, and gradients separate them. Rows of zeros would get none.
+
+    Args:
+        pairing: Which heads become one.
+        num_heads: LLaMA's heads, without idle ones.
+        num_kv_heads: LLaMA's KV heads, without idle ones.
+        map_dim: Width of a LLaMA head.
     """
     kv_heads = _partners_for_idle(pairing.kv_heads, num_kv_heads)
     return {
@@ -140,11 +151,17 @@ def paired_layout(pairing: HeadPairing, num_heads: int, num_kv_heads: int, map_d
 
 
 def _partners_for_idle(heads: tuple[int, ...], count: int) -> tuple[int, ...]:
-    return tuple(head if head < count else heads[place ^ 1] for place, head in enumerate(heads))
+    return tuple(head if head < count else heads[position ^ 1] for position, head in enumerate(heads))
 
 
 def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[str, Transform]:
-    """LLaMA -> V2: each query twice, o over 1 - sigmoid(lambda_bias), which is 1 + exp(lambda_bias)."""
+    """Returns the layout LLaMA -> V2: each query head twice, o_proj over 1 - sigmoid(lambda_bias).
+
+    Args:
+        num_heads: LLaMA's heads.
+        map_dim: Width of a LLaMA head.
+        lambda_bias: The bias of `lambda_proj`; o_proj is multiplied by 1 + exp(lambda_bias).
+    """
     return {
         "queries": TakeBlocks(0, map_dim, tuple(head for head in range(num_heads) for _ in (0, 1))),
         "outputs": Scale(1 + math.exp(lambda_bias)),
@@ -152,16 +169,16 @@ def mirrored_layout(num_heads: int, map_dim: int, lambda_bias: float) -> dict[st
 
 
 def halves_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
-    """transformers' `diffllama` -> V1: its o_proj already reads [v1; v2] head by head."""
+    """Returns the layout transformers' `diffllama` -> V1: its o_proj already reads [v1; v2] head by head."""
     pairing = HeadPairing.halves(num_heads, num_kv_heads)
     return paired_layout(pairing, num_heads, num_kv_heads, map_dim) | {"outputs": Keep()}
 
 
 def interleaved_layout(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, Transform]:
-    """The authors' V1 flash files -> V1: ours but for rotary pairs (2j, 2j + 1), here (j, j + d / 2)."""
+    """Returns the layout of the authors' V1 flash files -> V1: rotary pairs (2j, 2j + 1) become (j, j + d / 2)."""
 
-    def split_pairs(maps: int) -> TakeBlocks:
-        rows = torch.arange(maps * map_dim).view(maps, map_dim // 2, 2).transpose(1, 2)
+    def split_pairs(num_maps: int) -> TakeBlocks:
+        rows = torch.arange(num_maps * map_dim).view(num_maps, map_dim // 2, 2).transpose(1, 2)
         return TakeBlocks(0, 1, tuple(rows.flatten().tolist()))
 
     return {"queries": split_pairs(num_heads), "keys": split_pairs(num_kv_heads)}

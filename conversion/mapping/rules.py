@@ -1,4 +1,4 @@
-"""One rule per tensor of the target, for each conversion, made from the table and the layouts of `layout.py`."""
+"""One rule per tensor of the target, for each conversion, made from `TENSORS` and the layouts of `layout.py`."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,9 +23,14 @@ LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor of the target comes about: `build(*sources)`, in the dtype of the source's tensor `dtype_of`.
+    """How one tensor of the target is made: `build(*sources)`.
 
-    `sources` are names and shapes, none for a new tensor. `dtype_of` None means float32 whatever the model's dtype is.
+    Attributes:
+        target: Its name.
+        shape: Its shape.
+        sources: Names and shapes of the source's tensors that it is made of; none for a new tensor.
+        build: Makes it of these tensors.
+        dtype_of: The source's tensor whose dtype it has; None for float32 whatever the model's dtype is.
     """
 
     target: str
@@ -43,13 +48,21 @@ def llama_v1_rules(
     lambda_std: float,
     seed: int,
 ) -> list[Rule]:
-    """LLaMA -> V1. Layers not in `layers` are paired as well and get no new tensors: they stay LLaMA's attention.
+    """Returns the rules LLaMA -> V1.
 
-    The lambda vectors are such that their exponentials cancel exactly while gradients live; `norm_weights`, one a
-    layer, fill `sub_norm.weight`.
+    The exponentials of the lambda vectors cancel exactly, and their gradients do not.
+
+    Args:
+        sizes: Sizes of the LLaMA.
+        pairings: Which heads become one, per layer.
+        layers: Indices of the differential layers. The others are paired as well, but get no new tensors: they keep
+            LLaMA's attention.
+        norm_weights: What fills `sub_norm.weight`, per layer.
+        lambda_std: Standard deviation of the lambda vectors.
+        seed: Of the lambda vectors.
     """
-    counts = sizes.num_heads, sizes.num_kv_heads, sizes.map_dim
-    rules = _transform_rules(sizes, [paired_layout(pairing, *counts) for pairing in pairings])
+    head_sizes = (sizes.num_heads, sizes.num_kv_heads, sizes.map_dim)
+    rules = _transform_rules(sizes, [paired_layout(pairing, *head_sizes) for pairing in pairings])
     for layer in sorted(layers):
         for name in LAMBDA_VECTORS:
             drawn_as = _attention(layer, f"diff_lambda.{name[:-1]}1")
@@ -62,12 +75,19 @@ def llama_v1_rules(
 
 
 def llama_v2_rules(sizes: Sizes, layers: Collection[int], lambda_bias: float | None) -> list[Rule]:
-    """LLaMA -> V2. lambda_proj starts at zero, so lambda is sigmoid(lambda_bias), and 1/2 without a bias (None)."""
+    """Returns the rules LLaMA -> V2; `lambda_proj` starts at zero.
+
+    Args:
+        sizes: Sizes of the LLaMA.
+        layers: Indices of the differential layers; the others keep LLaMA's attention.
+        lambda_bias: lambda starts at sigmoid(lambda_bias); at 1/2 without a bias (None).
+    """
     mirrored = mirrored_layout(sizes.num_heads, sizes.map_dim, lambda_bias or 0.0)
     rules = _transform_rules(sizes, [mirrored if layer in layers else {} for layer in range(sizes.num_layers)])
     for layer in sorted(layers):
         like = _attention(layer, "q_proj.weight")
-        weight, bias = _attention(layer, "lambda_proj.weight"), _attention(layer, "lambda_proj.bias")
+        weight = _attention(layer, "lambda_proj.weight")
+        bias = _attention(layer, "lambda_proj.bias")
         rules.append(_constant_rule(weight, (sizes.num_heads, sizes.hidden_size), 0.0, like))
         if lambda_bias is not None:
             rules.append(_constant_rule(bias, (sizes.num_heads,), lambda_bias, like))
@@ -75,7 +95,7 @@ def llama_v2_rules(sizes: Sizes, layers: Collection[int], lambda_bias: float | N
 
 
 def diffllama_rules(sizes: Sizes) -> list[Rule]:
-    """transformers' `diffllama` -> V1. It has no norm weight: ours is all ones."""
+    """Returns the rules transformers' `diffllama` -> V1; it has no norm weight, and ours is all ones."""
     layout = halves_layout(sizes.num_heads, sizes.num_kv_heads, sizes.map_dim)
     rules = _transform_rules(sizes, [layout] * sizes.num_layers)
     for layer in range(sizes.num_layers):
@@ -86,7 +106,7 @@ def diffllama_rules(sizes: Sizes) -> list[Rule]:
 
 
 def diffllama_export_rules(sizes: Sizes) -> list[Rule]:
-    """V1 -> transformers' `diffllama`: the inverse, with the norm's weight taken up by o_proj's columns."""
+    """Returns the rules V1 -> transformers' `diffllama`, the inverse; o_proj is multiplied by the norm's weight."""
     layout = halves_layout(sizes.num_heads, sizes.num_kv_heads, sizes.map_dim)
     inverse = {role: transform.inverse() for role, transform in layout.items()}
     rules = []
@@ -101,24 +121,25 @@ def diffllama_export_rules(sizes: Sizes) -> list[Rule]:
 
 
 def unilm_rules(sizes: Sizes) -> list[Rule]:
-    """The authors' V1 (MultiheadFlashDiff2's names and rows inside an otherwise LLaMA-named model) -> V1."""
+    """Returns the rules authors' V1 -> V1: names and rows of MultiheadFlashDiff2 in a model with LLaMA's names."""
     layout = interleaved_layout(sizes.num_heads, sizes.num_kv_heads, sizes.map_dim)
     rules = _transform_rules(sizes, [layout] * sizes.num_layers)
     rules = rename_sources(rules, lambda name: name.replace("self_attn.o_proj", "self_attn.out_proj"))
     for layer in range(sizes.num_layers):
         rules += [_copy_lambda(sizes, layer, f"diff_lambda.{name}", name) for name in LAMBDA_VECTORS]
-        norm, shape = _attention(layer, "subln.weight"), (2 * sizes.map_dim,)
+        norm = _attention(layer, "subln.weight")
+        shape = (2 * sizes.map_dim,)
         rules.append(Rule(_attention(layer, "sub_norm.weight"), shape, ((norm, shape),), Keep(), norm))
     return rules
 
 
 def fold_norm(o_proj: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """o_proj (C, heads 2d), each head's columns times the norm's weight (2d,): float32 (C, heads 2d)."""
+    """Returns o_proj (C, heads 2d) with each head's columns times the norm's weight (2d,), in float32."""
     return (o_proj.float().unflatten(1, (-1, weight.shape[0])) * weight.float()).flatten(1)
 
 
 def rename_sources(rules: Sequence[Rule], rename: Callable[[str], str]) -> list[Rule]:
-    """The same rules for a source that calls its tensors otherwise."""
+    """Returns the same rules for a source with other tensor names, which `rename` makes of ours."""
     return [
         replace(
             rule,

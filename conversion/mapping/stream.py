@@ -25,8 +25,23 @@ WIDER = {torch.float16: "bfloat16", torch.bfloat16: "float32"}  # what holds lar
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run will write, settled before the first byte of data is read. `texts`, `files` and `blobs` are by
-    name."""
+    """All that a run will write, settled before the first byte of data is read.
+
+    Attributes:
+        reader: The source's weights.
+        rules: One per tensor of the target.
+        dtype: Dtype to cast the weights to; None where each tensor keeps its own.
+        allow_nonfinite: Whether NaN and infinite entries are carried over.
+        max_shard_bytes: Largest size of a weight file.
+        record: Content of conversion.json, without checksums.
+        texts: Text files, by name.
+        files: Files to copy, by the name they get.
+        blobs: Other files as bytes, by name.
+        specs: Shape and dtype of every tensor of the target.
+
+    Raises:
+        ConversionError: The source's weights are quantized.
+    """
 
     reader: CheckpointReader
     rules: Sequence[Rule]
@@ -55,6 +70,7 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the weights."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
     @property
@@ -64,15 +80,24 @@ class Plan:
 
 
 class ConvertedTensors:
-    """The target's tensors by name, each computed when it is asked for."""
+    """The target's tensors by name, each computed when it is read.
+
+    Args:
+        plan: What is written.
+        done_bytes: Bytes that a stopped run has written.
+        progress: Called with bytes written so far, and bytes in all.
+    """
 
     def __init__(self, plan: Plan, done_bytes: int, progress: Progress | None) -> None:
-        self.plan, self.done_bytes, self.progress = plan, done_bytes, progress
+        self.plan = plan
+        self.done_bytes = done_bytes
+        self.progress = progress
         self.rules = {rule.target: rule for rule in plan.rules}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        rule, spec = self.rules[name], self.plan.specs[name]
-        # Asked for another dtype, it is the source in that dtype of which something is promised: rounded first.
+        rule = self.rules[name]
+        spec = self.plan.specs[name]
+        # With another dtype, what is promised holds of the source in that dtype: it is rounded first.
         rounded = spec.dtype if self.plan.dtype else None
         sources = [self._read(source, rounded) for source, _ in rule.sources]
         tensor = rule.build(*sources)
@@ -108,11 +133,24 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def write_plan(
     plan: Plan, output: Path, source: Path, *, overwrite: bool, resume: bool | None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Writes the checkpoint and returns its record, which is also in it as conversion.json.
+    """Writes a checkpoint; after an error nothing is left that looks complete.
 
-    Raises ConversionError for bad values, FilesError for the disk; nothing is left that looks complete.
+    Args:
+        plan: What to write.
+        output: Folder to create.
+        source: Folder that is read from, and not written to.
+        overwrite: Whether to replace an existing checkpoint.
+        resume: What to do with work that a stopped run has kept: `conversion.checkpoint.kept_work`.
+        progress: Called with bytes written so far, and bytes in all.
+
+    Returns:
+        The record, which is also in the checkpoint as conversion.json.
+
+    Raises:
+        ConversionError: Entries of a tensor are not finite, or too large for the dtype; the source has changed.
+        FilesError: The disk or the target folder.
     """
-    digests = _in_background(plan.reader.sha256)  # beside the work: hashing reads every byte as well
+    digests = _in_background(plan.reader.sha256)  # next to the work: hashing reads every byte as well
     shards = plan_shards(plan.specs, plan.max_shard_bytes)
     fingerprint = _fingerprint(plan)
     with CheckpointWriter(
@@ -137,7 +175,7 @@ def write_plan(
 
 
 def _fingerprint(plan: Plan) -> str:
-    """Names source and options, so that only the very same work is resumed."""
+    """Returns a digest of source and options, so that only the very same work is continued."""
     files = quick_identity(plan.reader.files)
     texts = sorted(plan.texts.items())
     identity = json.dumps([plan.record, files, texts, str(plan.dtype), plan.max_shard_bytes], sort_keys=True)

@@ -214,11 +214,11 @@ def test_a_damaged_state_is_named_with_the_way_out(saved, tmp_path, damage):
 
 
 BAD_TOKENS = {
-    "not rows": (lambda: random_tokens(8)[0], "expected rows of ids"),
-    "floats": (lambda: random_tokens(8).float(), "expected rows of ids"),
+    "not rows": (lambda: random_tokens(8)[0], "expected token ids"),
+    "floats": (lambda: random_tokens(8).float(), "expected token ids"),
     "unknown id": (lambda: random_tokens(8) + 90, "token .*, as vocab_size is 96"),
     "long rows": (lambda: random_tokens(8).view(4, -1), "max_position_embeddings is 48"),
-    "one row": (lambda: random_tokens(1), "one row to judge by"),
+    "one row": (lambda: random_tokens(1), "one sequence to judge by"),
     "too few": (lambda: random_tokens(2), rf"48 are fitted, but the refit needs {HEADS * MAP_DIM}"),
 }
 

@@ -171,7 +171,7 @@ def test_text_shorter_than_the_default_is_used_whole_and_said(llama, text, tmp_p
     assert not any("all of the text" in note for note in asked.notes)
     short = tmp_path / "short.jsonl"
     short.write_text(text.read_text().splitlines()[0])
-    with pytest.raises(ConversionError, match="one row to judge by; give more text"):
+    with pytest.raises(ConversionError, match="one sequence to judge by; give more text"):
         convert(llama, tmp_path / "v1", short, calibration_tokens=None)
 
 
@@ -228,7 +228,7 @@ def test_lambda_of_zero_of_a_plain_copy_is_said_too(llama, tmp_path):
         ({"calibration_tokens": -5}, "calibration_tokens is -5"),
         ({"calibration_tokens": "5"}, "calibration_tokens is '5'"),
         ({"calibration_tokens": 2 * ROW_TOKENS, "layers": [1], "lambda_init": -0.1}, "lambda_init -0.1"),
-        ({"calibration_tokens": ROW_TOKENS}, "one row to judge by"),
+        ({"calibration_tokens": ROW_TOKENS}, "one sequence to judge by"),
         ({"calibration": "missing.txt"}, "does not exist"),
         ({"lambda_init": 0}, "--lambda-init 0.0 is below --lambda-floor 0.02"),
         ({"lambda_floor": 1}, "lambda_floor is 1, expected a number from 0 to below 1"),
