@@ -1,8 +1,10 @@
 """Checkpoints on disk: the lazy reader and the atomic sharded writer, in one import. Knows files, no models."""
 
 from conversion.checkpoint.output_folder import check_target
-from conversion.checkpoint.reader import CheckpointReader, TensorInfo, count_nonfinite
-from conversion.checkpoint.writer import CheckpointWriter, Shard, TensorSpec, plan_shards
+from conversion.checkpoint.reader import CheckpointReader, count_nonfinite
+from conversion.checkpoint.safetensors_format import TensorInfo, TensorSpec
+from conversion.checkpoint.shards import Shard, plan_shards
+from conversion.checkpoint.writer import CheckpointWriter
 
 
 __all__ = [

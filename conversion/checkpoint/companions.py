@@ -26,7 +26,7 @@ NEVER_EMPTY = (".json", ".model")
 
 
 def _in_any_case(stems: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the names with every ending, for glob and fnmatch."""
+    """Returns patterns of the names with every ending, for glob and fnmatch."""
     names = [stem + ending for stem in stems for ending in TEXT_ENDINGS]
     return tuple("".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in name) for name in names)
 
@@ -53,9 +53,16 @@ COMPANIONS = {
 
 
 def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The source's companions by the name they get, and notes on what is absent or comes without its code.
+    """Finds the files that go with the weights.
 
-    Raises ConversionError for one that `whole_file` refuses.
+    Args:
+        folder: The source.
+
+    Returns:
+        Their paths by the names that they get, and notes on what is absent or comes without its code.
+
+    Raises:
+        ConversionError: `whole_file` refuses one.
     """
     files: dict[str, Path] = {}
     notes = []
@@ -73,18 +80,18 @@ def companion_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def matching_names(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Names of the files that match; a link to nowhere counts, as in a Hub cache that lost a blob."""
+    """Returns the names of the files that match; a link to nowhere counts, as in a Hub cache that lost a blob."""
     names = [name for pattern in patterns for name in sorted(glob(pattern, root_dir=folder))]
     return [name for name in names if not (folder / name).is_dir()]
 
 
 def is_license(name: str) -> bool:
-    """Whether a file of this name is one of the licenses and notices."""
+    """Returns whether a file of this name is one of the licenses and notices."""
     return any(fnmatch(name, pattern) for pattern in COMPANIONS["license"])
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is a text that may be published: no binary data, no private key."""
+    """Returns whether a file is a text that may be published: no binary data, no private key."""
     data = read_small(path)
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if utf16 else "utf-8", errors="replace")
@@ -92,9 +99,10 @@ def is_text(path: Path) -> bool:
 
 
 def whole_file(folder: Path, name: str) -> Path:
-    """The path of a file that is there, inside the folder, whole, and no larger than such files are.
+    """Returns the path of a file that is there, inside the folder, whole, and no larger than such files are.
 
-    ConversionError otherwise.
+    Raises:
+        ConversionError: It is not.
     """
     path = checked_path(folder, name)
     if path.suffix != ".safetensors" and not check_size(path) and path.suffix in NEVER_EMPTY:
@@ -106,7 +114,11 @@ def whole_file(folder: Path, name: str) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, None if it has none. ConversionError for one that cannot be used."""
+    """Returns the tokenizer of a checkpoint; None if it has none.
+
+    Raises:
+        ConversionError: It cannot be used.
+    """
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
         return None
     try:
@@ -120,7 +132,7 @@ def read_tokenizer(folder: Path) -> Any:
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ConversionError(
             f"{folder}: its tokenizer has no vocabulary, only special tokens: expected tokenizer.json or "
-            "tokenizer.model beside tokenizer_config.json; get all of its files"
+            "tokenizer.model next to tokenizer_config.json; get all of its files"
         )
     return tokenizer
 
@@ -130,7 +142,11 @@ def _has_inline_template(folder: Path) -> bool:
 
 
 def read_object(path: Path) -> Mapping[str, object]:
-    """The JSON object in a file, empty without the file. ConversionError for a file that holds none."""
+    """Returns the JSON object in a file; an empty one without the file.
+
+    Raises:
+        ConversionError: The file holds none.
+    """
     if not path.is_file():
         return {}
     return read_json(path, nonfinite=True)

@@ -14,23 +14,24 @@ SAMPLE_BYTES = 4096
 
 
 def file_state(stat: os.stat_result) -> tuple[int, int, int, int]:
-    """Changes with every write: unlike the time of the last write, that of the last change cannot be put back."""
+    """Returns what changes with every write: unlike the time of the write, that of the change cannot be put back."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def file_sha256(path: Path) -> str:
-    """The hex digest of every byte."""
+    """Returns the hex digest of every byte."""
     with file_errors(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quick_identity(paths: Iterable[Path]) -> list[list[Any]]:
-    """Name, state and a digest of samples of each file, whatever its size; for JSON."""
+    """Returns name, state and a digest of samples of each file, for JSON; as fast for large files as for small."""
     identity = []
     for path in paths:
         with file_errors(path), path.open("rb", buffering=0) as stream:
             state = file_state(os.fstat(stream.fileno()))
-            size, digest = state[1], hashlib.sha256()
+            size = state[1]
+            digest = hashlib.sha256()
             for number in range(SAMPLES):
                 stream.seek(number * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE_BYTES))
@@ -39,6 +40,6 @@ def quick_identity(paths: Iterable[Path]) -> list[list[Any]]:
 
 
 def content_identity(paths: Iterable[Path]) -> list[list[str]]:
-    """Name and SHA-256 of each file, and of the files in folders: reads every byte, and outlasts copies; for JSON."""
+    """Returns name and SHA-256 of each file, and of the files in folders, for JSON: a copy has the same."""
     with_folders = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return [[file.name, file_sha256(file)] for file in with_folders if file.is_file()]

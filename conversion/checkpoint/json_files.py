@@ -50,14 +50,28 @@ def check_size(path: Path) -> int:
 
 
 def read_small(path: Path) -> bytes:
-    """Returns the content of a file, never more than `LIMITS` allows. Raises what `check_size` raises."""
+    """Returns the content of a file, never more than `LIMITS` allows.
+
+    Raises:
+        ConversionError: `check_size` refuses it.
+        FilesError: It cannot be read.
+    """
     size = check_size(path)
     with file_errors(path), path.open("rb") as stream:
         return stream.read(size)
 
 
 def read_json(path: Path, nonfinite: bool = False) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises what `read_small` and `parse_json` raise."""
+    """Returns the JSON object in a file.
+
+    Args:
+        path: The file.
+        nonfinite: Whether NaN and Infinity are taken, as Python writes and transformers reads them.
+
+    Raises:
+        ConversionError: `read_small` or `parse_json` refuses it.
+        FilesError: It cannot be read.
+    """
     return parse_json(read_small(path), path, nonfinite)
 
 
@@ -72,7 +86,7 @@ def text_parts(path: Path) -> Iterator[str]:
 
 
 def parse_json(data: bytes, label: object, nonfinite: bool = False) -> dict[str, Any]:
-    """Returns a JSON object: UTF-8, no key twice, not nested without end.
+    """Returns a JSON object: UTF-8, no key twice, nested at most `MAX_NESTING` deep.
 
     Args:
         data: The text.
@@ -132,7 +146,7 @@ def _nested(label: object) -> ConversionError:
 
 
 def _is_deep(parsed: Any) -> bool:
-    """Whether anything lies deeper than MAX_NESTING, found without recursion."""
+    """Returns whether anything lies deeper than MAX_NESTING, found without recursion."""
     level = [parsed]
     for _ in range(MAX_NESTING):
         level = [

@@ -1,5 +1,5 @@
 """
-What a stopped run keeps beside its target for one that continues it: shards, layers, checkpoints, each in a folder.
+What a stopped run keeps next to its target for one that continues it: shards, layers, checkpoints, each in a folder.
 
 Every folder has a state file, written atomically, that says whose work it is. `resume` says what a run does with work
 it finds: True continues it, and refuses that of another run; False discards it; None continues its own, refuses
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def partial_folder(real: Path) -> Path:
-    """Where a checkpoint for the target `real` is built: beside it, so that a rename can move it there."""
+    """Returns where a checkpoint for the target `real` is built: next to it, so that a rename can move it there."""
     name = real.name
     if len(os.fsencode(name)) > 200:  # names end at 255 bytes, and ours is longer
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -32,29 +32,29 @@ def partial_folder(real: Path) -> Path:
 
 
 def calibration_folder(real: Path) -> Path:
-    """Where a calibration for the target `real` keeps what it has fitted."""
+    """Returns where a calibration for the target `real` keeps what it has fitted."""
     return partial_folder(real).with_suffix(".calibration")
 
 
 def healing_folder(real: Path) -> Path:
-    """Where a healing for the target `real` keeps rows and Trainer checkpoints."""
+    """Returns where a healing for the target `real` keeps rows and Trainer checkpoints."""
     return partial_folder(real).with_suffix(".healing")
 
 
 def kept_work(target: Path) -> list[Path]:
-    """The folders beside `target` in which stopped runs have kept their work."""
+    """Returns the folders next to `target` in which stopped runs have kept their work."""
     partial = partial_folder(target.resolve())
     return [folder for kind in KINDS if (folder := partial.with_suffix(f".{kind}")).exists()]
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder, 0 if it is not there."""
+    """Returns the bytes of the files in a folder; 0 if it is not there."""
     with file_errors(folder):
         return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def described(folder: Path) -> str:
-    """A folder of kept work with what it holds: `/out/.v1.calibration (finished layers, 12.3 MB)`."""
+    """Returns a folder of kept work with what it holds: `/out/.v1.calibration (finished layers, 12.3 MB)`."""
     kind = KINDS.get(folder.suffix.removeprefix("."), "finished layers")  # in a folder that a caller has named
     return f"{folder} ({kind}, {folder_bytes(folder) / 1e6:,.1f} MB)"
 
@@ -67,14 +67,19 @@ def keep_note(error: BaseException, folder: Path) -> None:
 def state_to_go_on_from(
     path: Path, identity: Mapping[str, Any], resume: bool | None, *, costly: bool
 ) -> dict[str, Any] | None:
-    """
-    The state in `path` if a run of this `identity` has left it, None where there is none or it is to be discarded.
+    """Returns the state that a run of the same identity has left; logs what is continued or replaced.
 
-    `costly`: what lies in the folder took more than minutes. Logs what is continued or replaced.
+    Args:
+        path: The state file.
+        identity: All that the results of a run depend on.
+        resume: What to do with work that is there, as this module says.
+        costly: Whether what lies in the folder took more than minutes.
+
+    Returns:
+        The state; None where there is none, or it is to be discarded.
 
     Raises:
-        FilesError: for the state of another run, naming what differs, and for one that is damaged, where it is not
-            simply replaced.
+        FilesError: The state is of another run (the message names what differs) or damaged, and not to be replaced.
     """
     folder = path.parent
     if resume is False or not (path.exists() or costly):
@@ -99,7 +104,11 @@ def state_to_go_on_from(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """FilesError for a state file that is missing, cannot be read or is damaged, with the way out."""
+    """Returns the content of a state file.
+
+    Raises:
+        FilesError: It is missing, cannot be read or is damaged; the message has the way out.
+    """
     advice = "expected the state of a stopped run; discard its work (--no-resume)"
     if not path.exists():
         raise FilesError(f"{path}: missing, {advice}")

@@ -16,14 +16,24 @@ from conversion.errors import FilesError, file_errors
 
 
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, <linux/fs.h>
+AT_FDCWD = -100  # Linux, <linux/fcntl.h>
+RENAME_EXCHANGE = 2  # <linux/fs.h>
 
 
 def check_target(target: Path, *, source: Path | None, overwrite: bool) -> Path:
-    """Refuses a target that cannot take a checkpoint; touches nothing. Returns the real path. (Also for --dry-run.)
+    """Checks that a target can take a checkpoint, and touches nothing.
 
-    Raises FilesError: a file, a mount point, the source or in or around it, not empty without `overwrite`, with
-    `overwrite` not a checkpoint, not writable.
+    Args:
+        target: The folder, whether it is there or not.
+        source: Folder that is read from, if there is one.
+        overwrite: Whether an existing checkpoint may be replaced.
+
+    Returns:
+        The real path, with links followed.
+
+    Raises:
+        FilesError: A file, a mount point, the source or in or around it, not writable; not empty without
+            `overwrite`, and not a checkpoint with it.
     """
     try:
         real = Path(target).resolve()
@@ -44,12 +54,17 @@ def check_target(target: Path, *, source: Path | None, overwrite: bool) -> Path:
 
 def _check_apart(target: Path, real: Path, source: Path) -> None:
     home = Path(source).resolve()
-    # Compared as the file system does: bind mounts and case-blind disks give one folder several names.
+    # Compared as the file system does: bind mounts and case-insensitive disks give one folder several names.
     inside_target = any(_same(real, folder) for folder in home.parents)
     inside_source = any(_same(home, folder) for folder in real.parents)
-    if not (_same(real, home) or inside_target or inside_source):
+    if inside_target:
+        relation = "contains"
+    elif inside_source:
+        relation = "is inside"
+    elif _same(real, home):
+        relation = "is"
+    else:
         return
-    relation = "contains" if inside_target else "is inside" if inside_source else "is"
     raise FilesError(f"{target}: {relation} the source {source}, which is never changed; choose another target")
 
 
@@ -72,7 +87,11 @@ def _check_replaceable(target: Path, real: Path, overwrite: bool) -> None:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """FilesError unless the disk that will hold `folder` has `num_bytes` free."""
+    """Checks that the disk that will hold `folder` has `num_bytes` free.
+
+    Raises:
+        FilesError: It has fewer.
+    """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with file_errors(existing):
         free = shutil.disk_usage(existing).free
@@ -84,9 +103,12 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 
 def check_room(real: Path, num_bytes: int) -> None:
-    """FilesError unless `num_bytes` fit beside the target `real`, over what an earlier run has left there of its own.
+    """Checks that `num_bytes` fit next to the target `real`, in addition to what an earlier run has left there.
 
-    That is kept as a part of them, or removed before they are written.
+    What it has left is kept as a part of them, or removed before they are written.
+
+    Raises:
+        FilesError: They do not fit.
     """
     left = [folder_bytes(folder) for folder in (partial_folder(real), calibration_folder(real))]
     check_space(real, num_bytes - sum(left))
@@ -94,7 +116,7 @@ def check_room(real: Path, num_bytes: int) -> None:
 
 @contextmanager
 def parents_made(path: Path) -> Iterator[None]:
-    """Makes the folders above `path`, and at the end removes those of them that are empty."""
+    """Makes the parent folders of `path`, and at the end removes those of them that are empty."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         with file_errors(path.parent):
@@ -108,7 +130,11 @@ def parents_made(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Holds `partial` against other runs, until the process ends if need be; FilesError if another one has it."""
+    """Locks `partial` against other runs, until the process ends if need be.
+
+    Raises:
+        FilesError: Another run has it.
+    """
     path = partial.with_name(partial.name + ".lock")
     while True:
         with file_errors(path):
@@ -155,7 +181,7 @@ def restore(real: Path, aside: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether the two paths were exchanged in one step; False where the system or the file system cannot."""
+    """Exchanges two paths in one step, and returns whether the system and the file system can."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -169,7 +195,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` outlast a power cut."""
+    """Syncs a folder, so that the names in it outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -178,12 +204,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a small file of a finished checkpoint in one step. FilesError for the disk; the old file then stays."""
+    """Replaces a small file of a finished checkpoint in one step.
+
+    Raises:
+        FilesError: The disk; the old file then stays.
+    """
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file, or writes it, whole or not at all. FilesError for the disk; the old file then stays."""
+    """Replaces a file, or writes it, whole or not at all.
+
+    Raises:
+        FilesError: The disk; the old file then stays.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with file_errors(path):
         try:

@@ -27,8 +27,6 @@ from conversion.errors import (
 )
 
 
-__all__ = ["CheckpointReader", "TensorInfo", "checked_path", "count_nonfinite"]
-
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -110,10 +108,16 @@ class CheckpointReader:
         return placed
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, in memory of its own (safetensors) or mapped from the file (pickles).
+        """Returns a tensor, in memory of its own (safetensors) or mapped from the file (pickles).
 
-        Usable from several threads. KeyError for a name that is not in `tensors`; ConversionError if the file has
-        changed since it was opened.
+        May be called by several threads.
+
+        Args:
+            name: One of `tensors`.
+
+        Raises:
+            KeyError: There is no tensor of that name.
+            ConversionError: The file has changed since it was opened.
         """
         info = self.tensors[name]
         if not info.file:
@@ -152,9 +156,10 @@ class CheckpointReader:
         return reader
 
     def sha256(self) -> dict[str, str]:
-        """Hex digest of each weight file by its relative path; reads every byte, may run in a thread.
+        """Returns the hex digest of each weight file by its relative path; reads every byte, may run in a thread.
 
-        Raises ConversionError if a file has changed since it was opened.
+        Raises:
+            ConversionError: A file has changed since it was opened.
         """
         digests = {}
         for file, path in self._paths.items():
@@ -164,11 +169,15 @@ class CheckpointReader:
         return digests
 
     def content(self) -> dict[str, str]:
-        """What the tensors are read from: the digests of `sha256`, and of whatever else `read` makes them of."""
+        """Returns digests of all that the tensors are read from: those of `sha256`, and of what else `read` uses."""
         return self.sha256()
 
     def check_unchanged(self) -> None:
-        """ConversionError if a file has changed since it was opened; a pickle is mapped, and read after `read`."""
+        """Checks the files once more after all was read: a pickle is mapped, and its data come after `read`.
+
+        Raises:
+            ConversionError: A file has changed since it was opened.
+        """
         for file, path in self._paths.items():
             with file_errors(path):
                 self._check_unchanged(file, path.stat())
@@ -181,11 +190,19 @@ class CheckpointReader:
 
 
 def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...] | None]:
-    """How many entries are NaN or infinite, and the index of the first (None if there are none)."""
+    """Counts the entries of a tensor that are NaN or infinite.
+
+    Args:
+        tensor: Of any shape and dtype.
+
+    Returns:
+        Their number, and the index of the first; None where there are none.
+    """
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return 0, None
-    count, first = 0, None
-    # In chunks, so that the copies and masks stay small beside the tensor.
+    count = 0
+    first = None
+    # In chunks, so that the copies and masks stay small next to the tensor.
     for index, chunk in enumerate(tensor.detach().reshape(-1).split(CHUNK_ENTRIES)):
         if chunk.dtype.itemsize == 1:
             chunk = chunk.float()
@@ -201,10 +218,10 @@ def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...] | None]:
 
 
 def _find_weights(folder: Path) -> tuple[str, dict[str, str]]:
-    """The name a single weight file has in the format found, and the index's map from tensor to file, if any."""
+    """Returns the name of a single weight file in the format found, and the index's map from tensor to file."""
     for single in (SAFETENSORS, PICKLE):
         index = single + INDEX_SUFFIX
-        # lexists: a dangling link, as in a Hub cache that lost a blob, is a missing file, not another format
+        # lexists: a dangling link, as in a Hub cache that lost a blob, is a missing file, not another format.
         has_single = os.path.lexists(folder / single)
         if os.path.lexists(folder / index):
             listed = read_index(checked_path(folder, index))
@@ -218,7 +235,7 @@ def _find_weights(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def no_weights(place: object, names: Iterable[str]) -> ConversionError:
-    """Returns what to say of a folder or a repository whose files, `names`, hold no weights that can be read."""
+    """Returns the error for a folder or repository, `place`, none of whose files, `names`, are weights to read."""
     for pattern, advice in NO_WEIGHTS.items():
         if found := next((name for name in names if fnmatch(name, pattern)), None):
             return ConversionError(f"{place}/{found}: {advice}")
@@ -228,7 +245,7 @@ def no_weights(place: object, names: Iterable[str]) -> ConversionError:
 
 
 def pickles_refused(place: object) -> ConversionError:
-    """Returns what to say of a folder or a repository with nothing but pickled weights."""
+    """Returns the error for a folder or repository, `place`, with nothing but pickled weights."""
     return ConversionError(
         f"{place}: only pickled weights here, which can carry code; "
         f"get the safetensors version, or allow pickles ({typed('allow_pickle', True)})"
@@ -236,6 +253,11 @@ def pickles_refused(place: object) -> ConversionError:
 
 
 def read_index(path: Path) -> dict[str, str]:
+    """Returns the file of each tensor, as an index of shards lists it.
+
+    Raises:
+        ConversionError: It is not such an index.
+    """
     data = read_small(path)
     if data.startswith(LFS_POINTER):
         raise ConversionError(f"{path}: a git-lfs pointer, not the index; run `git lfs pull` in its folder")
@@ -249,9 +271,17 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def checked_path(folder: Path, file: str) -> Path:
-    """The path of a file that is there and inside the folder, where links are followed.
+    """Returns the path of a file that is there and, with links followed, inside the folder.
 
-    A Hub cache is the one exception: its snapshots link to blobs/ beside them. Raises ConversionError otherwise.
+    A Hub cache is the one exception: its snapshots link to blobs/ next to them.
+
+    Args:
+        folder: The checkpoint.
+        file: Path relative to it, as an index or a user names it.
+
+    Raises:
+        ConversionError: It is missing, outside, or not a regular file.
+        FilesError: It cannot be read.
     """
     path = folder / file
     if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file or not file.isprintable():
@@ -259,7 +289,8 @@ def checked_path(folder: Path, file: str) -> Path:
             f"{folder}: index names {quote(file)}, expected a file inside the folder; download the index again"
         )
     try:
-        home, real = folder.resolve(), path.resolve(strict=True)
+        home = folder.resolve()
+        real = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: missing; download it again") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
@@ -274,6 +305,11 @@ def checked_path(folder: Path, file: str) -> Path:
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a pickled state dict, mapped from the file where its format allows.
+
+    Raises:
+        ConversionError: The file is damaged, or holds anything but dense tensors.
+    """
     with file_errors(path), path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ConversionError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
@@ -297,7 +333,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _checked_tensors(folder: Path, infos: Iterable[TensorInfo], listed: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Tensors by sorted name, after the shards were held against each other and against the index."""
+    """Returns tensors by sorted name, after comparing the shards with each other and with the index."""
     tensors: dict[str, TensorInfo] = {}
     for info in infos:
         if info.name in tensors:

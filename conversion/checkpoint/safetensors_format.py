@@ -41,7 +41,12 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor to be written."""
+    """A tensor to be written.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,7 +59,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor; `file` is the weight file's path relative to the folder."""
+    """What a checkpoint says of one tensor.
+
+    Attributes:
+        name: Its name in the weight file.
+        shape: Its shape.
+        dtype: Its dtype.
+        num_bytes: Bytes of its data.
+        file: Path of the weight file, relative to the folder; empty for a tensor of zeros that is in no file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -64,10 +77,18 @@ class TensorInfo:
 
 
 def read_header(path: Path, file: str) -> dict[TensorInfo, int]:
-    """Every tensor of the safetensors file at `path`, with the byte at which its data starts. Reads no data.
+    """Reads the header of a safetensors file, and no tensor data.
 
-    `file` goes into the TensorInfo. The tensors must fill the file without gap, overlap or rest.
-    Raises ConversionError for a file that is not sound, FilesError for one that cannot be read.
+    Args:
+        path: The file.
+        file: Its path relative to the checkpoint, for the TensorInfo.
+
+    Returns:
+        Every tensor, with the byte of the file at which its data begin.
+
+    Raises:
+        ConversionError: The file is damaged, or its tensors do not fill it without gap, overlap or rest.
+        FilesError: It cannot be read.
     """
     with file_errors(path), path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -99,11 +120,12 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
 
 
 def _placed_tensor(path: Path, file: str, name: str, entry: object) -> tuple[TensorInfo, int]:
-    """One header entry, and where its data begins, counted from the end of the header."""
+    """Checks one header entry; returns it, and where its data begin, counted from the end of the header."""
     label = f"{path}: tensor {quote(name)}"
     if not isinstance(entry, dict):
         raise ConversionError(f"{label}: header entry is a {type(entry).__name__}, expected an object; save it again")
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    shape = entry.get("shape")
+    offsets = entry.get("data_offsets")
     if not _is_naturals(shape):
         raise ConversionError(
             f"{label}: shape {quote(shape)}, expected at most {MAX_DIMS} whole numbers; save it again"
@@ -124,7 +146,7 @@ def _placed_tensor(path: Path, file: str, name: str, entry: object) -> tuple[Ten
 
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
-    # type, not isinstance: true and false are no sizes
+    # type, not isinstance: true and false are no sizes.
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)
@@ -150,16 +172,17 @@ def _check_coverage(path: Path, placed: list[tuple[TensorInfo, int]], data_bytes
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
-    """Names in the order of their data: widest dtype first, which keeps each tensor aligned, then by name."""
+    """Returns names in the order of their data: widest dtype first, which keeps each tensor aligned, then by name."""
     return tuple(sorted(specs, key=lambda name: (-DTYPE_ORDER.index(specs[name].dtype), name)))
 
 
 def encode_header(specs: Mapping[str, TensorSpec]) -> bytes:
-    """Everything that precedes the data of a file with these tensors in `file_order`; padded to 8 bytes."""
+    """Returns all that precedes the data of a file with these tensors in `file_order`, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in file_order(specs):
-        begin, end = end, end + specs[name].num_bytes
+        begin = end
+        end += specs[name].num_bytes
         header[name] = {
             "dtype": DTYPE_NAMES[specs[name].dtype],
             "shape": list(specs[name].shape),

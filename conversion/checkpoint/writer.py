@@ -1,4 +1,4 @@
-"""Atomic writer of sharded checkpoints: built beside the target, synced, renamed last; knows files, no models."""
+"""Atomic writer of sharded checkpoints: built next to the target, synced, renamed last; knows files, no models."""
 
 import hashlib
 import json
@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 
@@ -28,15 +26,12 @@ from conversion.checkpoint.output_folder import (
     sync_folder,
 )
 from conversion.checkpoint.reader import checked_path
-from conversion.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, encode_header, file_order
+from conversion.checkpoint.safetensors_format import TensorSpec
+from conversion.checkpoint.shards import Shard, TensorSource
 from conversion.errors import ConversionError, FilesError, file_errors, quote
 
 
 RECORD = "conversion.json"
-
-
-__all__ = ["CheckpointWriter", "Shard", "TensorSource", "TensorSpec", "plan_shards"]
-
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 JOURNAL = "journal.json"
@@ -44,68 +39,10 @@ HASHED_BEHIND_BYTES = 2**28  # smaller tensors are hashed while the next one is 
 SMALL_FILES_BYTES = 32 * 2**20  # room kept for tokenizer, config, code
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One output file and the tensors in it, by name."""
-
-    file_name: str
-    specs: Mapping[str, TensorSpec]
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Names in the order they are written (and looked up in `write_shard`)."""
-        return file_order(self.specs)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data, without the header."""
-        return sum(spec.num_bytes for spec in self.specs.values())
-
-    @cached_property
-    def header(self) -> bytes:
-        """All that precedes the tensor data in the file."""
-        return encode_header(self.specs)
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + self.num_bytes
-
-
-class TensorSource(Protocol):
-    """Anything with `source[name]`: a dict, or an object that computes the tensor when it is asked for it."""
-
-    def __getitem__(self, name: str, /) -> torch.Tensor: ...
-
-
-def plan_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[Shard]:
-    """Fills shards in the order given, Hugging Face names; a tensor above the limit gets a shard of its own.
-
-    Raises ConversionError for a dtype the format lacks and for a limit below 1.
-    """
-    if max_shard_bytes < 1:
-        raise ConversionError(f"max_shard_bytes {max_shard_bytes}: expected at least 1; such as 5 * 10**9")
-    groups: list[dict[str, TensorSpec]] = [{}]
-    filled = 0
-    for name, spec in tensors.items():
-        if spec.dtype not in DTYPE_NAMES:
-            raise ConversionError(f"tensor {quote(name)}: safetensors has no {spec.dtype}; choose another --dtype")
-        if groups[-1] and filled + spec.num_bytes > max_shard_bytes:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = spec
-        filled += spec.num_bytes
-    if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
-    return [
-        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
-    ]
-
-
 class CheckpointWriter:
     """Writes a checkpoint folder that appears whole or not at all.
 
-    with CheckpointWriter(...) as writer:            # FilesError: target not usable, another run on it, disk too small
+    with CheckpointWriter(...) as writer:
         for shard in writer.pending():
             writer.write_shard(shard, tensors)       # streams: tensors[name] is looked up once, written, dropped
         writer.copy_file(...)
@@ -115,10 +52,23 @@ class CheckpointWriter:
 
     What stops a run (a signal, a full disk, an error that is not of the input) leaves the finished shards in
     `.TARGET.partial`, as SIGKILL does. Another run keeps those whose SHA-256 still is what it was, and writes the
-    rest; `kept_work` says when, by `resume`. `fingerprint` names source and options; None: shards are never kept.
+    rest; `kept_work` says when, by `resume`.
 
     The partial folder holds `journal.json` (finished shards), `shards/` (under names no loader looks for) and `tree/`,
     which becomes the target; `aside` is the old target where two folders cannot be exchanged in one step.
+
+    Args:
+        target: Folder to create.
+        shards: The weight files, in order.
+        source: Folder that is read from and must not be written to, if there is one.
+        overwrite: Whether to replace an existing checkpoint.
+        resume: True continues the work of the same run and refuses that of another; False discards it; None
+            continues its own and replaces the rest.
+        fingerprint: Names source and options, so that only the very same work is continued; without one shards are
+            never kept.
+
+    Raises:
+        FilesError: On entering: the target cannot be used, another run is writing it, or the disk is too small.
     """
 
     def __init__(
@@ -131,7 +81,9 @@ class CheckpointWriter:
         resume: bool | None,
         fingerprint: str | None,
     ) -> None:
-        self.target, self.shards, self.source = Path(target), shards, source
+        self.target = Path(target)
+        self.shards = shards
+        self.source = source
         self.overwrite = overwrite
         self.resume = resume if fingerprint else False
         # The plan is part of the identity: shards cut elsewhere are other files under the same names.
@@ -145,7 +97,8 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         self._real = check_target(self.target, source=self.source, overwrite=self.overwrite)
         self._partial = partial_folder(self._real)
-        self._tree, self._aside = self._partial / "tree", self._partial / "aside"
+        self._tree = self._partial / "tree"
+        self._aside = self._partial / "aside"
         with self._held as held, file_errors(self._partial):
             held.enter_context(parents_made(self._real))
             held.enter_context(locked(self._partial))
@@ -165,7 +118,7 @@ class CheckpointWriter:
             self._held.__exit__(kind, error, trace)
 
     def pending(self) -> Iterator[Shard]:
-        """The shards not there yet (with `resume`, verified ones are skipped)."""
+        """Yields the shards that are not there yet; those kept by a stopped run were verified."""
         return (shard for shard in self.shards if shard.file_name not in self.checksums)
 
     def write_shard(self, shard: Shard, tensors: TensorSource) -> None:
@@ -173,9 +126,16 @@ class CheckpointWriter:
 
         A tensor handed over must not be changed before this returns.
 
-        Raises ConversionError for a tensor whose shape or dtype is not the planned one, FilesError for the disk.
+        Args:
+            shard: One of `pending()`.
+            tensors: Gives each tensor by its name.
+
+        Raises:
+            ConversionError: A tensor does not have the planned shape and dtype.
+            FilesError: The disk.
         """
-        path, digest = self._part(shard), hashlib.sha256()
+        path = self._part(shard)
+        digest = hashlib.sha256()
         with file_errors(path), path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
             hashing: Future[None] | None = None
 
@@ -192,24 +152,40 @@ class CheckpointWriter:
             for name in shard.names:
                 append(_data(name, shard.specs[name], tensors[name]))
             _sync(stream)
-        # the hasher is done here: the `with` has waited for it
+        # The hasher is done here: the `with` has waited for it.
         self.checksums[shard.file_name] = digest.hexdigest()
         self._save_journal()
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a UTF-8 file; `name` may have folders. FilesError if it was written before."""
+        """Writes a UTF-8 file; `name` may have folders.
+
+        Raises:
+            FilesError: It was written before, or the disk.
+        """
         if name == CONFIG:
             self._config = text
         else:
             self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes a file; `name` may have folders. FilesError if it was written before."""
+        """Writes a file; `name` may have folders.
+
+        Raises:
+            FilesError: It was written before, or the disk.
+        """
         with self._new_file(name) as stream:
             stream.write(data)
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes `record` as JSON with the SHA-256 of all that computes: weights, config.json and code. Returns it."""
+        """Writes a record as JSON, with the SHA-256 of all that computes: weights, config.json and code.
+
+        Args:
+            name: Its file.
+            record: All but the checksums.
+
+        Returns:
+            The record with the checksums.
+        """
         assert self._config is not None, "config.json comes before the record"
         config = hashlib.sha256(self._config.encode()).hexdigest()
         code = {path.name: file_sha256(path) for path in self._tree.glob("*.py")}
@@ -220,7 +196,9 @@ class CheckpointWriter:
     def copy_file(self, path: Path, name: str | None = None) -> None:
         """Copies a file's contents (not its mode), as `name` if given.
 
-        Raises ConversionError for a file of the source that is a link out of it, FilesError for the disk.
+        Raises:
+            ConversionError: A file of the source is a link out of it.
+            FilesError: The disk.
         """
         path = Path(path)
         if self.source is not None and path.is_relative_to(self.source):
@@ -229,9 +207,11 @@ class CheckpointWriter:
             shutil.copyfileobj(original, stream)
 
     def commit(self) -> None:
-        """Index, then config.json, sync, then one atomic rename to the target; an old checkpoint is removed after.
+        """Writes index and config.json, syncs, and renames the folder to the target; then removes an old checkpoint.
 
-        Raises ValueError if a shard or config.json was not written.
+        Raises:
+            ValueError: A shard or config.json was not written.
+            FilesError: The disk, or someone has filled the target meanwhile.
         """
         missing = [shard.file_name for shard in self.pending()]
         if missing or self._config is None:
@@ -252,7 +232,7 @@ class CheckpointWriter:
             raise FilesError(f"{self.target}: complete, but {self._partial} stayed ({error}); remove it") from error
 
     def _open_partial(self, checksums: Any) -> None:
-        """Makes the partial folder ready: empty, or with the finished shards of an earlier run, verified."""
+        """Readies the partial folder: empty, or with the finished shards of an earlier run, verified."""
         if isinstance(checksums, dict):
             self.checksums = checksums
         elif self._partial.exists():
@@ -314,7 +294,7 @@ class CheckpointWriter:
 
 
 def _data(name: str, spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    """Returns the tensor's bytes, without a copy where it is contiguous and on the CPU."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
         raise ConversionError(
             f"tensor {quote(name)}: {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}; "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from conversion.checkpoint.reader import CheckpointReader, TensorInfo
+from conversion.checkpoint import CheckpointReader, TensorInfo
 from conversion.errors import ConversionError, quote
 from conversion.mapping.rules import Rule
 

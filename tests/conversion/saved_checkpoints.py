@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion.checkpoint.reader import CheckpointReader
-from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
+from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
 from conversion.errors import ConversionError, FilesError
 
 

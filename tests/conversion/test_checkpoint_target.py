@@ -11,9 +11,9 @@ import pytest
 import torch
 from saved_checkpoints import TENSORS, names, refusal, snapshot, write, writer_for
 
+from conversion.checkpoint import CheckpointWriter, TensorSpec, plan_shards
 from conversion.checkpoint import output_folder as target_module
 from conversion.checkpoint.output_folder import check_room, check_space, check_target
-from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 from conversion.errors import FilesError
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from saved_checkpoints import TENSORS, names, specs_of, write, writer_for
 
+from conversion.checkpoint import TensorSpec, plan_shards
 from conversion.checkpoint.safetensors_format import DTYPES
-from conversion.checkpoint.writer import TensorSpec, plan_shards
 from conversion.errors import ConversionError, FilesError
 
 
@@ -171,8 +171,7 @@ def test_copy_follows_no_link_out_of_the_source(tmp_path):
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from conversion.checkpoint.reader import CheckpointReader
-from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
+from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
 
 def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

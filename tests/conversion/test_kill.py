@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conversion.checkpoint import CheckpointWriter, TensorSpec, plan_shards
 from conversion.checkpoint import output_folder as target_module
-from conversion.checkpoint.writer import CheckpointWriter, TensorSpec, plan_shards
 
 
 TENSORS = {f"layer.{n}": torch.full((64, 16), float(n)) for n in range(5)}
