@@ -175,6 +175,12 @@ def linked_pictures() -> Iterator[str]:
                 yield there
 
 
+def on_config(config: Any) -> Any:
+    """Has the code next to this file imported, whatever is installed. Called by mkdocs."""
+    sys.path.insert(0, str(ROOT))
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds pages and pictures from outside docs/. Called by mkdocs."""
     from mkdocs.structure.files import File

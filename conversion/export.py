@@ -25,7 +25,24 @@ def export_checkpoint(
     """Writes a V1 checkpoint of ours as transformers' DiffLlama.
 
     The weight of the norm over heads is multiplied into o_proj, rounded once in the dtype written: give float32 to
-    keep a bfloat16 model's trained norm without that rounding. Raises ConversionError for what cannot be said there.
+    keep a bfloat16 model's trained norm without that rounding.
+
+    Args:
+        source: Folder of a V1 checkpoint.
+        output: Folder to create.
+        format: "diffllama": transformers' own DiffLlama class.
+        dtype: Cast the weights; by default each tensor keeps its own dtype.
+        max_shard_size: Largest size of a weight file.
+        overwrite: Whether to replace an existing output, in one step at the end.
+        resume: Continue from the work that a stopped run has kept, or discard it (False).
+        progress: Called with bytes written so far, and bytes in all.
+
+    Returns:
+        What was written, with notes for the user.
+
+    Raises:
+        ConversionError: Bad input, or a checkpoint that DiffLlama cannot express.
+        FilesError: The disk or the target folder.
     """
     chosen("format", format, ("diffllama",))
     folder = Path(source)

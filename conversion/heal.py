@@ -37,7 +37,15 @@ WORK_FORMAT = 2  # of the kept work: 1 had options of other names
 
 @dataclass(frozen=True)
 class HealingReport:
-    """What was written: its record (conversion.json), the held-out table of this healing, and notes for the user."""
+    """What a healing has written.
+
+    Attributes:
+        output: The folder.
+        record: Content of its conversion.json.
+        table: Measurements of the held-out text, one per evaluation: tokens so far, loss and KL in nats/token, greedy
+            agreement, the recovered share, lambda per layer.
+        notes: What the user should know.
+    """
 
     output: Path
     record: Mapping[str, Any]

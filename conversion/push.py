@@ -31,7 +31,17 @@ from conversion.source.hub_address import parse_address
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was uploaded, or would be. `files` are bytes by name; `commit` and `url` are None after a dry run."""
+    """What was uploaded, or would be.
+
+    Attributes:
+        repo_id: The repository, OWNER/NAME.
+        revision: Branch or pull request that has the commit.
+        private: Visibility of the repository; None where a dry run leaves it to the Hub.
+        files: Bytes of each file, by name.
+        notes: What the user should know.
+        commit: Id of the commit; None after a dry run.
+        url: Where it is shown; None after a dry run.
+    """
 
     repo_id: str
     revision: str
@@ -43,12 +53,21 @@ class PushReport:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all files."""
         return sum(self.files.values())
 
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """All that will be sent. `private` is None where the Hub's default will do."""
+    """All that will be sent.
+
+    Attributes:
+        repo_id: The repository, OWNER/NAME.
+        contents: Each file by its name there: where it is, or its bytes.
+        private: Visibility of a new repository; None for the Hub's default.
+        private_reason: Why it should be private; None where nothing asks for it.
+        notes: What the user should know.
+    """
 
     repo_id: str
     contents: Mapping[str, Path | bytes]
@@ -76,11 +95,27 @@ def push_checkpoint(
     verification: VerificationReport | Mapping[str, Any] | None = None,
     token: str | None = None,
 ) -> PushReport:
-    """Uploads a checkpoint, an export or an adapter, with all that a stranger needs to load it, in a single commit.
+    """Uploads a checkpoint, an export or an adapter, with all that others need to load it, in a single commit.
 
-    `private` None: private where the base's license gives its models on request, else the Hub's default; it holds for
-    new repositories. `verification` puts measured numbers into the card. `format` "diffllama" exports first.
-    Raises ConversionError, in one line, for bad input and for whatever the Hub answers; running again is always safe.
+    Running again is always safe.
+
+    Args:
+        folder: The checkpoint, export or adapter.
+        repo_id: Repository, OWNER/NAME, created if it does not exist.
+        private: Visibility of a new repository. By default private where the base model's license restricts access,
+            else as the Hub has it.
+        revision: Branch to upload to, created if it does not exist; main by default.
+        create_pr: Upload as a pull request in place of a commit to main.
+        dry_run: List the files and their sizes, contact nothing.
+        format: "native": the checkpoint with its code. "diffllama": exported to transformers' own class first.
+        verification: A report of `verify_checkpoint`, whose numbers go into the model card.
+        token: Of the Hub; by default that of `hf auth login`.
+
+    Returns:
+        What was uploaded, or would be (`dry_run`).
+
+    Raises:
+        ConversionError: Bad input, or whatever the Hub answers.
     """
     address = parse_address(repo_id)
     if address is None:

@@ -163,7 +163,14 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What was written, or would be: the record (conversion.json), notes for the user, bytes of weights."""
+    """What was written, or would be.
+
+    Attributes:
+        output: The folder.
+        record: Content of its conversion.json.
+        notes: What the user should know.
+        num_bytes: Bytes of the weights.
+    """
 
     output: Path
     record: Mapping[str, Any]

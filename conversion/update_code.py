@@ -55,7 +55,18 @@ class CodeUpdate:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What was changed, or would be. `written` are bytes by name; `commit` and `url` are None but on the Hub."""
+    """What was changed, or would be.
+
+    Attributes:
+        target: The folder or repository.
+        before: What the code was before: its version, and what is known of it.
+        written: Bytes of each file that changes, by name.
+        removed: Files of the old code that today's code has no more.
+        notes: What the user should know.
+        dry_run: Whether nothing was changed.
+        commit: Id of the commit; None for a folder and after a dry run.
+        url: Where it is shown; None for a folder and after a dry run.
+    """
 
     target: str
     before: str
@@ -89,6 +100,9 @@ def update_checkpoint_code(
         create_pr: Open a pull request on the Hub in place of a commit.
         token: Of the Hub; by default that of `hf auth login`.
 
+    Returns:
+        What was changed, or would be (`dry_run`).
+
     Raises:
         ConversionError: Not a checkpoint of ours, foreign, edited or newer code; whatever the Hub answers.
         FilesError: The folder cannot be written.
@@ -110,6 +124,13 @@ def update_checkpoint_code(
 
 def plan_update(folder: Path, force: bool = False) -> CodeUpdate:
     """Settles what will change, and changes nothing.
+
+    Args:
+        folder: Folder of the checkpoint.
+        force: Replace edited and newer files as well.
+
+    Returns:
+        What will change.
 
     Raises:
         ConversionError: Not a checkpoint of ours, or code that is not ours to replace.

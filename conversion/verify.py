@@ -45,9 +45,19 @@ def verify_checkpoint(
 ) -> VerificationReport:
     """Checks a converted checkpoint; with its source in `against`, also what was promised of the function.
 
-    `texts` replaces the built-in ones, and `held_out` the standard text on which loss, KL and agreement are measured.
-    Models are loaded one after the other, in float32. A broken promise is a failed
-    check; ConversionError is raised for a folder that is no converted checkpoint at all.
+    Models are loaded one after the other, in float32. A broken promise is a failed check, not an error.
+
+    Args:
+        output: Folder of the converted checkpoint.
+        against: Folder or Hub id of the LLaMA it was converted from, to compare with.
+        texts: Prompts on which logits and greedy tokens are compared; built-in ones by default.
+        held_out: Text or JSON lines on which loss, KL and greedy agreement are measured; a standard text by default.
+
+    Returns:
+        The checks, with their outcome and numbers.
+
+    Raises:
+        ConversionError: The folder is no converted checkpoint, or `against` no source.
     """
     folder = Path(output)
     config = read_our_config(folder)
@@ -72,8 +82,10 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
     expected = {_full_name(name, config): tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = {name: info.shape for name, info in reader.tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    detail = f"{len(found)} tensors, as the model expects" if not wrong else f"{wrong[0]}: {found.get(wrong[0])}, " \
-        f"expected {expected.get(wrong[0])} ({len(wrong)} differ)"  # fmt: skip
+    detail = f"{len(found)} tensors, as the model expects"
+    if wrong:
+        name = wrong[0]
+        detail = f"{name}: {found.get(name)}, expected {expected.get(name)} ({len(wrong)} differ)"
     yield Check("tensors", _outcome(not wrong), detail)
     changed = changed_files(folder, record)
     yield Check("checksums", _outcome(not changed), f"{changed[0]} has changed" if changed else "as recorded")

@@ -15,7 +15,7 @@ from conversion.console.usage import parsed
 
 
 def with_options(**config_classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function that takes configs: one option for each of their fields that has a help.
+    """Makes a command of a function that takes configs: one option for each of their fields but those of Python alone.
 
     The options stand between the function's arguments and its own options. A config that is refused ends the command
     in one line.
@@ -57,7 +57,11 @@ def with_options(**config_classes: type) -> Callable[[Callable[..., None]], Call
 def options_of(config_class: type) -> list[inspect.Parameter]:
     """Returns the options that the fields of a config make, in their order, as typer reads them."""
     hints = get_type_hints(config_class)
-    return [_parameter(field, hints[field.name]) for field in fields(config_class) if "help" in field.metadata]
+    return [
+        _parameter(field, hints[field.name])
+        for field in fields(config_class)
+        if not field.metadata.get("python_only", False)
+    ]
 
 
 def _parameter(field: Field, hint: Any) -> inspect.Parameter:

@@ -7,18 +7,19 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from conversion.healing.options import TrainerOptions
+from conversion.options import with_field_help
 
 
 KEPT_CHECKPOINTS = 2
 
 
+@with_field_help
 @dataclass
 class HealingConfig(TrainerOptions, TrainingArguments):
     """
-    Configures a `HealingTrainer`: transformers' TrainingArguments, the options of a healing, and defaults for it.
+    Configures a `HealingTrainer`: transformers' TrainingArguments with the options of a healing.
 
-    Defaults that differ from TrainingArguments: one epoch, a cosine schedule with a warmup of 5% of the steps, AdamW's
-    beta2 of 0.95, bfloat16 arithmetic on a GPU, and evaluations, checkpoints and logs by shares of the steps.
+    Listed are the options that TrainingArguments do not have, and those of theirs that have another default here.
     `optim` and its like are AdamW's, which all parameters have with `optimizer="adamw"`, and all but the matrices of
     the layers with "muon".
 

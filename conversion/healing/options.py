@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from conversion.errors import ConversionError, typed
-from conversion.options import chosen, chosen_dtype, dtype_option, option
+from conversion.options import chosen, chosen_dtype, dtype_option, option, with_field_help
 
 
 class HealStage(StrEnum):
@@ -87,9 +87,14 @@ def refuse_renamed(name: str) -> None:
         raise ConversionError(f"{typed(name)} is called {now} now{meaning}")
 
 
+@with_field_help
 @dataclass(kw_only=True)
 class TrainerOptions:
-    """Choices of the training itself, which `HealingConfig` has as well. Names are those of TrainingArguments."""
+    """Configures the training of a healing; names are those of TrainingArguments. `HealingConfig` has them as well.
+
+    Raises:
+        ConversionError: An option is out of range, or two do not go together.
+    """
 
     stage: HealStage = option(
         HealStage.KL,
@@ -205,12 +210,13 @@ class TrainerOptions:
             )
 
 
+@with_field_help
 @dataclass(kw_only=True)
 class HealingOptions(TrainerOptions):
-    """
-    Choices that change what a healing learns; all of them are recorded in conversion.json.
+    """Configures what a healing learns: the options of `diff-llama heal`, recorded in conversion.json.
 
-    Each field's help is in its metadata, from which the options of `diff-llama heal` are made.
+    Raises:
+        ConversionError: An option is out of range, or two do not go together.
     """
 
     tokens: int | None = option(None, help="Number of tokens to train on, in place of a number of steps.")

@@ -31,6 +31,7 @@ from conversion.options.values import (
     parse_layers,
     parse_size,
     torch_dtype,
+    with_field_help,
 )
 
 
@@ -60,4 +61,5 @@ __all__ = [
     "parse_size",
     "parse_stages",
     "torch_dtype",
+    "with_field_help",
 ]

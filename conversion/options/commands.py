@@ -12,20 +12,23 @@ from conversion.options.values import (
     overwrite_option,
     resume_option,
     shard_size_option,
+    with_field_help,
 )
 
 
+@with_field_help
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Options of `diff-llama verify`."""
+    """Configures `diff-llama verify`: what a converted checkpoint is compared with."""
 
     against: str | None = option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
     held_out: str | Path | None = held_out_option()
 
 
+@with_field_help
 @dataclass(frozen=True)
 class ExportConfig:
-    """Options of `diff-llama export`."""
+    """Configures `diff-llama export`: how a V1 checkpoint is written for transformers' own class."""
 
     format: Literal["diffllama"] = option("diffllama", help="diffllama: transformers' own DiffLlama class.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = dtype_option()
@@ -34,16 +37,18 @@ class ExportConfig:
     resume: bool | None = resume_option()
 
 
+@with_field_help
 @dataclass(frozen=True)
 class InspectConfig:
-    """Options of `diff-llama inspect`."""
+    """Configures `diff-llama inspect`: what may be read of a checkpoint."""
 
     allow_pickle: bool = allow_pickle_option()
 
 
+@with_field_help
 @dataclass(frozen=True)
 class PushConfig:
-    """Options of `diff-llama push`."""
+    """Configures `diff-llama push`: how a checkpoint is uploaded."""
 
     private: bool | None = option(
         help="Visibility of a new repository. Private by default where the base model's license restricts access.",
@@ -61,9 +66,10 @@ class PushConfig:
     dry_run: bool = option(False, help="List the files and their sizes, contact nothing.")
 
 
+@with_field_help
 @dataclass(frozen=True)
 class UpdateCodeConfig:
-    """Options of `diff-llama update-code`."""
+    """Configures `diff-llama update-code`: how the code next to a checkpoint is renewed."""
 
     dry_run: bool = option(False, help="Say what would change, and change nothing.")
     force: bool = option(False, help="Replace files that were edited or are newer, too.")
@@ -71,9 +77,10 @@ class UpdateCodeConfig:
     create_pr: bool = option(False, help="Open a pull request on the Hub in place of a commit.")
 
 
+@with_field_help
 @dataclass(frozen=True)
 class HealFilesConfig:
-    """Options of `diff-llama heal` that say from where and to where; what is learned is in `HealingOptions`."""
+    """Configures the files of `diff-llama heal`; what is learned is in `HealingOptions`."""
 
     teacher: str | None = option(help="Folder or Hub id of the LLaMA it was converted from; stage lm needs none.")
     held_out: Path | None = option(help="Text to measure on. The first rows of --data by default.")

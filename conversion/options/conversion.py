@@ -22,6 +22,7 @@ from conversion.options.values import (
     resume_option,
     shard_size_option,
     torch_dtype,
+    with_field_help,
 )
 
 
@@ -71,9 +72,14 @@ SETTLED: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+@with_field_help
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Choices that change what is written; all of them are recorded in conversion.json."""
+    """Configures what a conversion writes; all of it is recorded in conversion.json.
+
+    Raises:
+        ConversionError: A value is out of range, or two do not go together.
+    """
 
     variant: Literal["v1", "v2"] | None = option(
         help="Needed for a LLaMA. v2: the same function exactly, with more query weights. v1: the same size, near "
@@ -93,8 +99,9 @@ class ConversionOptions:
     lambda_start: float = option(
         0.5, help="v2: lambda at the start, between 0 and 1. Other values than 0.5 add a bias.", flag="--lambda"
     )
-    # By layer, where adjacent heads are not wanted (V1); from Python alone.
-    pairings: Mapping[int, HeadPairing] | None = None
+    pairings: Mapping[int, HeadPairing] | None = option(
+        help="v1: which heads become one, by layer. Neighbors by default.", python_only=True
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = dtype_option()
     seed: int = option(0, help="v1: seed from which the lambda vectors are drawn.")
     source_layout: Literal["auto", "unilm"] = option(
@@ -130,7 +137,7 @@ class ConversionOptions:
             raise ConversionError(f"{typed('lambda_start')} belongs to variant v2; use {typed('lambda_init')} for v1")
 
     def _settle(self) -> None:
-        """Every value as the kind of number that `recorded` can write, whatever kind was given."""
+        """Turns every value into the kind of number that `recorded` can write, whatever kind was given."""
         for field, (settle, expected) in SETTLED.items():
             value = getattr(self, field)
             if value is None and self.__dataclass_fields__[field].default is None:
@@ -142,11 +149,15 @@ class ConversionOptions:
 
     @property
     def torch_dtype(self) -> "torch.dtype | None":
-        """The dtype that the weights are cast to, None where each keeps its own."""
+        """The dtype that the weights are cast to; None where each tensor keeps its own."""
         return torch_dtype(self.dtype) if self.dtype else None
 
     def differential_layers(self, num_layers: int) -> list[int]:
-        """The layers that become differential, ascending. ConversionError for an index that does not exist."""
+        """Returns the indices of the layers that become differential, ascending.
+
+        Raises:
+            ConversionError: `layers` names none, or one that does not exist.
+        """
         layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
         there = f"the model has {num_layers} layers, counted from 0"
         if not layers:
@@ -158,7 +169,11 @@ class ConversionOptions:
         return layers
 
     def lambda_init_list(self, num_layers: int) -> list[float]:
-        """lambda_init of every layer. ConversionError unless the numbers are finite, below 1 and one a layer."""
+        """Returns lambda_init of every layer.
+
+        Raises:
+            ConversionError: The numbers are not finite, not below 1, or not one per layer.
+        """
         from modeling_diff.configuration_diff_llama import paper_lambda_init
 
         if self.lambda_init == "paper":
@@ -177,16 +192,21 @@ class ConversionOptions:
         return [float(value) for value in values]
 
     def sub_norm_eps(self) -> float:
+        """Returns the epsilon of the norm over heads."""
         return NEUTRAL_EPS if self.norm == "neutral" else STRICT_EPS
 
     def norm_weights(self, lambda_init: Sequence[float]) -> list[float]:
-        """What `sub_norm.weight` is filled with, one a layer: 1, or what undoes the epsilon and 1 - lambda_init."""
+        """Returns what fills `sub_norm.weight`, per layer: 1, or what undoes the epsilon and 1 - lambda_init."""
         if self.norm == "strict":
             return [1.0] * len(lambda_init)
         return [math.sqrt(NEUTRAL_EPS) / (1 - value) for value in lambda_init]
 
     def layer_pairings(self, sizes: Sizes) -> list[HeadPairing]:
-        """One pairing a layer. ConversionError for one that is made for other head counts."""
+        """Returns the pairing of every layer.
+
+        Raises:
+            ConversionError: A pairing is for other head counts, or for a layer that does not exist.
+        """
         if unknown := sorted(set(self.pairings or {}) - set(range(sizes.num_layers))):
             raise ConversionError(f"pairings of layers {unknown}: expected indices from 0 to {sizes.num_layers - 1}")
         expected = padded_counts(sizes.num_heads, sizes.num_kv_heads)
@@ -211,10 +231,16 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text on which V1 is fitted: a file or datasets folder, how many tokens of it, which stages (None: all).
+    """Text on which V1 is fitted, and how.
 
-    Without `path` the source writes it. Without `tokens` it is CALIBRATION_TOKENS, or all of a shorter text.
-    No stage takes lambda below `lambda_floor` in any layer; 0 allows layers that are not differential.
+    Attributes:
+        path: Text, JSON lines or a datasets folder; None for text that the source writes itself.
+        tokens: Number of tokens to read. CALIBRATION_TOKENS by default, or all of a shorter text.
+        stages: Calibration stages to run; all by default.
+        lambda_floor: Lowest lambda of any calibrated layer; 0 allows layers that are not differential.
+
+    Raises:
+        ConversionError: A value is out of range, or no such stage.
     """
 
     path: Path | None
@@ -234,13 +260,28 @@ class CalibrationText:
 
 
 def parse_stages(text: str) -> list[str]:
-    """ "pairing,refit" -> ["pairing", "refit"]. ConversionError for anything else."""
+    """Returns the calibration stages that a text names.
+
+    Args:
+        text: Names out of `STAGES`, separated by commas.
+
+    Returns:
+        The names, in the order given.
+
+    Raises:
+        ConversionError: It names another stage.
+    """
     return [chosen("stages", part, STAGES) for part in text.split(",")]
 
 
+@with_field_help
 @dataclass(frozen=True)
 class ConversionConfig(ConversionOptions):
-    """All that a conversion can be asked, as options of `diff-llama convert` and as arguments from Python."""
+    """Configures a conversion: the options of `diff-llama convert`, and keyword arguments of `convert_checkpoint`.
+
+    Raises:
+        ConversionError: A value is out of range, or two do not go together.
+    """
 
     calibration: str | Path | None = option(
         help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost; or "
@@ -274,7 +315,7 @@ class ConversionConfig(ConversionOptions):
 
     @property
     def calibration_text(self) -> CalibrationText | None:
-        """The text that V1 is fitted on, None without one.
+        """The text that V1 is fitted on; None without one.
 
         Raises:
             ConversionError: Values that mean something only with a text.

@@ -3,10 +3,11 @@
 No torch and no transformers here: the command line reads its arguments with this module.
 """
 
+import inspect
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, fields, is_dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -34,15 +35,50 @@ def option(default: Any = None, *, help: str, **metadata: Any) -> Any:
         default: Its value where nothing is given.
         help: A sentence for `--help` and for the reference.
         metadata: `flag`, the option as it is typed, where it is not the field's name; `parse`, what reads the text
-            that is typed; `metavar`, what `--help` shows for the value.
+            that is typed; `metavar`, what `--help` shows for the value; `python_only`, true for a field that no
+            option stands for.
+
+    Returns:
+        A field of a dataclass.
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def with_field_help(config_class: type[Config]) -> type[Config]:
+    """Adds the help of a config's fields to its docstring, as the section `Args:`.
+
+    Args:
+        config_class: A dataclass whose fields are made by `option`. Fields that it has unchanged from a dataclass
+            of another package, such as TrainingArguments, are left out.
+
+    Returns:
+        The same class.
+    """
+    package = __name__.partition(".")[0]
+    foreign = [
+        base for base in config_class.__mro__ if is_dataclass(base) and base.__module__.partition(".")[0] != package
+    ]
+    lines = ["Args:"]
+    for own in fields(config_class):  # type: ignore[arg-type]
+        if not any(base.__dataclass_fields__.get(own.name) is own for base in foreign):
+            lines.append(f"    {own.name}: {own.metadata['help']}")
+    text, raises, errors = inspect.cleandoc(config_class.__doc__ or "").partition("\n\nRaises:")
+    config_class.__doc__ = "\n".join((f"{text}\n", *lines)) + raises + errors
+    return config_class
 
 
 def dtype_option(
     argument: str = "dtype", help: str = "Cast the weights. By default each tensor keeps its own dtype."
 ) -> Any:
-    """Makes an option for a dtype, by any of its usual names."""
+    """Makes an option for a dtype, by any of its usual names.
+
+    Args:
+        argument: Name of the field, for messages.
+        help: A sentence for `--help` and for the reference.
+
+    Returns:
+        A field of a dataclass, None by default.
+    """
     return option(help=help, parse=lambda text: chosen_dtype(argument, text), metavar=f"<{'|'.join(DTYPES)}>")
 
 
@@ -80,6 +116,14 @@ def held_out_option() -> Any:
 def config_of(config_class: type[Config], config: Config | None, options: Mapping[str, Any]) -> Config:
     """Returns the config that a call gives, as one object or as its fields.
 
+    Args:
+        config_class: Class of the config.
+        config: The object, or None.
+        options: The fields by name, empty where the object is given.
+
+    Returns:
+        The object, or one made of the fields.
+
     Raises:
         ConversionError: Both are given, or a value that the config refuses.
     """
@@ -93,7 +137,14 @@ def config_of(config_class: type[Config], config: Config | None, options: Mappin
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """Returns the dtype of one of the names in `DTYPES`."""
+    """Returns the dtype of one of the names in `DTYPES`.
+
+    Args:
+        name: "float32", "bfloat16" or "float16".
+
+    Returns:
+        The dtype of torch.
+    """
     import torch
 
     return getattr(torch, name)
@@ -102,8 +153,16 @@ def torch_dtype(name: str) -> "torch.dtype":
 def chosen(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Returns the choice that `value` names, in whatever case it is written.
 
+    Args:
+        argument: Name of the field, for messages.
+        value: What a user gave.
+        choices: The names to choose from, in lower case.
+
+    Returns:
+        One of `choices`.
+
     Raises:
-        ConversionError: If it names none of them; the message lists them.
+        ConversionError: It names none of them; the message lists them.
     """
     name = str(value).strip().lower()
     if name not in choices:
@@ -112,10 +171,17 @@ def chosen(argument: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def chosen_dtype(argument: str, value: Any) -> str:
-    """Returns the name in `DTYPES` that `value` means: a dtype of torch, its name, or a short name such as bf16.
+    """Returns the name in `DTYPES` that `value` means.
+
+    Args:
+        argument: Name of the field, for messages.
+        value: A dtype of torch, its name, or a short name such as bf16.
+
+    Returns:
+        "float32", "bfloat16" or "float16".
 
     Raises:
-        ConversionError: If it means none of them; the message lists them.
+        ConversionError: It means none of them; the message lists them.
     """
     name = str(value).strip().lower().removeprefix("torch.")
     if (name := SHORT_NAMES.get(name, name)) in DTYPES:
@@ -131,10 +197,16 @@ def checked_size(text: str) -> str:
 
 
 def parse_size(text: str | int) -> int:
-    """Returns the bytes of a shard size: '5GB', '200MB', '1.5GiB', or an int, which is bytes already.
+    """Returns the bytes of a shard size.
+
+    Args:
+        text: A number and a unit, such as "5GB", "200MB" or "1.5GiB"; an int is bytes already.
+
+    Returns:
+        Bytes, at least `LEAST_SHARD_BYTES`.
 
     Raises:
-        ConversionError: For anything else, a text without a unit, and less than `LEAST_SHARD_BYTES`.
+        ConversionError: Anything else, a text without a unit, or less than that.
     """
     name = typed("max_shard_size")
     if hasattr(text, "__index__") and not isinstance(text, bool):
@@ -152,7 +224,17 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_layers(text: str) -> list[int]:
-    """ "0,4-7" -> [0, 4, 5, 6, 7]. ConversionError for anything else."""
+    """Returns the layers that a text names: [0, 4, 5, 6, 7] for "0,4-7".
+
+    Args:
+        text: Indices and ascending ranges, separated by commas.
+
+    Returns:
+        Indices, ascending, each once.
+
+    Raises:
+        ConversionError: Anything else.
+    """
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)  # no model has 100,000 layers
@@ -167,7 +249,17 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_lambda_init(text: str) -> Literal["paper"] | float | list[float]:
-    """ "paper", "0.05" or "0.05,0.1,0.2" (one per layer). ConversionError for anything else."""
+    """Returns the lambda_init that a text names.
+
+    Args:
+        text: "paper", a number, or one number per layer such as "0.05,0.1,0.2".
+
+    Returns:
+        "paper", the number, or the list.
+
+    Raises:
+        ConversionError: Anything else.
+    """
     if text.strip().lower() == "paper":
         return "paper"
     try:

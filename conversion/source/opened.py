@@ -48,8 +48,12 @@ def open_source(
         allow_pickle: Read pytorch_model.bin where there is no safetensors file.
         adapter: Folder of an adapter, whose files may lie among those of the source.
 
+    Returns:
+        The source, of whose weights only the headers were read.
+
     Raises:
         ConversionError: Anything but a checkpoint that can be converted.
+        FilesError: A file cannot be read.
     """
     location = locate_source(source, revision, allow_pickle)
     model = read_source_model(location.folder, layout, backbone_only)
