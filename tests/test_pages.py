@@ -146,6 +146,29 @@ def exit_code(call):
     return None
 
 
+def folders_made(page):
+    """The checkpoints that the commands of a page write."""
+    commands = [line for language, text in blocks_to_run(page) if language == "bash" for line in commands_of(text)]
+    return {
+        found[1] for line in commands if (found := re.match(r"diff-llama (?:convert|export|heal) \S+ (\S+)", line))
+    }
+
+
+def test_no_two_pages_write_the_same_checkpoint():
+    """Someone who runs one page after another would be told that it exists."""
+    made = [folder for page in PAGES for folder in folders_made(page)]
+    assert sorted(made) == sorted(set(made)) and set(MADE_BEFORE) <= set(made)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_to_run(page)], ids=name_of)
+def test_a_page_links_to_the_page_that_makes_what_it_uses(page):
+    text = "".join(text for _, text in blocks_to_run(page))
+    linked = {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(text_of(page))}
+    for folder in MADE_BEFORE:
+        makers = {maker for maker in PAGES if folder in folders_made(maker)}
+        assert not re.search(rf"{folder}(?![\w-])", text) or makers & (linked | {page}), folder
+
+
 @pytest.fixture(scope="session")
 def made_before(tmp_path_factory):
     """tiny-llama as V1 and V2, converted once for all pages."""

@@ -68,7 +68,7 @@ class Calibration:
         elif self.rows is None:
             of = " that the source writes"
         return (
-            f"calibration on {self.text.tokens} tokens{of}: about {duration_text(self.estimate.seconds)} on this "
+            f"calibration on {self.text.tokens:,} tokens{of}: about {duration_text(self.estimate.seconds)} on this "
             f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
             f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
         )

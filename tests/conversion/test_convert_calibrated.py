@@ -161,12 +161,12 @@ def test_tokens_recorded_are_those_in_whole_rows(llama, text, tmp_path):
     report = convert(llama, tmp_path / "v1", text, **options)
     assert report.record["calibration"]["tokens"] == ROW_TOKENS * (NUM_ROWS - 1)
     notes = convert(llama, tmp_path / "other", text, dry_run=True, **options).notes
-    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1)} tokens") for note in notes)
+    assert any(note.startswith(f"calibration on {ROW_TOKENS * (NUM_ROWS - 1):,} tokens") for note in notes)
 
 
 def test_text_shorter_than_the_default_is_used_whole_and_said(llama, text, tmp_path):
     report = convert(llama, tmp_path / "v1", text, calibration_tokens=None, dry_run=True)
-    assert any(f"calibration on {ROW_TOKENS * NUM_ROWS} tokens (all of the text)" in note for note in report.notes)
+    assert any(f"calibration on {ROW_TOKENS * NUM_ROWS:,} tokens (all of the text)" in note for note in report.notes)
     asked = convert(llama, tmp_path / "v1", text, dry_run=True)
     assert not any("all of the text" in note for note in asked.notes)
     short = tmp_path / "short.jsonl"

@@ -86,5 +86,5 @@ def test_a_file_called_self_is_given_with_its_folder(llama, tmp_path, monkeypatc
 def test_dry_run_writes_no_text(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "sample", None)
     notes = convert(llama, tmp_path / "v1", dry_run=True).notes
-    assert any(note.startswith(f"calibration on {TOKENS} tokens that the source writes: about") for note in notes)
+    assert any(note.startswith(f"calibration on {TOKENS:,} tokens that the source writes: about") for note in notes)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
