@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 from .diff_transformers_compat import HAS_TENSOR_PARALLEL, check_versions
 
@@ -10,10 +10,11 @@ from .diff_transformers_compat import HAS_TENSOR_PARALLEL, check_versions
 check_versions()  # before what older releases lack is imported
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+from transformers import LlamaConfig, PreTrainedConfig  # noqa: E402
 
 from .diff_adapters import MODEL_TYPE, register_with_peft  # noqa: E402
 from .diff_engines import register_with_vllm  # noqa: E402
+from .diff_llama_fields import head_fields, shared_fields  # noqa: E402
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -119,6 +120,30 @@ class DiffLlamaConfig(LlamaConfig):
         self.check()
         self.base_model_tp_plan = self._tensor_parallel_plan()
         register_with_vllm()
+
+    @classmethod
+    def from_llama(
+        cls, llama_config: PreTrainedConfig, *, variant: Literal["v1", "v2"], pad_heads: bool = False, **fields: Any
+    ) -> "DiffLlamaConfig":
+        """
+        Returns the config of the differential model that a LLaMA becomes, as `diff-llama convert` writes it.
+
+        V1 has as many parameters: two heads become one, with `head_dim` doubled. V2 has the LLaMA's heads, and a
+        second set of queries. Fields that LLaMA's layers do not read are left out, without the checks by which
+        `diff-llama convert` refuses what they would change, such as a sliding window.
+
+        Args:
+            llama_config: Config of a `llama`, `mistral`, `qwen2` or `qwen3` model. One of a differential model stands
+                for the LLaMA whose heads are its maps.
+            variant: "v1" or "v2".
+            pad_heads: Whether V1 gets idle heads where those of the LLaMA do not pair.
+            fields: Fields of the new config, which win over the LLaMA's. `attention_dropout` is 0 if it is not one.
+
+        Raises:
+            ValueError: The model is of another type, its heads do not pair, or the fields do not go together.
+        """
+        ours = {"variant": variant, "attention_dropout": 0.0} | head_fields(llama_config, variant, pad_heads=pad_heads)
+        return cls(**{**shared_fields(llama_config), **ours, **fields})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

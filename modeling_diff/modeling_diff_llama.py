@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .diff_attention_triton_kernels import fwd_kernel  # noqa: F401
     from .diff_attention_triton_launches import launch_forward  # noqa: F401
     from .diff_attention_triton_tiles import padded_widths  # noqa: F401
+    from .diff_llama_fields import shared_fields  # noqa: F401
     from .diff_sub_norm import SubNorm  # noqa: F401
     from .diff_transformers_compat import append_to_cache  # noqa: F401
 

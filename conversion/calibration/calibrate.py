@@ -37,12 +37,13 @@ from conversion.calibration.store import CalibrationStore, run_identity
 from conversion.calibration.streams import LayerWeights, LlamaLayers, Streams
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
-from conversion.mapping.heads import HeadPairing, padded_counts
+from conversion.mapping.heads import HeadPairing
 from conversion.options import STRICT_EPS
 from conversion.source.architectures import plain_config
 from conversion.source.config import check_pairs
 from modeling_diff.analysis.tokens import token_fault
 from modeling_diff.configuration_diff_llama import paper_lambda_init
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 class Stage(StrEnum):

@@ -13,7 +13,8 @@ from conversion.calibration.pairing import PairCosts, match_heads
 from conversion.calibration.problem import LayerProblem
 from conversion.calibration.refit import NormalEquations
 from conversion.calibration.streams import LayerWeights
-from conversion.mapping.heads import HeadPairing, padded_counts
+from conversion.mapping.heads import HeadPairing
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 LAMBDA_GRID = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -3,8 +3,6 @@
 from typing import Any
 
 from conversion.calibration.calibrate import CalibrationResult
-from conversion.mapping.heads import paired_fields
-from conversion.source.architectures import plain_config, shared_fields
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
@@ -15,10 +13,10 @@ def calibrated_model(llama: Any, result: CalibrationResult) -> DiffLlamaForCausa
         llama: transformers' LLaMA.
         result: A calibration of all of its layers.
     """
-    pairing = result.pairings[0]
-    heads = paired_fields(len(pairing.query_heads), len(pairing.kv_heads), plain_config(llama.config).head_dim)
-    config = DiffLlamaConfig(
-        **(shared_fields(llama.config) | heads),
+    config = DiffLlamaConfig.from_llama(
+        llama.config,
+        variant="v1",
+        pad_heads=True,
         lambda_init=list(result.lambda_init),
         sub_norm_eps=list(result.sub_norm_eps),
     )

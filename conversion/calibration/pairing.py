@@ -10,7 +10,8 @@ import networkx
 import numpy
 import torch
 
-from conversion.mapping.heads import HeadPairing, padded_counts
+from conversion.mapping.heads import HeadPairing
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 def match_heads(costs: torch.Tensor, num_kv_heads: int) -> HeadPairing:

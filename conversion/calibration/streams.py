@@ -19,10 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from conversion.calibration.speed import faster_in_bfloat16
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError
-from conversion.mapping.heads import HeadPairing, paired_fields
+from conversion.mapping.heads import HeadPairing
 from conversion.mapping.layout import TENSORS, Keep, paired_layout
 from conversion.options import STRICT_EPS
-from conversion.source.architectures import plain_config, shared_fields
+from conversion.source.architectures import plain_config
 from modeling_diff import DiffLlamaConfig
 from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 
@@ -159,10 +159,14 @@ def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlam
         weights: The layer's attention.
         num_layers: Number of layers of the model.
     """
-    pairing = weights.pairing
-    heads = paired_fields(len(pairing.query_heads), len(pairing.kv_heads), config.head_dim)
-    ours = {"lambda_init": [weights.lambda_init] * num_layers, "sub_norm_eps": weights.sub_norm_eps}
-    return DiffLlamaConfig(**{**shared_fields(config), **heads, **ours, "num_hidden_layers": num_layers})
+    return DiffLlamaConfig.from_llama(
+        config,
+        variant="v1",
+        pad_heads=True,
+        lambda_init=[weights.lambda_init] * num_layers,
+        sub_norm_eps=weights.sub_norm_eps,
+        num_hidden_layers=num_layers,
+    )
 
 
 def copied_weights(

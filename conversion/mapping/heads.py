@@ -5,34 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def padded_counts(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
-    """Returns the numbers of heads and KV heads that can be paired: an odd number of KV heads gets one idle one more.
-
-    An idle KV head has as many heads as every other one. Idle heads have the last indices.
-
-    Args:
-        num_heads: LLaMA's heads.
-        num_kv_heads: LLaMA's KV heads.
-    """
-    kv_heads = num_kv_heads + num_kv_heads % 2
-    return num_heads // num_kv_heads * kv_heads, kv_heads
-
-
-def paired_fields(num_heads: int, num_kv_heads: int, map_dim: int) -> dict[str, int]:
-    """Returns the head fields of a V1 config: two of LLaMA's heads are one of ours, twice as wide.
-
-    Args:
-        num_heads: LLaMA's heads, idle ones included.
-        num_kv_heads: LLaMA's KV heads, idle ones included.
-        map_dim: Width of a LLaMA head.
-    """
-    return {
-        "num_attention_heads": num_heads // 2,
-        "num_key_value_heads": num_kv_heads // 2,
-        "head_dim": 2 * map_dim,
-    }
-
-
 @dataclass(frozen=True)
 class HeadPairing:
     """Which LLaMA heads make up the differential heads of one layer.

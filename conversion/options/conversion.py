@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversion.errors import ConversionError, typed
-from conversion.mapping.heads import HeadPairing, Sizes, padded_counts
+from conversion.mapping.heads import HeadPairing, Sizes
 from conversion.options.values import (
     allow_pickle_option,
     chosen,
@@ -209,6 +209,8 @@ class ConversionOptions:
         """
         if unknown := sorted(set(self.pairings or {}) - set(range(sizes.num_layers))):
             raise ConversionError(f"pairings of layers {unknown}: expected indices from 0 to {sizes.num_layers - 1}")
+        from modeling_diff.diff_llama_fields import padded_counts
+
         expected = padded_counts(sizes.num_heads, sizes.num_kv_heads)
         default = HeadPairing.adjacent(*expected)
         pairings = [(self.pairings or {}).get(layer, default) for layer in range(sizes.num_layers)]

@@ -10,7 +10,7 @@ from conversion.checkpoint.companions import read_object
 from conversion.checkpoint.output_folder import check_target, locked, partial_folder, swap_in, sync_folder
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, file_errors
-from conversion.mapping.heads import HeadPairing, Sizes, padded_counts
+from conversion.mapping.heads import HeadPairing, Sizes
 from conversion.mapping.rules import Rule, llama_v1_rules, llama_v2_rules
 from conversion.options import ConversionConfig
 from conversion.planning.adapter_output import AdapterOutput, adapter_files
@@ -19,6 +19,7 @@ from conversion.source.adapter import read_adapter
 from conversion.source.config import read_config
 from conversion.source.model import CONFIG_ERRORS
 from modeling_diff import DiffLlamaConfig
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 def is_converted(source: str | Path) -> bool:

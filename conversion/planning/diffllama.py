@@ -15,12 +15,12 @@ from conversion.mapping.rules import diffllama_export_rules
 from conversion.mapping.stream import Plan
 from conversion.options import chosen_dtype, parse_size, torch_dtype
 from conversion.record import versions
-from conversion.source.config_fields import KEPT_FIELDS
 from conversion.source.converted import read_our_config
 from conversion.source.location import SourceFolder
 from conversion.source.model import default_dtype
 from conversion.source.tensors import match_tensors
 from modeling_diff.configuration_diff_llama import paper_lambda_init
+from modeling_diff.diff_llama_fields import LLAMA_FIELDS
 
 
 def plan_export(
@@ -120,7 +120,7 @@ def _refuse_unsayable(config: Any) -> None:
 
 
 def _diffllama_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    known = KEPT_FIELDS - {"mlp_bias", "pretraining_tp"}
+    known = LLAMA_FIELDS - {"mlp_bias", "pretraining_tp"}
     return {name: value for name, value in config.to_dict().items() if name in known} | {
         "num_attention_heads": 2 * config.num_attention_heads,
         "num_key_value_heads": 2 * config.num_key_value_heads,

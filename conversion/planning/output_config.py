@@ -10,11 +10,11 @@ from conversion.checkpoint.json_files import parse_json
 from conversion.errors import ConversionError, quote
 from conversion.mapping.rules import Rule
 from conversion.options import ConversionOptions
-from conversion.source.architectures import shared_fields
 from conversion.source.config import SourceModel
 from conversion.source.config_fields import not_kept
 from conversion.source.model import BUILD_ERRORS, build_on_meta, default_dtype, one_line
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
+from modeling_diff.diff_llama_fields import shared_fields
 
 
 MAX_NOTES = 8  # of one kind; a config can have thousands of fields that nobody reads
@@ -27,9 +27,9 @@ def output_config(
 
     Args:
         model: The source, whose LLaMA fields are kept as they are.
-        ours: The fields that LLaMA does not have.
+        ours: `variant` and the other fields that LLaMA does not have.
         reader: The source's tensors.
-        options: `dtype` and `backbone_only` matter here.
+        options: `dtype`, `backbone_only` and `pad_heads` matter here.
 
     Returns:
         The config, and notes for the user on fields that are not kept or mean something unusual.
@@ -37,13 +37,15 @@ def output_config(
     Raises:
         ConversionError: The fields do not go together.
     """
-    shared, notes = _shared_fields(model)
     architecture = "DiffLlamaModel" if options.backbone_only else "DiffLlamaForCausalLM"
     dtype = options.torch_dtype or default_dtype(model.config, reader)
     try:
-        return DiffLlamaConfig(**{**shared, **ours}, architectures=[architecture], dtype=dtype), notes
+        config = DiffLlamaConfig.from_llama(
+            model.config, pad_heads=options.pad_heads, architectures=[architecture], dtype=dtype, **ours
+        )
     except BUILD_ERRORS as error:
         raise ConversionError(f"config.json: no differential model can have it: {one_line(error)}") from error
+    return config, _field_notes(model)
 
 
 def check_loadable(text: str, rules: Iterable[Rule]) -> None:
@@ -75,8 +77,8 @@ def check_loadable(text: str, rules: Iterable[Rule]) -> None:
         )
 
 
-def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
-    """LLaMA's fields as they are, and notes on fields of the source that have no place here."""
+def _field_notes(model: SourceModel) -> list[str]:
+    """Notes on fields of the source that have no place here, or mean something unusual."""
     shared = shared_fields(model.config)
     ours = DiffLlamaConfig().to_dict() | GenerationConfig().to_dict()
     unread = [_printable(name) for name in not_kept(model.raw, ours, model.architecture.own_fields)]
@@ -89,8 +91,7 @@ def _shared_fields(model: SourceModel) -> tuple[dict[str, Any], list[str]]:
         notes.append(
             f"config.json: attention_dropout {shared['attention_dropout']} becomes 0, undefined on differences"
         )
-    shared["attention_dropout"] = 0.0
-    return shared, notes
+    return notes
 
 
 def _printable(name: str) -> str:

@@ -15,6 +15,7 @@ from conversion.source import Source
 from conversion.source.config import check_against_weights
 from conversion.source.generation_settings import GENERATION, generation_settings
 from conversion.source.tensors import match_tensors
+from modeling_diff.diff_llama_fields import FIXED_FIELDS
 
 
 def plan_conversion(
@@ -34,7 +35,7 @@ def plan_conversion(
         model.sizes.num_layers,
         tied=model.config.tie_word_embeddings,
         backbone_only=options.backbone_only,
-        fixed_fields=model.architecture.fixed,
+        fixed_fields=FIXED_FIELDS[model.config.model_type],
     )
     files, notes = companion_files(source.folder)
     notes += matched.notes

@@ -8,11 +8,12 @@ import torch
 
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import ConversionError, typed
-from conversion.mapping.heads import Sizes, padded_counts, paired_fields
+from conversion.mapping.heads import Sizes
 from conversion.mapping.rules import Rule, diffllama_rules, llama_v1_rules, llama_v2_rules, unilm_rules
 from conversion.options import ConversionConfig, ConversionOptions
 from conversion.record import PROMISES
 from conversion.source.config import SourceKind, SourceModel
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 LAMBDA_STD = 0.1  # the paper's
@@ -65,11 +66,11 @@ def rules_and_fields(
     plain = replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None)
     if options.recorded() != plain.recorded():
         raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
-    if model.kind == "unilm":
-        ours = {name: getattr(model.config, name) for name in ("lambda_init", "lambda_init_std", "sub_norm_eps")}
-        return unilm_rules(model.sizes), ours
     config = model.config
-    fields = _pair_fields(model) | {"lambda_init_std": config.lambda_std_dev, "sub_norm_eps": config.rms_norm_eps}
+    if model.kind == "unilm":
+        ours = {name: getattr(config, name) for name in ("variant", "lambda_init", "lambda_init_std", "sub_norm_eps")}
+        return unilm_rules(model.sizes), ours
+    fields = {"variant": "v1", "lambda_init_std": config.lambda_std_dev, "sub_norm_eps": config.rms_norm_eps}
     return diffllama_rules(model.sizes), fields
 
 
@@ -79,18 +80,14 @@ def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule
     lambda_init = options.lambda_init_list(sizes.num_layers)
     weights = options.norm_weights(lambda_init)
     rules = llama_v1_rules(sizes, options.layer_pairings(sizes), layers, weights, LAMBDA_STD, options.seed)
-    fields = _pair_fields(model) | {
+    fields = {
+        "variant": "v1",
         "lambda_init": lambda_init,
         "lambda_init_std": LAMBDA_STD,
         "sub_norm_eps": options.sub_norm_eps(),
         "differential_layers": None if len(layers) == sizes.num_layers else layers,
     }
     return rules, fields
-
-
-def _pair_fields(model: SourceModel) -> dict[str, Any]:
-    counts = padded_counts(model.sizes.num_heads, model.sizes.num_kv_heads)
-    return {"variant": "v1"} | paired_fields(*counts, model.sizes.map_dim)
 
 
 def padding(sizes: Sizes) -> dict[str, int] | None:

@@ -1,14 +1,13 @@
 """The models that can be converted, one row for each model_type, and what becomes of the others; docs show it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
 from transformers import PreTrainedConfig
 
 from conversion.errors import ConversionError, quote
-from conversion.source.config_fields import KEPT_FIELDS
 from modeling_diff import DiffLlamaConfig
 
 
@@ -22,7 +21,6 @@ class Architecture:
     models: Which published models it is.
     config_class, model_class: transformers' own; no model class means that transformers has none.
     kind: "llama" for plain attention, of which both variants can be made; the others are V1 already.
-    fixed: Fields of ours that it fixes; whatever its config.json says of them is not read.
     own_fields: Fields of its config.json that LLaMA does not read, and that are checked by `check_windows`.
     adds: What its layers have that LLaMA's have not.
     limits: What of it is refused.
@@ -32,14 +30,11 @@ class Architecture:
     config_class: Any
     model_class: Any
     kind: SourceKind = "llama"
-    fixed: Mapping[str, Any] = field(default_factory=dict)
     own_fields: frozenset[str] = frozenset()
     adds: str = ""
     limits: str = ""
 
 
-# What relatives of LLaMA add: fixed by their rows below, fields of a config of ours.
-OUR_FIELDS = frozenset(["attention_out_bias", "use_qk_norm"])
 QWEN_WINDOWS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers", "layer_types"])
 QWEN_LIMITS = "use_sliding_window must be false, or the window as long as max_position_embeddings"
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -52,7 +47,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Mistral 7B from v0.2, Nemo, Small",
         transformers.MistralConfig,
         transformers.MistralForCausalLM,
-        fixed={"attention_bias": False, "mlp_bias": False},
         own_fields=frozenset(["sliding_window"]),
         limits="sliding_window must be null or as long as max_position_embeddings (7B v0.1 has shorter ones)",
     ),
@@ -60,7 +54,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Qwen1.5, Qwen2, Qwen2.5, Qwen2.5-Coder, R1-Distill-Qwen",
         transformers.Qwen2Config,
         transformers.Qwen2ForCausalLM,
-        fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
         own_fields=QWEN_WINDOWS,
         adds="biases of queries, keys and values",
         limits=QWEN_LIMITS,
@@ -69,7 +62,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Qwen3, the dense ones",
         transformers.Qwen3Config,
         transformers.Qwen3ForCausalLM,
-        fixed={"mlp_bias": False, "use_qk_norm": True},
         own_fields=QWEN_WINDOWS,
         adds="norms on queries and keys",
         limits=QWEN_LIMITS,
@@ -170,24 +162,7 @@ def check_windows(config: Any) -> None:
     )
 
 
-def shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns the fields that a source has in common with ours, by our names.
-
-    Args:
-        config: As transformers' own class reads the source's config.json.
-    """
-    # Other classes keep whatever stands in a config.json under these names, and read none of it.
-    kept = KEPT_FIELDS | OUR_FIELDS if isinstance(config, DiffLlamaConfig) else KEPT_FIELDS
-    fields = {name: value for name, value in config.to_dict().items() if name in kept}
-    if fields.get("is_causal", True):
-        fields.pop("is_causal", None)  # the default; written out, it would be an argument of every attention call
-    return fields | dict(ARCHITECTURES[config.model_type].fixed)
-
-
 def plain_config(config: PreTrainedConfig) -> Any:
     """Returns a source's config in our terms: a V2 none of whose layers is differential, which computes the same."""
     # Any: LlamaConfig declares as optional what it always fills in.
-    if isinstance(config, DiffLlamaConfig):
-        return config
-    plain = {"variant": "v2", "differential_layers": [], "attention_dropout": 0.0}
-    return DiffLlamaConfig(**{**shared_fields(config), **plain})
+    return DiffLlamaConfig.from_llama(config, variant="v2", differential_layers=[])

@@ -18,13 +18,13 @@ from conversion.source.architectures import (
     Architecture,
     SourceKind,
     check_windows,
-    shared_fields,
     unsupported,
 )
-from conversion.source.config_fields import KEPT_FIELDS, check_neutral
+from conversion.source.config_fields import check_neutral
 from conversion.source.model import original_config
 from conversion.source.rope import PRETRAINED, SPELLINGS, check_rotary, with_pretrained_length
 from conversion.source.tensors import LAYER
+from modeling_diff.diff_llama_fields import LLAMA_FIELDS, shared_fields
 
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -164,7 +164,7 @@ def _check_fields(raw: Mapping[str, Any]) -> None:
                 f"config.json: {field} is missing; a default would be a guess, write it into the file"
             )
     check_sizes(raw)
-    for field in sorted(KEPT_FIELDS.union(SPELLINGS) & raw.keys()):
+    for field in sorted(LLAMA_FIELDS.union(SPELLINGS) & raw.keys()):
         if not _is_finite(raw[field]):
             raise ConversionError(f"config.json: {field} is {quote(raw[field])}, expected finite numbers; correct it")
     activation = raw.get("hidden_act", "silu")

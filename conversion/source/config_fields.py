@@ -4,42 +4,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from conversion.errors import ConversionError, quote
+from modeling_diff.diff_llama_fields import LLAMA_FIELDS
 
 
-# Copied under their own names. A test derives from transformers' code what LLaMA reads, and fails for a field that is
-# in none of the lists of this module.
-KEPT_FIELDS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rope_parameters",
-        "initializer_range",
-        "rms_norm_eps",
-        "attention_bias",
-        "attention_dropout",
-        "mlp_bias",
-        "tie_word_embeddings",
-        "is_causal",
-        "use_cache",
-        "output_hidden_states",
-        "tie_last_hidden_states",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "pretraining_tp",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
-)
+# A test derives from transformers' code what LLaMA reads, and fails for a field that is neither in LLAMA_FIELDS, which
+# are copied, nor in the lists of this module.
+
 # Written again, or in one spelling where LLaMA's configs know several.
 RESTATED_FIELDS = frozenset(
     [
@@ -122,4 +92,4 @@ def check_neutral(raw: Mapping[str, Any], own_fields: Collection[str] = ()) -> N
 def not_kept(raw: Mapping[str, Any], ours: Mapping[str, Any], own_fields: Collection[str] = ()) -> list[str]:
     """Names of the source's fields that mean nothing to its architecture and are in none of `ours`, sorted."""
     neutral = NEUTRAL_VALUES.keys() | {"layer_types"} | set(own_fields)
-    return sorted(raw.keys() - KEPT_FIELDS - RESTATED_FIELDS - neutral - ours.keys())
+    return sorted(raw.keys() - LLAMA_FIELDS - RESTATED_FIELDS - neutral - ours.keys())

@@ -12,8 +12,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from conversion.checkpoint import CheckpointReader
 from conversion.errors import ConversionError, quote
 from conversion.source.architectures import ARCHITECTURES, Architecture
-from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS
+from conversion.source.config_fields import ATTENTION_FIELDS
 from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff.diff_llama_fields import LLAMA_FIELDS
 
 
 # What building a config raises for values of the wrong type or that do not go together, and what a model adds to it.
@@ -38,7 +39,7 @@ def original_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     except BUILD_ERRORS as error:
         reason = one_line(error)
         # LLaMA's fields first: of two that do not go together, the other one may be foreign
-        fields = sorted(acting, key=lambda field: (field not in KEPT_FIELDS, field))
+        fields = sorted(acting, key=lambda field: (field not in LLAMA_FIELDS, field))
         at_fault = next((field for field in fields if _can_build(acting, architecture, field)), None)
         if at_fault is None:
             raise ConversionError(

@@ -62,17 +62,9 @@ def build_twin(name, size, tokenizer, attention):
     if name == "llama":
         llama.set_attn_implementation(attention)
         return llama
-    fields = llama.config.to_dict()
-    del fields["model_type"], fields["architectures"]
-    if name == "v1":
-        fields |= {
-            "num_attention_heads": size.heads // 2,
-            "num_key_value_heads": size.kv_heads // 2,
-            "head_dim": 2 * llama.config.head_dim,
-        }
-    else:
-        fields["intermediate_size"] = v2_intermediate_size(size)
-    return DiffLlamaForCausalLM(DiffLlamaConfig(**fields, variant=name, attn_implementation=attention))
+    narrowed = {"intermediate_size": v2_intermediate_size(size)} if name == "v2" else {}
+    config = DiffLlamaConfig.from_llama(llama.config, variant=name, attn_implementation=attention, **narrowed)
+    return DiffLlamaForCausalLM(config)
 
 
 def print_counts(models, size, tokenizer, attention):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from random_llamas import LONGROPE, random_llama, saved, token_ids
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from random_llamas import LONGROPE, RELATIVES, random_llama, random_relative, saved, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
 from conversion.describe import describe_checkpoint
-from modeling_diff import DiffLlamaForCausalLM
+from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
 def edit(folder, without=(), **fields):
@@ -270,3 +270,18 @@ def test_sizes_in_a_mixture_of_dtypes_without_a_config_dtype_follow_llama(copied
     edit(copied, without=("dtype",))
     convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert_same_answers(copied, tmp_path / "v2")
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize("name", ["llama", *RELATIVES])
+def test_written_config_is_that_of_from_llama(tmp_path, name, variant):
+    model = random_llama(attention_bias=True) if name == "llama" else random_relative(name)
+    source = saved(model, tmp_path / "source")
+    options = {"uncalibrated": True, "lambda_init": "paper"} if variant == "v1" else {}
+    convert_checkpoint(source, tmp_path / "output", variant, **options)
+    expected = DiffLlamaConfig.from_llama(
+        AutoConfig.from_pretrained(source), variant=variant, architectures=["DiffLlamaForCausalLM"], dtype="float32"
+    )
+    expected.save_pretrained(tmp_path / "expected")
+    written = json.loads((tmp_path / "output" / "config.json").read_text())
+    assert written == json.loads((tmp_path / "expected" / "config.json").read_text())

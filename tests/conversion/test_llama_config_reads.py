@@ -9,10 +9,11 @@ from random_llamas import random_llama, saved
 from transformers import GenerationConfig, LlamaConfig
 
 from conversion.source.architectures import ARCHITECTURES
-from conversion.source.config_fields import ATTENTION_FIELDS, KEPT_FIELDS, NEUTRAL_VALUES, RESTATED_FIELDS
+from conversion.source.config_fields import ATTENTION_FIELDS, NEUTRAL_VALUES, RESTATED_FIELDS
+from modeling_diff.diff_llama_fields import LLAMA_FIELDS
 
 
-PLACED = {*KEPT_FIELDS, *RESTATED_FIELDS, *ATTENTION_FIELDS, *NEUTRAL_VALUES}
+PLACED = {*LLAMA_FIELDS, *RESTATED_FIELDS, *ATTENTION_FIELDS, *NEUTRAL_VALUES}
 # Checked by code of their own in source_config and rotary.
 PLACED |= {"layer_types", "quantization_config", "original_max_position_embeddings"}
 PLACED |= {field for row in ARCHITECTURES.values() for field in row.own_fields}

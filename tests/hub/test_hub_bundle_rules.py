@@ -119,6 +119,7 @@ def test_configuration_imports_no_code_of_the_model():
         "configuration_diff_llama.py",
         "diff_adapters.py",
         "diff_engines.py",
+        "diff_llama_fields.py",
         "diff_transformers_compat.py",
     }
     assert reached_from("configuration_diff_llama.py") == expected
