@@ -126,11 +126,11 @@ class DiffLlamaAttention(nn.Module):
         return output
 
     def combine(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Computes heads' outputs (T, H, D) from both maps', (T, 2H, D)."""
+        """Computes heads' outputs (T, H, D) from those of the positive and the negative map, (T, 2H, D)."""
         if not self.is_differential:
-            first, second = attn_output.unflatten(1, (-1, 2)).unbind(2)
+            left, right = attn_output.unflatten(1, (-1, 2)).unbind(2)
             # Equal in V2; in V1 each map weighs its own half of the value.
-            return torch.cat((first[..., : self.map_dim], second[..., self.map_dim :]), dim=-1)
+            return torch.cat((left[..., : self.map_dim], right[..., self.map_dim :]), dim=-1)
         if self.variant == "v1":
             diff_lambda = self.diff_lambda()
         else:

@@ -88,8 +88,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path}: line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} is not JSON ({error}); expected one object per line") from error
+            except (ValueError, RecursionError) as error:
+                # Not the decoder's whole message: it counts lines within this one.
+                reason = f"{error.msg} at {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{place} is not JSON ({reason}); expected one object per line") from error
             yield place, record
 
 
@@ -111,7 +113,7 @@ def record_document(record: Any, place: str, text_column: str) -> Document:
     if isinstance(record, dict):
         text = record.get(text_column)
         if isinstance(text, str):
-            _check_characters(text, place)
+            check_characters(text, f"{place}: {text_column}")
             return Document([text])
         if isinstance(record.get("input_ids"), list):
             return Document(input_ids=record["input_ids"])
@@ -120,13 +122,13 @@ def record_document(record: Any, place: str, text_column: str) -> Document:
     )
 
 
-def _check_characters(text: str, place: str) -> None:
-    """JSON can spell halves of characters, which no tokenizer takes."""
+def check_characters(text: str, what: str) -> None:
+    """Raises `ValueError` for half of a character: JSON can spell one, and no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{place}: text has {text[error.start]!r} at {error.start}, half of a character (a surrogate), expected "
+            f"{what} has {text[error.start]!r} at {error.start}, half of a character (a surrogate), expected "
             "Unicode; mend the line or leave it out"
         ) from error
 

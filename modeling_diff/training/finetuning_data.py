@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .documents import check_characters, is_json_lines, json_lines, text_pieces
 
 
 Example = dict[str, list[int]]
@@ -14,7 +17,7 @@ def read_records(paths: list[Path]) -> list[dict]:
     Returns the records of files: JSON lines unchanged, every other file as one `text`.
 
     Args:
-        paths: Files ending in .jsonl or .json, one object per line, and text files.
+        paths: Files ending in .jsonl, .ndjson or .json, one object per line, and text files.
 
     Raises:
         ValueError: A file is missing, not UTF-8, or holds a line that is no such object.
@@ -23,29 +26,22 @@ def read_records(paths: list[Path]) -> list[dict]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --data takes JSON lines or text files")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it") from None
-        if path.suffix not in (".jsonl", ".json"):
-            records.append({"text": text})
-            continue
-        # Not splitlines(): JSON may hold U+2028 and its like, which are line ends to Python alone.
-        lines = enumerate(text.split("\n"), 1)
-        records += [read_record(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        if is_json_lines(path):
+            records += [checked_record(record, place) for place, record in json_lines(path)]
+        else:
+            records.append({"text": "".join(text_pieces(path))})
     return records
 
 
-def read_record(line: str, place: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}); give one object per line") from None
+def checked_record(record: Any, place: str) -> dict:
+    """Returns a record; `ValueError` where it is no object, or a field that is read no text."""
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: {type(record).__name__}, not an object; give one object per line")
-    for name in set(fields_read(record)) - {"messages"}:
-        if not isinstance(record[name], str):
-            raise ValueError(f"{place}: {name} is {type(record[name]).__name__}, not a string")
+        raise ValueError(f"{place} holds {type(record).__name__}, expected one object per line")
+    for name in fields_read(record):
+        text = json.dumps(record[name], ensure_ascii=False) if name == "messages" else record[name]
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: {name} is {type(text).__name__}, expected a string")
+        check_characters(text, f"{place}: {name}")
     return record
 
 

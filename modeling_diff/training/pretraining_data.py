@@ -1,23 +1,28 @@
 """Documents from text files, JSON lines or `datasets`, packed into rows whose positions restart at every document."""
 
 import glob
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..analysis.tokens import token_fault
+from .documents import (
+    Document,
+    document_tokens,
+    is_saved_dataset,
+    read_documents,
+    read_saved_dataset,
+    record_document,
+)
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-PIECE_BYTES = 1 << 20
+
 IGNORED = -100
 
-# A document comes in pieces, so that none is ever held whole; documents in an order that the generator decides.
-Documents = Callable[[random.Random], Iterator[Iterable[str]]]
+# Documents in an order that the generator decides.
+Documents = Callable[[random.Random], Iterator[Document]]
 Row = dict[str, list[int]]
 
 
@@ -27,7 +32,10 @@ def text_files(patterns: list[str], text_column: str = "text") -> Documents:
 
     Args:
         patterns: Glob patterns; `**` goes through folders.
-        text_column: Field of JSON lines that holds the text.
+        text_column: Field of JSON lines that holds the text; a line without it may hold `input_ids`.
+
+    Returns:
+        The reader: called with a generator, it yields the documents of one epoch.
 
     Raises:
         ValueError: No file matches a pattern, or, when read, a file is not UTF-8 or no such JSON.
@@ -39,45 +47,11 @@ def text_files(patterns: list[str], text_column: str = "text") -> Documents:
             raise ValueError(f"{pattern}: no file matches; quote patterns, as in 'corpus/**/*.txt'")
         paths += found
 
-    def read(order: random.Random) -> Iterator[Iterable[str]]:
+    def read(order: random.Random) -> Iterator[Document]:
         for path in order.sample(paths, len(paths)):
-            yield from json_lines(path, text_column) if path.suffix in JSON_LINES else [pieces(path)]
+            yield from read_documents(path, text_column)
 
     return read
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            yield lines
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it, or narrow the pattern") from error
-
-
-def pieces(path: Path) -> Iterator[str]:
-    """Yields whole lines, about PIECE_BYTES at a time."""
-    with opened(path) as lines:
-        while piece := lines.readlines(PIECE_BYTES):
-            yield "".join(piece)
-
-
-def json_lines(path: Path, text_column: str) -> Iterator[Iterable[str]]:
-    with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield [checked_text(json.loads(line), text_column)]
-            except (json.JSONDecodeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def checked_text(record: dict, text_column: str) -> str:
-    text = record.get(text_column) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"no string under {text_column!r}; name the field with --text-column")
-    return text
 
 
 def dataset_documents(name: str, split: str, text_column: str = "text") -> Documents:
@@ -87,24 +61,26 @@ def dataset_documents(name: str, split: str, text_column: str = "text") -> Docum
     Args:
         name: Folder that `datasets` saved, or what `load_dataset` takes.
         split: Split of it.
-        text_column: Column that holds the text.
+        text_column: Column that holds the text; a row without it may hold `input_ids`.
+
+    Returns:
+        The reader: called with a generator, which it ignores, it yields the documents of one epoch.
 
     Raises:
-        ValueError: `datasets` is not installed, or, when read, a row has no text.
+        ValueError: `datasets` is not installed, there is no such split, or, when read, a row has no text.
     """
-    try:
-        from datasets import DatasetDict, load_dataset, load_from_disk
-    except ImportError as error:
-        raise ValueError("--dataset needs `pip install datasets`; --data reads text files without it") from error
-    if any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        rows = load_from_disk(name)
-        rows = rows[split] if isinstance(rows, DatasetDict) else rows
+    if is_saved_dataset(Path(name)):
+        rows = read_saved_dataset(Path(name), split)
     else:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("--dataset needs `pip install datasets`; --data reads text files without it") from error
         rows = load_dataset(name, split=split, streaming=True)
 
-    def read(order: random.Random) -> Iterator[Iterable[str]]:
-        for row in rows:
-            yield [checked_text(row, text_column)]
+    def read(order: random.Random) -> Iterator[Document]:
+        for number, row in enumerate(rows):
+            yield record_document(row, f"{name}: row {number}", text_column)
 
     return read
 
@@ -198,12 +174,16 @@ class PackedRows(IterableDataset):
             if not read:
                 raise ValueError("the data hold no text: every document is empty")
 
-    def token_pieces(self, document: Iterable[str]) -> Iterator[list[int]]:
-        """Yields bos and the document's tokens, then eos; nothing for an empty document."""
+    def token_pieces(self, document: Document) -> Iterator[Sequence[int]]:
+        """Yields bos and the tokens of a text, then eos; nothing for an empty one, and `input_ids` unchanged."""
+        if document.input_ids is not None:
+            if fault := token_fault(document.input_ids, len(self.tokenizer)):
+                raise ValueError(f"input_ids of a document: {fault}")
+            yield document.input_ids
+            return
         bos = self.tokenizer.bos_token_id
         empty = True
-        for text in document:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        for ids in document_tokens(document, self.tokenizer):
             if ids:
                 yield [bos, *ids] if empty and bos is not None else ids
                 empty = False
@@ -213,7 +193,7 @@ class PackedRows(IterableDataset):
     def room(self, row: Row) -> int:
         return self.max_length - len(row["input_ids"])
 
-    def append(self, row: Row, ids: list[int], restart: bool) -> None:
+    def append(self, row: Row, ids: Sequence[int], restart: bool) -> None:
         start = 0 if restart else row["position_ids"][-1] + 1
         row["input_ids"] += ids
         row["position_ids"] += range(start, start + len(ids))

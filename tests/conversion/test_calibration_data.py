@@ -54,6 +54,7 @@ BAD = {
     "image.txt": (b"\xff\xd8\xff\xe0 not text", "not UTF-8"),
     "zeros.txt": (b"text and \0\0\0", "NUL"),
     "torn.jsonl": (b'{"text": "abc"}\n{"text": ', "line 2 is not JSON"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 is not JSON"),
     "other.jsonl": (b'{"body": "abc"}', 'neither "text"'),
     "list.jsonl": (b"[1, 2]", 'neither "text"'),
     "half.jsonl": (b'\n{"text": "abc \\ud800 abc"}', r"line 2: text has '\\ud800' at 4"),

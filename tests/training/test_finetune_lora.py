@@ -131,11 +131,12 @@ def test_bad_data_gets_one_clear_error(checkpoint, refuses):
     folder = checkpoint.parent
     for text, message in (
         ("", "no example in it"),
-        ('{"text": \n', "line 1: not JSON"),
+        ('{"text": \n', "line 1 is not JSON (Expecting value at 10)"),
         ('{"question": "?"}\n', "record 1 has ['question']"),
-        ('[{"text": "a"}]', "line 1: list, not an object"),
-        ('{"text": "a"}\n5\n', "line 2: int, not an object"),
-        ('{"prompt": "a", "completion": 5}\n', "line 1: completion is int, not a string"),
+        ('[{"text": "a"}]', "line 1 holds list, expected one object"),
+        ('{"text": "a"}\n5\n', "line 2 holds int, expected one object"),
+        ('{"prompt": "a", "completion": 5}\n', "line 1: completion is int, expected a string"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a character"),
         (json.dumps({"prompt": "a " * 200, "completion": "b"}), "and --max-length is 64"),
     ):
         (folder / "bad.jsonl").write_text(text)

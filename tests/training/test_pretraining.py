@@ -175,7 +175,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tokenizer, texts, tmp_pat
     assert "nowhere: no tokenizer can be loaded" in refused(tmp_path / "nowhere", texts, output)
     assert "no file matches" in refused(folder, str(tmp_path / "*.absent"), output)
     assert "no text" in refused(folder, str(tmp_path / "empty.txt"), output)
-    assert "line 2" in refused(folder, str(tmp_path / "bad.jsonl"), output)
+    assert "line 2 holds neither" in refused(folder, str(tmp_path / "bad.jsonl"), output)
     assert "latin.jsonl: not UTF-8" in refused(folder, str(tmp_path / "latin.jsonl"), output)
     assert "max_position_embeddings=64" in refused(folder, texts, output, "--max-length", "65")
     assert "no checkpoint" in refused(folder, texts, output, "--resume")
@@ -212,6 +212,18 @@ def test_datasets_are_read_as_files_are(tokenizer, tmp_path):
     datasets.Dataset.from_list(lines).save_to_disk(tmp_path / "saved")
     expected = PackedRows(text_files([str(tmp_path / "rows.jsonl")]), tokenizer, 16).first_pass()
     assert PackedRows(dataset_documents(str(tmp_path / "saved"), "train"), tokenizer, 16).first_pass() == expected
+
+
+def test_rows_of_token_ids_are_taken_unchanged(tokenizer, tmp_path):
+    """Without a bos or an eos that the data do not have, and refused where no token has such an id."""
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [7, 8, 9, 10, 11]}\n{"input_ids": [12, 13, 14]}\n')
+    (row,) = PackedRows(text_files([str(path)]), tokenizer, max_length=8).first_pass()
+    assert row["input_ids"] == [*range(7, 15)] and row["position_ids"] == [*range(5), *range(3)]
+    assert row["labels"] == [IGNORED, *range(8, 12), IGNORED, 13, 14]
+    path.write_text(f'{{"input_ids": [{WORDS}]}}')
+    with pytest.raises(ValueError, match=f"token {WORDS}, expected whole numbers from 0 to {WORDS - 1}"):
+        PackedRows(text_files([str(path)]), tokenizer, max_length=8).first_pass()
 
 
 def test_a_dataset_that_is_nowhere_is_named_in_one_line(tokenizer, tmp_path):
