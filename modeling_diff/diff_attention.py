@@ -21,7 +21,10 @@ logger = logging.get_logger(__name__)
 @dataclass
 class AttentionMaps:
     """
-    A layer's two softmax maps and lambda: `positive - diff_lambda * negative` weighs V.
+    Holds a layer's two softmax maps and lambda: `positive - diff_lambda * negative` weighs V.
+
+    With `attn_implementation="eager"`, a dictionary given to a forward pass as `attention_maps_by_layer` receives one
+    for each differential layer, by its index. Maps are in float32 or wider.
 
     Attributes:
         positive: A1, (B, H, T, S); the weights of a query sum to 1.

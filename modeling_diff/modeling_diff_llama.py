@@ -1,7 +1,7 @@
 """
 The Differential Transformer as its difference from transformers' LLaMA, in LLaMA's class order.
 
-B batch, T queries, H heads, d map_dim, C hidden size.
+B batch, T tokens, S keys, H heads, d map_dim, C hidden size.
 """
 
 from contextlib import contextmanager
@@ -80,6 +80,8 @@ class DiffLlamaRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class DiffLlamaDecoderLayer(LlamaDecoderLayer):
+    """LLaMA's layer around the attention that the config names for it."""
+
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         attention_class: type[PlainAttention]
@@ -94,7 +96,9 @@ class DiffLlamaDecoderLayer(LlamaDecoderLayer):
 
 class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     """
-    Initial values:
+    Holds what the heads share: how weights are initialized, loaded, quantized and saved.
+
+    V1 is that of arXiv:2410.05258, V2 that of Microsoft's note of January 2026. Initial values:
 
     | parameter | distribution |
     |---|---|
@@ -102,6 +106,9 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     | `sub_norm.weight` (V1), all other norms | 1 |
     | `lambda_proj.weight` (V2), all projections, embeddings | N(0, `initializer_range`) |
     | biases | 0 |
+
+    Args:
+        config: The model's config.
     """
 
     config: DiffLlamaConfig
@@ -155,6 +162,25 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 
 class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
+    """
+    Computes hidden states: LLaMA's decoder with (A1 - lambda A2) V for attention (arXiv:2410.05258, eq. 1).
+
+    `forward` takes what LLaMA's takes: `input_ids` (B, T) or `inputs_embeds` (B, T, C); `attention_mask` (B, S), 1 for
+    visible; `position_ids` (B, T), in a packed row from 0 in every document; `use_cache` and `cache` (before
+    transformers 5.24 `past_key_values`). It returns `last_hidden_state` (B, T, C), the cache, and on request
+    `hidden_states`. With `attn_implementation="eager"`, `attentions` are A1 - lambda A2, (B, H, T, S), and a
+    dictionary given as `attention_maps_by_layer` receives both maps of each differential layer as `AttentionMaps`.
+
+    Args:
+        config: The model's config. `attn_implementation`, a keyword of `from_pretrained` as well, is `diff_auto` by
+            default: the fastest exact path of each call.
+
+    Raises:
+        ValueError: Fields of the config that were set since it was built do not go together.
+        ImportError: `diff_triton` was asked for and cannot run here, or the installed transformers is newer than any
+            that was tested and fails the check on a tiny model.
+    """
+
     def __init__(self, config: DiffLlamaConfig):
         config.check()  # its fields may have been set since it was built
         prepare_for_engine(config)
@@ -174,6 +200,17 @@ class DiffLlamaModel(DiffLlamaPreTrainedModel, LlamaModel):
 
 # GenerationMixin is named again because transformers looks for it among the direct bases.
 class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    """
+    Predicts the next token, and generates as every causal language model of transformers.
+
+    `forward` takes what `DiffLlamaModel` takes, `labels` (B, T) with -100 where there is no loss, and
+    `logits_to_keep`, the number of last positions to compute logits of. It returns `logits` (B, T, vocab_size), with
+    labels the mean `loss` in nats/token, and what `DiffLlamaModel` returns but for the last hidden states.
+
+    Args:
+        config: The model's config.
+    """
+
     def __init__(self, config: DiffLlamaConfig):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = DiffLlamaModel(config)
@@ -200,6 +237,16 @@ class DiffLlamaForCausalLM(DiffLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 # The three generic heads name their backbone, as their parents' constructors ask AutoModel for it: that looks up the
 # config's class, and code loaded from a folder holds two, one imported as the config and one next to the model.
 class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffLlamaPreTrainedModel):
+    """
+    Classifies sequences, or gives them numbers, by their last token that is no padding.
+
+    `forward` takes what `DiffLlamaModel` takes, and `labels` (B,): classes, or numbers where `num_labels` is 1. It
+    returns `logits` (B, num_labels) and, with labels, the `loss`. Batches of several sequences need `pad_token_id`.
+
+    Args:
+        config: The model's config, with `num_labels`.
+    """
+
     def __init__(self, config: DiffLlamaConfig):
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
@@ -209,6 +256,16 @@ class DiffLlamaForSequenceClassification(GenericForSequenceClassification, DiffL
 
 
 class DiffLlamaForQuestionAnswering(GenericForQuestionAnswering, DiffLlamaPreTrainedModel):
+    """
+    Finds where in a text an answer begins and ends.
+
+    `forward` takes what `DiffLlamaModel` takes, and `start_positions` and `end_positions` (B,). It returns
+    `start_logits` and `end_logits` (B, T) and, with positions, the mean of both losses.
+
+    Args:
+        config: The model's config.
+    """
+
     def __init__(self, config: DiffLlamaConfig):
         super(GenericForQuestionAnswering, self).__init__(config)
         self.model = DiffLlamaModel(config)
@@ -217,6 +274,16 @@ class DiffLlamaForQuestionAnswering(GenericForQuestionAnswering, DiffLlamaPreTra
 
 
 class DiffLlamaForTokenClassification(GenericForTokenClassification, DiffLlamaPreTrainedModel):
+    """
+    Classifies every token.
+
+    `forward` takes what `DiffLlamaModel` takes, and `labels` (B, T) with -100 where there is no loss. It returns
+    `logits` (B, T, num_labels) and, with labels, the mean `loss`.
+
+    Args:
+        config: The model's config, with `num_labels` and, if it is not to be 0.1, `classifier_dropout`.
+    """
+
     def __init__(self, config: DiffLlamaConfig):
         super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels

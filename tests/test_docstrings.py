@@ -13,10 +13,11 @@ from types import FunctionType
 import pytest
 
 import conversion
+import modeling_diff
 
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = [conversion]
+PACKAGES = [conversion, modeling_diff]
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?: .*\n|\n)*)", re.MULTILINE)
 
 

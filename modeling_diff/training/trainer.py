@@ -31,8 +31,8 @@ class DiffTrainerMixin(Trainer):
 
     Args:
         args: The Trainer's own arguments.
-        lambda_factor: See `parameter_groups`.
-        query_factor: See `parameter_groups`.
+        lambda_factor: Learning rate of lambda, as a multiple of `learning_rate`, above 0.
+        query_factor: Learning rate of `q_proj` in V2's differential layers, as a multiple of `learning_rate`, above 0.
         kwargs: The Trainer's own keyword arguments.
     """
 
@@ -89,4 +89,19 @@ class DiffTrainerMixin(Trainer):
 
 
 class DiffTrainer(DiffTrainerMixin):
-    """transformers' Trainer with `DiffTrainerMixin`."""
+    """
+    Trains with transformers' Trainer, `parameter_groups` and lambda in the log; a LLaMA as the Trainer does.
+
+    It takes a model, training arguments, data and callbacks as the Trainer does; `LambdaCallback` is among those to
+    give it. `DiffTrainerMixin` says what else it changes, and makes the same of TRL's trainers.
+
+    Args:
+        args: The Trainer's own arguments.
+        lambda_factor: Learning rate of lambda, as a multiple of `learning_rate`, above 0.
+        query_factor: Learning rate of `q_proj` in V2's differential layers, as a multiple of `learning_rate`, above 0.
+        kwargs: The Trainer's own keyword arguments.
+
+    Raises:
+        ValueError: When the optimizer is built: a factor is not above 0, nothing is trainable, FSDP1 has flattened
+            the parameters, or `optim` groups parameters itself.
+    """
