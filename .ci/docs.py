@@ -85,7 +85,8 @@ def renewed(page: str) -> str:
     """Returns the text of a page of `WRITTEN` with its block as the code has it today."""
     name, block = WRITTEN[page]
     text = (ROOT / page).read_text(encoding="utf-8")
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    start = f"<!-- {name} -->\n"
+    end = f"<!-- /{name} -->"
     return text[: text.index(start) + len(start)] + block() + text[text.index(end) :]
 
 

@@ -226,7 +226,7 @@ def heal(
 
 
 def main() -> None:
-    """The console script `diff-llama`."""
+    """Runs the console script `diff-llama`."""
     stop_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed before the start

@@ -194,7 +194,7 @@ def _with_card_and_code(source: Source, plan: Plan) -> Plan:
 
 
 def _warnings(source: Source, plan: Plan) -> list[str]:
-    """What the user should know of the lambdas that are written."""
+    """Returns what the user should know of the lambdas that are written."""
     if source.model.kind != "llama":
         return []
     warning = not_differential(starting_lambdas(planned_config(plan), plan.record))
@@ -204,7 +204,7 @@ def _warnings(source: Source, plan: Plan) -> list[str]:
 def _write_measured(
     measurement: Measurement, source: Source, plan: Plan, output: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """The record of a finished conversion with what was measured; so do conversion.json and the card have it."""
+    """Measures a finished conversion, and adds the numbers to the record, to conversion.json and to the card."""
     record = {**record, "measured": measure_output(measurement, source, output, record)}
     replace_text(output / RECORD, record_text(record))
     replace_text(output / "README.md", model_card(source.folder, planned_config(plan), record))

@@ -27,9 +27,17 @@ def calibration_summary(calibration: Any) -> dict[str, Any] | None:
 
 
 def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """Model type, heads and widths, parameters, bytes, lambda a layer, and which conversion made it, as JSON.
+    """Describes a checkpoint without computing anything.
 
-    Raises ConversionError for a folder that is no sound LLaMA, diffllama or diff_llama checkpoint.
+    Args:
+        folder: Folder of a LLaMA, diffllama or diff_llama checkpoint.
+        allow_pickle: Also read pytorch_model.bin, of which only the tensors are taken.
+
+    Returns:
+        Model type, heads and widths, parameters, bytes, lambda per layer, and which conversion made it, as JSON.
+
+    Raises:
+        ConversionError: The folder is no sound checkpoint of these kinds.
     """
     path = Path(folder)
     raw = read_config(path)

@@ -124,7 +124,7 @@ def escape(text: object) -> str:
 
 
 def quote(name: object) -> str:
-    """A name out of a file, safe to print: one line, quoted, shortened."""
+    """Returns a name out of a file, safe to print: one line, quoted, shortened."""
     text = repr(name)
     return text if len(text) <= 120 else text[:117] + "..."
 

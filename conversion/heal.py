@@ -229,8 +229,8 @@ def _whole_batches(options: HealingOptions, shape: Sequence[int]) -> int:
     taken = rows_per_step(options)
     if shape[0] < taken:
         raise ConversionError(
-            f"the data leave {shape[0]} rows of {shape[1]} tokens to train on, and a step takes {taken}; give more "
-            f"text, take fewer rows per step ({typed('per_device_train_batch_size')}), or measure on other text "
+            f"the data leave {shape[0]} sequences of {shape[1]} tokens to train on, and a step takes {taken}; give "
+            f"more text, take fewer per step ({typed('per_device_train_batch_size')}), or measure on other text "
             "(--held-out)"
         )
     return shape[0] // taken

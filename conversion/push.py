@@ -122,7 +122,8 @@ def push_checkpoint(
         raise ConversionError(f"{repo_id}: not a possible repository name, expected OWNER/NAME")
     if address.revision and revision not in (None, address.revision):
         raise ConversionError(f"{repo_id}: names another revision than {typed('revision', revision)}; leave out one")
-    repo_id, revision = address.hub_id, address.revision or revision
+    repo_id = address.hub_id
+    revision = address.revision or revision
     if create_pr and revision not in (None, MAIN):
         raise ConversionError(
             f"--revision {revision}: a pull request (--create-pr) goes to main; leave one of them out"
@@ -138,7 +139,7 @@ def push_checkpoint(
 
 @contextmanager
 def _exported(folder: Path, format: str) -> Iterator[Path]:
-    """The folder itself, or an export of it that lasts as long as the upload."""
+    """Yields the folder itself, or an export of it that lasts as long as the upload."""
     if format == "native":
         yield folder
         return
@@ -152,7 +153,17 @@ def _exported(folder: Path, format: str) -> Iterator[Path]:
 def plan_upload(
     folder: Path, repo_id: str, private: bool | None = None, verification: Mapping[str, Any] | None = None
 ) -> UploadPlan:
-    """Files, card and visibility, without asking the Hub. ConversionError for a folder that is not fit to publish."""
+    """Settles files, card and visibility, without asking the Hub.
+
+    Args:
+        folder: The checkpoint, export or adapter.
+        repo_id: Repository, OWNER/NAME.
+        private: Visibility that was asked for; None for the license's or the Hub's default.
+        verification: A report of `verify --json`, for the card.
+
+    Raises:
+        ConversionError: The folder is not fit to publish.
+    """
     found = read_upload_folder(folder)
     contents: dict[str, Path | bytes] = dict(found.files)
     metadata = source_metadata(folder)
@@ -185,7 +196,7 @@ def plan_upload(
 
 
 def _adapter_notes(found: UploadFolder) -> list[str]:
-    """What keeps a stranger from loading an adapter by its name alone."""
+    """Returns what keeps others from loading an adapter by its name alone."""
     if found.kind != "adapter":
         return []
     notes = []
@@ -202,7 +213,7 @@ def _adapter_notes(found: UploadFolder) -> list[str]:
 def _card(
     folder: Path, found: UploadFolder, repo_id: str, verification: Mapping[str, Any] | None
 ) -> tuple[str | None, str | None]:
-    """A card written anew for this repository, if the folder's is ours, and a note if it is not."""
+    """Returns a new card for this repository if the folder's is ours, and a note if it is not."""
     own = found.files.get(CARD)
     if own is not None and not _is_generated(own):
         return None, "README.md is your own and goes up as it is" + (
@@ -230,7 +241,7 @@ def _is_generated(card: Path) -> bool:
 
 
 def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:
-    """ConversionError where a card would say of these weights what is known of others."""
+    """Checks that a card would say nothing of these weights that is known of others; ConversionError otherwise."""
     # Not of config.json and code, whose owner may have changed what no number depends on: `verify` tells of them.
     if changed := [name for name in changed_files(folder, record) if name.endswith(".safetensors")]:
         raise ConversionError(
@@ -250,7 +261,7 @@ def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping
 
 
 def _send(plan: UploadPlan, api: HfApi, revision: str, create_pr: bool) -> PushReport:
-    """One commit, so that a repository is the old or the new one and nothing between; then a look at what is there."""
+    """Sends one commit, so that a repository is the old or the new one, and compares what is there afterwards."""
     repo_id = plan.repo_id
     with hub_errors(repo_id, UNTOUCHED):
         plan = _ensure_repository(plan, api, create_pr)

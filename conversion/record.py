@@ -128,7 +128,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _unlike(value: Any, form: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Where a value does not have its form, and what is there (... for nothing)."""
+    """Yields where a value does not have its form, and what is there (... for nothing)."""
     if isinstance(form, Maybe):
         if value is not None and value is not ...:
             yield from _unlike(value, form.form, place)
@@ -156,7 +156,7 @@ def _unlike(value: Any, form: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """What a conversion was made with."""
+    """Returns the releases of the packages and of Python that a conversion is made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return packages | {"python": platform.python_version()}
 
@@ -179,7 +179,7 @@ class ConversionReport:
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Names of the files whose recorded SHA-256 is not theirs, sorted. Records of old have none of config and code."""
+    """Returns the names of files whose recorded SHA-256 is not theirs, sorted. Old records lack config and code."""
     return sorted(name for name, digest in record["sha256"].items() if recorded_sha256(folder / name) != digest)
 
 

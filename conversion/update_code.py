@@ -1,4 +1,4 @@
-"""The story of an update: today's code next to weights that stay as they are, in a folder or on the Hub."""
+"""The story of an update: today's code next to unchanged weights, in a folder or on the Hub."""
 
 import hashlib
 import json
@@ -159,7 +159,7 @@ def plan_update(folder: Path, force: bool = False) -> CodeUpdate:
 
 
 def _read_our_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is. ConversionError for anything but a checkpoint of ours."""
+    """Returns config.json unchanged; ConversionError for anything but a checkpoint of ours."""
     if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
         raise ConversionError(f"{folder}: an adapter, which has no code of its own; update that of its base model")
     config = read_config(folder)
@@ -172,7 +172,7 @@ def _read_our_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_replaceable(folder: Path, code: CheckpointCode, force: bool) -> None:
-    """ConversionError for code that is not ours, or not older."""
+    """Refuses code that is not ours, or not older (ConversionError)."""
     if code.foreign:
         raise ConversionError(
             f"{folder / CONFIG}: auto_map takes the model from {code.foreign[0]}, which is not diff-llama's; remove "
@@ -206,7 +206,7 @@ def _updated_record(
     removed: tuple[str, ...],
     old_config: str,
 ) -> Mapping[str, Any]:
-    """The record with the checksums of what is there afterwards; one of a config edited since stays as it is."""
+    """Returns the record with the checksums of what is there afterwards; that of an edited config stays unchanged."""
     recorded = record.get("sha256")
     if not isinstance(recorded, dict):
         return record

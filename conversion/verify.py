@@ -75,7 +75,7 @@ def _outcome(good: bool) -> Literal["passed", "failed"]:
 
 
 def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any]) -> Iterator[Check]:
-    """Tensors, checksums, code and parameter count; the expected tensors come from the model class."""
+    """Checks tensors, checksums, code and parameter count; the expected tensors come from the model class."""
     reader = CheckpointReader(folder)
     with torch.device("meta"):
         model = _model_class(config)(config)
@@ -100,7 +100,7 @@ def _structure(folder: Path, config: DiffLlamaConfig, record: Mapping[str, Any])
 
 
 def _parameter_count(config: DiffLlamaConfig, record: Mapping[str, Any], found: int) -> Check:
-    """V1: the source's, 6 d per layer and idle heads; V2: and H d D + H D per layer."""
+    """Checks the count: the source's, and idle heads; 6 d more per layer in V1, H d D + H D in V2."""
     layers = sum(config.is_differential(layer) for layer in range(config.num_hidden_layers))
     added = 6 * config.map_dim
     if config.variant == "v2":
@@ -136,7 +136,9 @@ def _behavior(
         return
     inputs = encode_texts(folder, config.vocab_size, config.max_position_embeddings, texts)
     held_out = _held_out(folder, config, inputs, texts, text)
-    original, source_logits, parity = None, None, record["promise"]["kind"] == "parity"
+    parity = record["promise"]["kind"] == "parity"
+    original = None
+    source_logits = None
     if against is not None:
         # Converted from pickles, it was allowed to read them.
         pickles = not any(name.endswith(".safetensors") for name in record["source"]["sha256"])
@@ -175,7 +177,7 @@ def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:
 
 
 def _load(folder: Path, record: Mapping[str, Any]) -> Any:
-    """In float32, after the rounding that the conversion was asked for.
+    """Loads a model in float32, after the rounding that the conversion was asked for.
 
     Both models on one attention path: sdpa, where a V2 conversion runs the very kernel that LLaMA runs, head by head.
     """
@@ -187,7 +189,7 @@ def _load(folder: Path, record: Mapping[str, Any]) -> Any:
 def _default_load(
     folder: Path, source: Path, config: PreTrainedConfig, record: Mapping[str, Any], inputs: Sequence[torch.Tensor]
 ) -> Check:
-    """Both as any user loads them: in the dtype of their files, which for both has to be the same one."""
+    """Loads both as any user does: in the dtype of their files, which has to be the same one for both."""
     asked = record["options"]["dtype"]
     expected = observe_logits(load_original(source, config, **({"dtype": asked} if asked else {})).eval(), inputs)
     found = observe_logits(load_converted(folder).eval(), inputs)
@@ -205,7 +207,7 @@ def _default_load(
 
 
 def _cache(model: DiffLlamaForCausalLM, ids: torch.Tensor) -> Check:
-    """On as many tokens as LLaMA itself computes alike with and without a cache."""
+    """Compares with and without a cache, on as many tokens as LLaMA itself computes alike."""
     length = cacheable_length(model.config)
     if length < 2:
         return Check("cache", "skipped", "LLaMA itself computes other logits with a cache than without one")
@@ -231,7 +233,7 @@ def _same_function(promise: str, original: Behavior, converted: Behavior) -> Ite
 def _held_out(
     folder: Path, config: DiffLlamaConfig, inputs: list[torch.Tensor], texts: Sequence[str] | None, text: Path | None
 ) -> HeldOut:
-    """What a parity conversion is measured on."""
+    """Returns what a parity conversion is measured on."""
     tokenizer = read_tokenizer(folder)
     if text is None and (texts is not None or tokenizer is None):
         return HeldOut("the given texts" if tokenizer else "random ids (no tokenizer)", inputs)
@@ -246,7 +248,7 @@ def _parity(
     original: Behavior | None,
     source_logits: list[torch.Tensor] | None,
 ) -> Check:
-    """Nothing is promised of a parity conversion's function: its numbers, next to those of a wrong conversion."""
+    """Measures a parity conversion, of which nothing is promised, next to a deliberately wrong one."""
     values = text_metrics(window_logits(model, held_out.windows), held_out.windows, source_logits).to_dict()
     if original is not None:
         values["generation_agreement"] = generation_agreement(original, observe(model, inputs))

@@ -66,7 +66,7 @@ def one_line_errors(verbose: bool, target: Path | None = None) -> Iterator[None]
 
 
 def left_behind(target: Path | None, notes: Iterable[str]) -> str:
-    """What a command that was stopped has kept, for `target` or by its notes, and the command that continues it."""
+    """Returns what a stopped command has kept, for `target` or by its notes, and the command that continues it."""
     from conversion.checkpoint.kept_work import described, kept_work
 
     folders = [described(folder) for folder in kept_work(target)] if target else []
@@ -82,7 +82,7 @@ def left_behind(target: Path | None, notes: Iterable[str]) -> str:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """The Hub's client without its warnings, which name signed addresses; progress bars on a terminal only."""
+    """Silences the Hub client's warnings, which name signed addresses, and its bars where there is no terminal."""
     from huggingface_hub import logging as hub_logging
     from huggingface_hub.utils import disable_progress_bars
 
@@ -98,7 +98,7 @@ def quiet_client() -> Iterator[None]:
 
 @contextmanager
 def byte_progress(what: str) -> Iterator[Any]:
-    """A progress callback: bytes, rate and time left on a terminal, silence elsewhere."""
+    """Yields a progress callback: bytes, rate and time left on a terminal, nothing elsewhere."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with _progress_bar(*columns) as bar:
         task = bar.add_task(what, total=None)
@@ -112,7 +112,7 @@ def byte_progress(what: str) -> Iterator[Any]:
 
 @contextmanager
 def layer_progress() -> Iterator[Any]:
-    """A calibration's progress: layer, stage and time left on a terminal, silence elsewhere."""
+    """Yields a calibration's progress callback: layer, stage and time left on a terminal, nothing elsewhere."""
     with _progress_bar(TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("calibrating", total=None, where="")
 
@@ -129,7 +129,7 @@ def layer_progress() -> Iterator[Any]:
 
 @contextmanager
 def _progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
-    """A bar that shows up when it is started, and not before: a question may come first."""
+    """Returns a bar that appears when it is started, and not before: a question may come first."""
     bar = Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
     try:
         yield bar
@@ -160,7 +160,7 @@ def ask_before_calibration(agreed: bool) -> Callable[["Calibration"], None]:
 
 @contextmanager
 def step_progress() -> Iterator[Any]:
-    """A healing's progress: steps and time left on a terminal, silence elsewhere."""
+    """Yields a healing's progress callback: steps and time left on a terminal, nothing elsewhere."""
     columns = (TextColumn("healing, step {task.completed}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("healing", total=None)
@@ -210,7 +210,7 @@ def show_description(description: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value of `inspect` on as few lines as it takes."""
+    """Returns a value of `inspect` on as few lines as it takes."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_text(part)}" for name, part in value.items())
     if isinstance(value, list):
@@ -240,7 +240,9 @@ def show_update(report: "UpdateReport", as_json: bool) -> None:
     if as_json:
         _print_json(asdict(report))
         return
-    verb = "would update" if report.dry_run else "updated" if report.written or report.removed else "left"
+    verb = "updated" if report.written or report.removed else "left"
+    if report.dry_run:
+        verb = "would update"
     say(f"{verb} {report.target}")
     say(f"code before: {report.before}")
     for name, num_bytes in report.written.items():
@@ -258,7 +260,7 @@ def show_healing(report: Any, as_json: bool) -> None:
         _print_json({"output": str(report.output), "notes": list(report.notes), "record": report.record})
         return
     say(f"wrote {report.output}")
-    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda per layer", title="held-out rows", box=None)
+    table = Table("tokens", "loss", "KL", "greedy", "recovered", "lambda per layer", title="held-out text", box=None)
     for row in report.table:
         shown = [
             "" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "kl", "greedy_agreement", "recovered")

@@ -85,12 +85,12 @@ def _parameter(field: Field, hint: Any) -> inspect.Parameter:
 
 
 def _typed_once(hint: Any) -> Any:
-    """A type as the command line has it: what may be a text or a path from Python is a path there."""
+    """Returns a type as the command line has it: what may be a text or a path from Python is a path there."""
     return Path | None if Path in get_args(hint) else hint
 
 
 def _hide_loading_bars() -> None:
-    """Only once the config is known to be good: the import takes seconds."""
+    """Hides bars of transformers. Called once the config is known to be good, as the import takes seconds."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

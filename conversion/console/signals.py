@@ -57,7 +57,7 @@ def end_stopped(exit_code: int) -> NoReturn:
 
 
 def stopped_by(error: BaseException | None) -> Stopped | None:
-    """The `Stopped` that is or led to `error`."""
+    """Returns the `Stopped` that is or led to `error`."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error

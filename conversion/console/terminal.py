@@ -55,7 +55,8 @@ class Stream:
                 os.close(sink)
 
 
-STDOUT, STDERR = Stream("stdout"), Stream("stderr")
+STDOUT = Stream("stdout")
+STDERR = Stream("stderr")
 # Neither markup nor emoji: paths may hold [brackets] and :colons:.
 out = Console(file=STDOUT, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
 err = Console(file=STDERR, stderr=True, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]

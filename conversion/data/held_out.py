@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conversion.data.text import behind_bos, token_ids
+from conversion.data.text import token_ids, with_bos
 from conversion.errors import ConversionError
 from modeling_diff.training.documents import Tokenizer
 
@@ -21,7 +21,7 @@ READ_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Token ids (1, T) of evenly spaced windows, each behind a bos if there is one, and what text they are of."""
+    """Token ids (1, T) of evenly spaced windows, each after a bos if there is one, and what text they are of."""
 
     name: str
     windows: list[torch.Tensor]
@@ -58,5 +58,5 @@ def read_held_out(
         )
     count = max(1, min(WINDOWS, len(ids) // body))
     starts = [number * (len(ids) // count) for number in range(count)]
-    windows = [behind_bos(ids[start : start + body][None], bos) for start in starts]
+    windows = [with_bos(ids[start : start + body][None], bos) for start in starts]
     return HeldOut(STANDARD_NAME if text is None else path.name, windows)

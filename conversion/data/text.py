@@ -50,7 +50,9 @@ def read_calibration(
     body = row_tokens - (bos is not None)
     num_rows = num_tokens // row_tokens
     if num_rows < 1:
-        raise ConversionError(f"calibration tokens {num_tokens}: fewer than one row of {row_tokens}; ask for more")
+        raise ConversionError(
+            f"calibration tokens {num_tokens}: fewer than one sequence of {row_tokens}; ask for more"
+        )
     ids = list(islice(token_ids(path, tokenizer, vocab_size), num_rows * body))
     if not ids:
         raise ConversionError(f"{path}: empty, expected calibration text of {num_tokens} tokens")
@@ -58,14 +60,14 @@ def read_calibration(
         raise ConversionError(f"{path}: {len(ids)} tokens, fewer than one sequence of {body}; give more text")
     if len(ids) < num_rows * body and not whole_if_shorter:
         raise ConversionError(
-            f"{path}: {len(ids)} tokens, expected {num_rows * body} (--calibration-tokens {num_tokens}, in rows of "
-            f"{row_tokens}); give more text, ask for fewer tokens, or leave --calibration-tokens out to use all of it"
+            f"{path}: {len(ids)} tokens, expected {num_rows * body} (--calibration-tokens {num_tokens}, in sequences "
+            f"of {row_tokens}); give more text, ask for fewer tokens, or leave --calibration-tokens out to use all"
         )
     num_rows = min(num_rows, len(ids) // body)
-    return behind_bos(torch.tensor(ids[: num_rows * body], dtype=torch.long).view(num_rows, body), bos)
+    return with_bos(torch.tensor(ids[: num_rows * body], dtype=torch.long).view(num_rows, body), bos)
 
 
-def behind_bos(rows: torch.Tensor, bos: int | None) -> torch.Tensor:
+def with_bos(rows: torch.Tensor, bos: int | None) -> torch.Tensor:
     """Returns rows (R, T) with a bos before each, (R, T + 1); unchanged without one."""
     return rows if bos is None else torch.cat((torch.full((len(rows), 1), bos), rows), dim=1)
 
@@ -110,7 +112,9 @@ def pack_rows(
             count += len(piece)
     if count < row_tokens:
         names = ", ".join(path.name for path in paths)
-        raise ConversionError(f"{names}: {count} tokens, expected at least one row of {row_tokens}; give more text")
+        raise ConversionError(
+            f"{names}: {count} tokens, expected at least one sequence of {row_tokens}; give more text"
+        )
     return map_rows(file, count // row_tokens, row_tokens)
 
 

@@ -50,9 +50,16 @@ class Behavior:
 
 
 def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Sequence[str] | None) -> list[torch.Tensor]:
-    """Token ids (1, T) of each text; random ones, from a fixed seed, for a checkpoint without a tokenizer.
+    """Returns token ids (1, T) of each text; random ones, from a fixed seed, for a checkpoint without a tokenizer.
 
-    Raises ConversionError for a tokenizer that does not fit, and where no text is two tokens long.
+    Args:
+        folder: The checkpoint.
+        vocab_size: Number of tokens that the model knows.
+        max_positions: Number of positions that it can read; longer texts are cut.
+        texts: The texts; built-in ones if None.
+
+    Raises:
+        ConversionError: The tokenizer does not fit, or no text is two tokens long.
     """
     # No fewer than a few, whatever the config says: LLaMA does not mind positions beyond its longest.
     length = max(MIN_TOKENS, min(MAX_TOKENS, max_positions - NEW_TOKENS))
@@ -72,7 +79,8 @@ def encode_texts(folder: Path, vocab_size: int, max_positions: int, texts: Seque
 @torch.no_grad()
 def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behavior:
     """Runs the model on every input."""
-    logits, continuations = [], []
+    logits = []
+    continuations = []
     for ids in inputs:
         logits.append(model(ids).logits[0].float())
         generated = model.generate(
@@ -90,16 +98,17 @@ def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behavior:
 
 @torch.no_grad()
 def observe_logits(model: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits (T, V) of every input, in the model's own dtype."""
+    """Returns logits (T, V) of every input, in the model's own dtype."""
     return [model(ids).logits[0] for ids in inputs]
 
 
 def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """The largest difference, infinite where only one is finite, and the largest logit; both over all inputs.
+    """Returns the largest difference, infinite where only one is finite, and the largest logit; both over all inputs.
 
-    Places where both are NaN or infinite alike, as a model overflows in float16, count as equal.
+    Entries where both are NaN or infinite alike, as a model overflows in float16, count as equal.
     """
-    differences, scales = [0.0], [0.0]
+    differences = [0.0]
+    scales = [0.0]
     for one, other in zip(expected, found, strict=True):
         finite = one.isfinite() & other.isfinite()
         same = torch.isclose(one, other, rtol=0, atol=0, equal_nan=True)
@@ -110,7 +119,7 @@ def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tenso
 
 
 def generation_agreement(original: Behavior, other: Behavior) -> float:
-    """Share of a greedy continuation that is the same up to the first difference: errors add up when generating."""
+    """Returns the share of a greedy continuation up to the first difference, as errors add up when generating."""
     shares = []
     for first, second in zip(original.continuations, other.continuations, strict=True):
         same = next((i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first))
@@ -124,7 +133,7 @@ def largest_difference(original: Behavior, other: Behavior) -> float:
 
 @torch.no_grad()
 def cache_difference(model: Any, ids: torch.Tensor) -> float:
-    """Largest difference in logits between reading `ids` (1, T) at once and token by token through the cache."""
+    """Returns the largest difference of logits between reading `ids` (1, T) at once and one by one with the cache."""
     whole = model(ids).logits[0].float()
     cache = DynamicCache(config=model.config)
     steps = []
@@ -135,7 +144,7 @@ def cache_difference(model: Any, ids: torch.Tensor) -> float:
 
 
 def cacheable_length(config: Any) -> int:
-    """How many tokens LLaMA computes alike at once and one by one; fewer than 2 if there is no such length.
+    """Returns how many tokens LLaMA computes alike at once and one by one; fewer than 2 if there is no such length.
 
     Rotary frequencies that change with the length leave the keys before the change in the cache as they were. A
     bidirectional model (is_causal false) sees later tokens only if they are there.
@@ -151,8 +160,8 @@ def cacheable_length(config: Any) -> int:
 
 @contextmanager
 def shuffled_pairs(model: DiffLlamaForCausalLM):  # type: ignore[no-untyped-def]
-    """A deliberately wrong conversion: every o_proj reads its neighbor's slice, as if rows and columns had not moved
-    together. Undone at the end."""
+    """Makes a deliberately wrong conversion, undone at the end: every o_proj reads its neighbor's slice, as if rows
+    and columns had not moved together."""
     layers = [layer.self_attn for layer in model.model.layers]
     try:
         for attention in layers:
@@ -164,7 +173,7 @@ def shuffled_pairs(model: DiffLlamaForCausalLM):  # type: ignore[no-untyped-def]
 
 
 def dead_parameters(model: DiffLlamaForCausalLM, ids: torch.Tensor) -> list[str]:
-    """Names of tensors new to LLaMA (in V2 the doubled queries as well) whose gradient is zero throughout."""
+    """Returns names of tensors new to LLaMA, in V2 the doubled queries as well, whose gradient is zero throughout."""
     marks = ("diff_lambda", "sub_norm", "lambda_proj", *(("q_proj",) if model.config.variant == "v2" else ()))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(mark in name for mark in marks))

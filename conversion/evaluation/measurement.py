@@ -43,7 +43,8 @@ def plan_measurement(source: Source, plan: Plan, text: Path | None) -> Measureme
     Raises:
         ConversionError: A `text` that cannot be read.
     """
-    record, config = plan.record, planned_config(plan)
+    record = plan.record
+    config = planned_config(plan)
     parity = record["promise"]["kind"] == "parity"
     # Bits are compared on the CPU: a GPU's products of other widths add in other orders.
     device = "cuda" if parity and torch.cuda.is_available() else "cpu"
@@ -85,7 +86,8 @@ def measure_output(
     """
     if measurement.held_out is None:
         return {"not_measured": measurement.reason}
-    windows, dtype = measurement.held_out.windows, record["options"]["dtype"]
+    windows = measurement.held_out.windows
+    dtype = record["options"]["dtype"]
     try:
         with torch.no_grad():
             llama = load_in_float32(source.folder, dtype, source.model.config).to(measurement.device)

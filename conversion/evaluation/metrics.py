@@ -36,7 +36,10 @@ def text_metrics(
         windows: Token ids (1, T).
         source_logits: The source's, alike.
     """
-    losses, source_losses, divergences, agreements = [], [], [], []
+    losses = []
+    source_losses = []
+    divergences = []
+    agreements = []
     for number, (found, ids) in enumerate(zip(logits, windows, strict=True)):
         found = _upcast(found)
         losses.append(_next_token_losses(found, ids))
@@ -44,7 +47,8 @@ def text_metrics(
             continue
         source = _upcast(source_logits[number])
         source_losses.append(_next_token_losses(source, ids))
-        log_p, log_q = source.log_softmax(-1), found.log_softmax(-1)
+        log_p = source.log_softmax(-1)
+        log_q = found.log_softmax(-1)
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
         agreements.append((source.argmax(-1) == found.argmax(-1)).float())
     if source_logits is None:

@@ -20,7 +20,7 @@ from modeling_diff.training.lambda_values import differential_attentions
 
 
 class AnnealedNorm(SubNorm):
-    """A norm over heads with another norm's weight, and a factor behind it."""
+    """A norm over heads with another norm's weight, and a factor after it."""
 
     def __init__(self, norm: SubNorm):
         super().__init__(norm.normalized_shape, eps=norm.eps)

@@ -38,7 +38,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for name, optimizer in self.inner.items():
-            # Bound anew each time: loading a checkpoint replaces groups and state.
+            # Bound again each time: loading a checkpoint replaces groups and state.
             optimizer.state = self.state
             optimizer.param_groups = [group for group in self.param_groups if group["algorithm"] == name]
             optimizer.step()

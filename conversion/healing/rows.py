@@ -51,7 +51,7 @@ def sequence_length(config: Any, max_length: int | None) -> int:
         )
     if length < 2:
         raise ConversionError(
-            f"{typed('max_length')} is {length}: a row holds a token and one that follows; ask for more"
+            f"{typed('max_length')} is {length}: a sequence holds a token and one that follows; ask for more"
         )
     return length
 
@@ -82,7 +82,9 @@ def dataset_rows(
     tokens = document_ids(documents, name, tokenizer, vocab_size, boundaries=True)
     ids = array("i", tokens if max_rows is None else islice(tokens, max_rows * row_tokens))
     if len(ids) < row_tokens:
-        raise ConversionError(f"{name}: {len(ids)} tokens, expected at least one row of {row_tokens}; give more text")
+        raise ConversionError(
+            f"{name}: {len(ids)} tokens, expected at least one sequence of {row_tokens}; give more text"
+        )
     whole = len(ids) // row_tokens * row_tokens
     return Rows(torch.tensor(ids[:whole], dtype=torch.int32).view(-1, row_tokens))
 
@@ -122,8 +124,8 @@ def split_rows(rows: torch.Tensor, held_out_rows: int | None) -> tuple[torch.Ten
     held_out_rows = held_out_rows or _share(len(rows), HELD_OUT_SHARE)
     if len(rows) <= held_out_rows:
         raise ConversionError(
-            f"the data fill {len(rows)} rows of {rows.shape[1]} tokens, and {held_out_rows} are held out to measure "
-            "on: give more text, a shorter --max-length, or other text to measure on (--held-out)"
+            f"the data fill {len(rows)} sequences of {rows.shape[1]} tokens, and {held_out_rows} are held out to "
+            "measure on: give more text, a shorter --max-length, or other text to measure on (--held-out)"
         )
     return rows[held_out_rows:], rows[:held_out_rows]
 

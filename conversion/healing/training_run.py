@@ -136,7 +136,7 @@ def healing_config(run: HealingRun) -> HealingConfig:
 
 
 def _table(trainer: HealingTrainer, healed: Any, run: HealingRun) -> list[dict[str, Any]]:
-    """Held-out measures by tokens; the last row is of the weights as they are written."""
+    """Returns held-out measures by tokens; the last ones are of the weights that are written."""
     table: list[dict[str, Any]] = []
     for log in trainer.state.log_history:
         if "eval_loss" in log and log["step"] < run.steps:

@@ -83,7 +83,7 @@ class CheckpointCode:
         return any(fault.shows_here for fault in self.faults)
 
     def __str__(self) -> str:
-        """One line: age, faults, way out."""
+        """Returns one line: age, faults, way out."""
         if self.foreign:
             return f"auto_map takes the model from {self.foreign[0]}, which is not diff-llama's"
         said = {
@@ -175,7 +175,7 @@ def code_requirements(folder: Path | None = None) -> str:
 
 
 def _stated_releases(path: Path) -> dict[str, str]:
-    """The releases that a compat file names, by constant; nothing for code from before there was one."""
+    """Returns the releases that a compat file names, by constant; nothing for code from before there was one."""
     text = read_small(path).decode(errors="replace") if path.is_file() else ""
     names = ("OLDEST_TRANSFORMERS", "NEWEST_TESTED_TRANSFORMERS", "OLDEST_TORCH")
     found = {name: re.search(rf'^{name} = "(\d+(?:\.\d+)*)', text, re.MULTILINE) for name in names}
@@ -183,7 +183,7 @@ def _stated_releases(path: Path) -> dict[str, str]:
 
 
 def _model_modules(folder: Path) -> list[str]:
-    """Files that auto_map takes config and models from, without the repository that transformers may put before it."""
+    """Returns the files in auto_map, without the repository that transformers may put before them."""
     auto_map = read_object(folder / "config.json").get("auto_map")
     entries = [auto_map.get(name) for name in AUTO_MAP] if isinstance(auto_map, dict) else []
     return sorted({f"{str(entry).split('--')[-1].split('.')[0]}.py" for entry in entries if entry is not None})
@@ -199,14 +199,14 @@ def _sha256(content: bytes) -> str:
 
 
 def code_files() -> dict[str, Path]:
-    """The model's code by file name: what `save_pretrained` puts beside the weights, imports followed."""
+    """Returns the model's code by file name: what `save_pretrained` puts next to the weights, imports followed."""
     entry = Path(modeling_diff.modeling_diff_llama.__file__)
     paths = [entry, *map(Path, get_relative_import_files(entry))]
     return {path.name: path for path in sorted(set(paths))}
 
 
 def called_code(folder: Path) -> list[str]:
-    """The code files that a checkpoint's config or its own code calls for, sorted, whether there or not.
+    """Returns the code files that a checkpoint's config or its own code calls for, sorted, whether there or not.
 
     Followed in the folder itself: a bundle of an older version with other files is as good as today's.
     """
@@ -224,5 +224,5 @@ def called_code(folder: Path) -> list[str]:
 
 
 def missing_code(folder: Path) -> list[str]:
-    """Code files that a checkpoint calls for and that are not there, sorted."""
+    """Returns the code files that a checkpoint calls for and that are not there, sorted."""
     return [name for name in called_code(folder) if not os.path.isfile(folder / name)]

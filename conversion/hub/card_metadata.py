@@ -42,7 +42,7 @@ def read_metadata(card: Path) -> dict[str, str | list[str]]:
 
 
 def _text(value: object) -> str | list[str] | None:
-    """The value if it is text or a list of text, of a reasonable length; None for null and all else."""
+    """Returns the value if it is text or a list of text, of a reasonable length; None for null and all else."""
     if isinstance(value, list):
         return [part for part in value[:MAX_VALUES] if isinstance(part, str) and _text(part)]
     return value if isinstance(value, str) and value not in NULLS and len(value) <= MAX_VALUE_CHARS else None
@@ -70,7 +70,7 @@ def metadata_block(data: ModelCardData) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Without the classes of the Hub's client, whose text is a str of another type."""
+    """Returns data without the classes of the Hub's client, whose text is a str of another type."""
     if isinstance(value, Mapping):
         return {_plain(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,7 +2,7 @@
 
 STATUS = {
     "bit-exact": "It computes the same function: {promise}. Its default attention adds in another order, and differs "
-    "by rounding. The second maps separate from the first once it is trained.",
+    "by rounding. The negative maps separate from the positive ones once it is trained.",
     "equal": "It computes the same function as its source, up to rounding.",
     "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "
     "attention maps that were trained to be added, and needs healing (distillation from its source) first.",

@@ -57,7 +57,7 @@ def remote_files(api: HfApi, repo_id: str, revision: str | None) -> dict[str, Re
 def _compare(
     api: HfApi, repo_id: str, commit: CommitInfo, additions: list[CommitOperationAdd], removed: Sequence[str]
 ) -> None:
-    """ConversionError unless every file is there with the size and checksum of what was sent."""
+    """Checks that every file is there with the size and checksum of what was sent; ConversionError otherwise."""
     remote = remote_files(api, repo_id, commit.pr_revision or commit.oid)
     wrong = [
         operation.path_in_repo for operation in additions if not _same(remote.get(operation.path_in_repo), operation)

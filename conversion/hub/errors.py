@@ -43,7 +43,7 @@ def hub_errors(repo_id: str, state: str) -> Iterator[None]:
 
 
 def hub_reason(error: BaseException) -> str:
-    """One line for an error of the client, from the answer or the broken connection among its causes."""
+    """Returns one line for an error of the client, from the answer or the broken connection among its causes."""
     chain = list(_chain(error))
     if isinstance(error, ValueError) and not isinstance(error, HFValidationError):  # the client's own words for it
         return _one_line(str(error))
@@ -90,6 +90,6 @@ def _http_reason(error: HfHubHTTPError) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks, tokens and addresses."""
+    """Returns a text without line breaks, tokens and addresses."""
     words = [word for word in text.split() if "://" not in word]
     return TOKEN.sub("<token>", " ".join(words))[:300]

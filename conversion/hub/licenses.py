@@ -53,7 +53,7 @@ LLAMA_TERMS = {
 
 
 def llama_terms(metadata: Mapping[str, Any], folder: Path | None = None) -> LlamaTerms | None:
-    """The terms that a card's metadata names, else those whose text lies in the folder; None for other licenses."""
+    """Returns the terms that a card's metadata names, else those of a text in the folder; None for other licenses."""
     for key in ("license", "license_name"):
         if match := HUB_NAME.fullmatch(str(metadata.get(key, ""))):
             return LLAMA_TERMS.get(match[1])
@@ -67,7 +67,7 @@ def llama_terms(metadata: Mapping[str, Any], folder: Path | None = None) -> Llam
 
 
 def private_reason(metadata: Mapping[str, Any], terms: LlamaTerms | None, base_model: str | None) -> str | None:
-    """Why a first upload should be private; None where nothing speaks for it."""
+    """Returns why a first upload should be private; None where nothing speaks for it."""
     if terms:
         return f"the base is under the {terms.license}, and Meta gives access on request"
     stated = " ".join(str(metadata.get(key) or "") for key in ("license", "license_name")).strip()
@@ -83,7 +83,7 @@ def private_reason(metadata: Mapping[str, Any], terms: LlamaTerms | None, base_m
 def license_warnings(
     metadata: Mapping[str, Any], terms: LlamaTerms | None, files: Iterable[str], repo_id: str
 ) -> list[str]:
-    """What the base's license asks for and this upload lacks. Whether it applies is for a person to say."""
+    """Returns what the base's license asks for and this upload lacks. Whether it applies is for a person to say."""
     names = list(files)
     warnings = []
     if not metadata.get("license"):
@@ -92,7 +92,7 @@ def license_warnings(
     if terms is None:
         return warnings
     if not any(fnmatch(name, pattern) for name in licenses for pattern in LICENSES):
-        warnings.append(f"the {terms.license} asks for a copy of itself beside the weights: put LICENSE there")
+        warnings.append(f"the {terms.license} asks for a copy of itself next to the weights: put LICENSE there")
     if not any(name.upper().startswith("NOTICE") for name in licenses):
         warnings.append(f"the {terms.license} asks for a Notice file that says: {terms.notice}")
     name = repo_id.split("/")[-1]

@@ -19,5 +19,6 @@ def code_span(text: object) -> str:
     """Returns the escaped text between backticks, more of them than it holds in a row."""
     shown = escape(text).strip() or " "
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
-    fence, space = "`" * (longest + 1), " " if longest else ""
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
     return f"{fence}{space}{shown}{space}{fence}"

@@ -28,9 +28,9 @@ GENERATED = (
 BAR_WIDTH = 24
 EIGHTHS = "▏▎▍▌▋▊▉█"
 METRICS = {  # of `verify`: name on the card, what it says
-    "loss_nats": ("loss (nats a token)", "loss"),
+    "loss_nats": ("loss (nats/token)", "loss"),
     "source_loss_nats": ("the source's loss", "loss of the source"),
-    "kl_nats": ("KL to the source (nats a token)", "KL divergence to the source"),
+    "kl_nats": ("KL to the source (nats/token)", "KL divergence to the source"),
     "greedy_agreement": ("equal greedy tokens", "greedy agreement with the source"),
     "generation_agreement": ("equal continuations", "generation agreement with the source"),
 }
@@ -61,7 +61,7 @@ class CardFacts:
 
 
 def converted_name(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
-    """The source's name, and what became of it."""
+    """Returns the source's name with what became of it."""
     return f"{record['source']['name'].split('/')[-1]}-diff-{config.variant}"
 
 
@@ -89,8 +89,9 @@ def model_card(
 
 
 def render_card(facts: CardFacts) -> str:
-    """README.md: a metadata block that the Hub accepts, and the text."""
-    record, config = facts.record, facts.config
+    """Returns README.md: a metadata block that the Hub accepts, and the text."""
+    record = facts.record
+    config = facts.config
     source = record["source"]
     sections = [
         metadata_block(_metadata(facts)),
@@ -116,7 +117,7 @@ def render_card(facts: CardFacts) -> str:
 
 
 def _origin(source: Mapping[str, Any]) -> str:
-    """A link to what is surely a repository of the Hub, else the name alone."""
+    """Returns a link to what is surely a repository of the Hub, else the name alone."""
     if hub_id := _hub_id(source["hub_id"]):
         return f"[{hub_id}](https://huggingface.co/{hub_id})"
     name = markdown(source["hub_id"] or source["name"])
@@ -124,12 +125,12 @@ def _origin(source: Mapping[str, Any]) -> str:
 
 
 def _hub_id(text: str | None) -> str | None:
-    """The text if it can be a repository of the Hub; in a record that was edited it may be anything."""
+    """Returns the text if it can be a repository of the Hub; in a record that was edited it may be anything."""
     return text if text and HUB_ID.fullmatch(text) else None
 
 
 def export_card(folder: Path) -> str:
-    """README.md of an export to transformers' own class."""
+    """Returns README.md of an export to transformers' own class."""
     name = folder.resolve().name
     metadata = source_metadata(folder)
     inherited = {key: value for key, value in metadata.items() if key in (*INHERITED, "base_model")}
@@ -146,12 +147,12 @@ def export_card(folder: Path) -> str:
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata block of a folder's card; empty without one, or if it cannot be read."""
+    """Returns the metadata block of a folder's card; empty without one, or if it cannot be read."""
     return dict(read_metadata(folder / "README.md"))
 
 
 def lambda_plot(lambdas: Mapping[int, float], num_layers: int) -> str:
-    """One bar a layer in text, which every viewer shows; the longest bar is the largest λ."""
+    """Returns one bar per layer in text, which every viewer shows; the longest bar is the largest λ."""
     if not lambdas:
         return "Not read."
     largest = max(max(lambdas.values()), 1e-9)
@@ -169,7 +170,7 @@ def _bar(share: float) -> str:
 
 
 def status_text(record: Mapping[str, Any]) -> str:
-    """What may be expected of it, by the last thing that was done to it."""
+    """Returns what may be expected of a checkpoint, by the last thing that was done to it."""
     if healing := record.get("healing"):
         return STATUS["healed"].format(tokens=_tokens(sum(int(stage.get("tokens") or 0) for stage in healing)))
     if calibration := record.get("calibration"):
@@ -198,7 +199,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 
 def _datasets(record: Mapping[str, Any]) -> list[str] | None:
-    """Those of the texts used that are data sets of the Hub; a local file's name says nothing there."""
+    """Returns the texts used that are data sets of the Hub; a local file's name says nothing there."""
     texts = [(record.get("calibration") or {}).get("text")]
     texts += [text for stage in record.get("healing") or [] for text in stage.get("data") or []]
     return sorted({text for text in texts if isinstance(text, str) and HUB_ID.fullmatch(text)}) or None
@@ -215,12 +216,12 @@ def _measured(verification: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def _at_end(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What was measured at the conversion's end: numbers of these weights, unless they were healed since."""
+    """Returns what was measured at the conversion's end: numbers of these weights, unless they were healed since."""
     return None if record.get("healing") else record.get("measured")
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Of the verification, and of the last healing's end; each under the text that it was measured on."""
+    """Returns results of the verification and of the last healing, each under the text that it was measured on."""
     checks = (facts.verification or {}).get("checks", ())
     text = next((check["text"] for check in checks if check.get("text")), "texts of diff-llama verify")
     measured = {text: _measured(facts.verification)}
@@ -228,7 +229,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         values = at_end.get("values") or {}
         measured = {str(at_end.get("text")): {key: value for key, value in values.items() if key in METRICS}}
     if healing := facts.record.get("healing"):
-        measured[f"held-out rows of {', '.join(healing[-1].get('data') or ['the healing'])}"] = {
+        measured[f"held-out text of {', '.join(healing[-1].get('data') or ['the healing'])}"] = {
             HEALING_METRICS[key]: value for key, value in healing[-1]["end"].items() if key in HEALING_METRICS
         }
     return [
@@ -246,7 +247,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
-    """What was done, in the order it was done in."""
+    """Returns what was done, in order."""
     revision = record["source"].get("revision")
     lines = [f"- Promise: {markdown(record['promise']['text'])}."]
     if revision:
@@ -273,15 +274,16 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
 
 
 def _healing(stage: Mapping[str, Any]) -> str:
-    """Tokens, then each number at the start and at the end."""
-    start, end = stage.get("start") or {}, stage.get("end") or {}
+    """Returns tokens, then each number at the start and at the end."""
+    start = stage.get("start") or {}
+    end = stage.get("end") or {}
     moves = [f"{key.replace('_', ' ')} {start[key]:.4g} → {end[key]:.4g}" for key in start if key in end]
     moves += [f"{key.replace('_', ' ')} {end[key]:.4g}" for key in end if key not in start]
     return "; ".join([_tokens(int(stage.get("tokens") or 0)), *moves])
 
 
 def _measurements(facts: CardFacts) -> list[str]:
-    """The section of measured numbers; nothing where nothing was measured."""
+    """Returns the section of measured numbers; nothing where nothing was measured."""
     sections = []
     if found := measured_text(_at_end(facts.record)):
         sections.append(f"At the end of the conversion: {markdown(found)}.")

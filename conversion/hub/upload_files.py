@@ -38,12 +38,18 @@ class UploadFolder:
 
 
 def read_upload_folder(folder: Path) -> UploadFolder:
-    """The files to upload. ConversionError for a folder that a stranger could not load, or that holds a Hub token."""
+    """Returns the files of a folder to upload.
+
+    Raises:
+        ConversionError: Others could not load the folder, or it holds a Hub token.
+    """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ConversionError(f"{folder}: {found}, expected a checkpoint folder; check the path")
     if (folder / ADAPTER[0]).is_file():
-        names, kind, config = _adapter(folder), "adapter", _read_json(folder, ADAPTER[0])
+        config = _read_json(folder, ADAPTER[0])
+        kind = "adapter"
+        names = _adapter(folder)
     else:
         config = _read_json(folder, "config.json")
         kind = KINDS.get(str(config.get("model_type")), "")
@@ -66,7 +72,11 @@ def read_upload_folder(folder: Path) -> UploadFolder:
 
 
 def refuse_secret(name: str, text: str) -> None:
-    """ConversionError for a text that holds what looks like a token or a private key, which is not repeated."""
+    """Checks that a text holds no secret.
+
+    Raises:
+        ConversionError: It holds what looks like a token or a private key, which the message does not repeat.
+    """
     if TOKEN.search(text):
         raise ConversionError(f"{name}: holds a Hub token (hf_...); take it out, and revoke it on the Hub")
     if PRIVATE_KEY.search(text):
@@ -74,23 +84,23 @@ def refuse_secret(name: str, text: str) -> None:
 
 
 def is_replaced(name: str) -> bool:
-    """Whether a file on the Hub belongs to a state of the weights, and goes with them if a new one lacks it."""
+    """Returns whether a file on the Hub belongs to a state of the weights: a new state without it removes it."""
     return any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def _weights(folder: Path) -> set[str]:
-    """The weight files that are loaded, with their index; stray shards stay behind."""
+    """Returns the weight files that are loaded, with their index; stray shards are left out."""
     files = {path.name for path in CheckpointReader(folder).files}
     return files | ({INDEX} if files != {WEIGHTS[0]} else set())
 
 
 def _code(folder: Path) -> set[str]:
-    """The code that the config calls for. ConversionError where it is not in the folder, or not all of it."""
+    """Returns the code that the config calls for; ConversionError where it is not in the folder, or not all of it."""
     names = called_code(folder)
     for name in names:
         if not MODULE_FILE.fullmatch(name):
             raise ConversionError(
-                f"{folder / 'config.json'}: auto_map names {name!r}, expected files beside the weights; save the "
+                f"{folder / 'config.json'}: auto_map names {name!r}, expected files next to the weights; save the "
                 "checkpoint again with its own code"
             )
         if not (folder / name).is_file():

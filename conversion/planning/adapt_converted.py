@@ -23,7 +23,7 @@ from modeling_diff.diff_llama_fields import padded_counts
 
 
 def is_converted(source: str | Path) -> bool:
-    """Whether a source is a checkpoint of ours on this machine."""
+    """Returns whether a source is a checkpoint of ours on this machine."""
     return read_object(Path(source) / "config.json").get("model_type") == DiffLlamaConfig.model_type
 
 
@@ -90,7 +90,7 @@ def adapt_converted(
 
 
 def _llama_sizes(config: Any, padding: Mapping[str, int]) -> Sizes:
-    """Of the LLaMA that a checkpoint was converted from, which had no idle heads."""
+    """Returns the sizes of the LLaMA that a checkpoint was converted from, which had no idle heads."""
     maps = 2 if config.variant == "v1" else 1  # that a head of ours takes the place of
     return Sizes.from_fields(
         config.to_dict(),
@@ -101,7 +101,7 @@ def _llama_sizes(config: Any, padding: Mapping[str, int]) -> Sizes:
 
 
 def _rules(base: Path, config: DiffLlamaConfig, sizes: Sizes, record: Mapping[str, Any]) -> list[Rule]:
-    """The rules by which the checkpoint was made."""
+    """Returns the rules by which the checkpoint was made."""
     if record.get("source", {}).get("kind") != "llama":
         raise ConversionError(
             f"{base / RECORD}: does not say that a LLaMA was converted, whose adapter could be carried over; convert "
@@ -125,7 +125,7 @@ def _rules(base: Path, config: DiffLlamaConfig, sizes: Sizes, record: Mapping[st
 
 
 def _lambda_bias(base: Path, config: DiffLlamaConfig, layers: list[int]) -> float | None:
-    """The bias that lambda started from, by which o_proj was scaled: as stored, for all heads of all layers."""
+    """Returns the bias that lambda started from, by which o_proj was scaled: as stored, for all heads and layers."""
     if not config.lambda_bias or not layers:
         return None
     reader = CheckpointReader(base)

@@ -45,7 +45,7 @@ class AdapterOutput:
         return f"the adapter was carried over to {self.base}/{FOLDER}: PeftModel.from_pretrained(model, that folder)"
 
     def place(self, plan: Plan) -> Plan:
-        """The same plan with the adapter in it."""
+        """Returns the same plan with the adapter in it."""
         if self.merged:
             return replace(plan, reader=merge_adapter(plan.reader, self.adapter))
         files = adapter_files(self.adapter, plan.rules, self.base)
@@ -53,7 +53,7 @@ class AdapterOutput:
 
 
 def adapter_files(adapter: Adapter, rules: Sequence[Rule], base: str) -> dict[str, bytes]:
-    """The files of the adapter for the checkpoint that `rules` make of its LLaMA.
+    """Returns the files of the adapter for the checkpoint that `rules` make of its LLaMA.
 
     W becomes T(W), so W + s B A becomes T(W) + s T(B) A where T moves, repeats or scales rows, and T(W) + s B T(A)
     where it moves columns. DoRA's magnitudes are of rows, and go with them.
@@ -75,7 +75,7 @@ def adapter_files(adapter: Adapter, rules: Sequence[Rule], base: str) -> dict[st
 
 
 def _carried(transform: Any, tensor: torch.Tensor, match: re.Match[str] | None) -> torch.Tensor:
-    """A tensor of an adapter after what becomes of its module's weight; without a match it is a whole one."""
+    """Returns an adapter's tensor transformed as its module's weight is; without a match it is a whole weight."""
     assert isinstance(transform, Keep | Scale | TakeBlocks)  # what the rules of a LLaMA are made of
     of_columns = isinstance(transform, TakeBlocks) and transform.axis == 1
     if match is None or of_columns == (match["part"] == "lora_A"):
@@ -86,7 +86,7 @@ def _carried(transform: Any, tensor: torch.Tensor, match: re.Match[str] | None) 
 
 
 def _carried_config(adapter: Adapter, base: str) -> dict[str, Any]:
-    """adapter_config.json for another base: nothing in it may name LLaMA, or match a module that LLaMA has not."""
+    """Returns adapter_config.json for another base: it may not name LLaMA, or match a module that LLaMA has not."""
     changes: dict[str, Any] = {
         "base_model_name_or_path": base,
         "revision": None,
@@ -107,7 +107,7 @@ def _carried_config(adapter: Adapter, base: str) -> dict[str, Any]:
 
 
 def merge_adapter(reader: CheckpointReader, adapter: Adapter) -> CheckpointReader:
-    """A reader of the same checkpoint with the adapter merged into it, as by PEFT's merge_and_unload.
+    """Returns a reader of the same checkpoint with the adapter merged into it, as by PEFT's merge_and_unload.
 
     Args:
         reader: Tensors by LLaMA's own names.
@@ -136,7 +136,7 @@ def merge_adapter(reader: CheckpointReader, adapter: Adapter) -> CheckpointReade
 
 
 class _MergedReader(CheckpointReader):
-    """Adds to each weight, as it is read, what an adapter adds; computed in float32 or wider."""
+    """A reader that adds to each weight what an adapter adds; computed in float32 or wider."""
 
     adapter: Adapter
     parts: dict[str, dict[str, torch.Tensor]]

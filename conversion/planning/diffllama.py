@@ -73,7 +73,7 @@ def plan_export(
 
 
 def map_sizes(config: Any) -> Sizes:
-    """Sizes of a V1 model with heads counted as maps."""
+    """Returns the sizes of a V1 model with heads counted as maps."""
     return Sizes.from_fields(
         config.to_dict(),
         num_heads=2 * config.num_attention_heads,
@@ -84,7 +84,7 @@ def map_sizes(config: Any) -> Sizes:
 
 
 def _refuse_unsayable(config: Any) -> None:
-    """ConversionError for a model that transformers' DiffLlama cannot compute, naming the field."""
+    """Refuses a model that transformers' DiffLlama cannot compute, by field (ConversionError)."""
     if config.variant != "v1":
         raise ConversionError("config.json: variant is 'v2', and transformers' DiffLlama is v1; it cannot be exported")
     if config.architectures not in (None, ["DiffLlamaForCausalLM"]):

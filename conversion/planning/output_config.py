@@ -78,7 +78,7 @@ def check_loadable(text: str, rules: Iterable[Rule]) -> None:
 
 
 def _field_notes(model: SourceModel) -> list[str]:
-    """Notes on fields of the source that have no place here, or mean something unusual."""
+    """Returns notes on fields of the source that have no place here, or mean something unusual."""
     shared = shared_fields(model.config)
     ours = DiffLlamaConfig().to_dict() | GenerationConfig().to_dict()
     unread = [_printable(name) for name in not_kept(model.raw, ours, model.architecture.own_fields)]

@@ -60,12 +60,12 @@ def variant_of_import(kind: SourceKind, variant: Literal["v1"] | None) -> Litera
 def rules_and_fields(
     model: SourceModel, reader: CheckpointReader, options: ConversionOptions
 ) -> tuple[list[Rule], dict[str, Any]]:
-    """The tensors' rules and the config fields that LLaMA does not have."""
+    """Returns the tensors' rules and the config fields that LLaMA does not have."""
     if model.kind == "llama":
         return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
     plain = replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None)
     if options.recorded() != plain.recorded():
-        raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, as it is")
+        raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, unchanged")
     config = model.config
     if model.kind == "unilm":
         ours = {name: getattr(config, name) for name in ("variant", "lambda_init", "lambda_init_std", "sub_norm_eps")}
@@ -91,9 +91,10 @@ def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule
 
 
 def padding(sizes: Sizes) -> dict[str, int] | None:
-    """For conversion.json: the idle heads that each layer gets, and the parameters of all; None where heads pair."""
+    """Returns for conversion.json the idle heads of each layer and the parameters of all; None where heads pair."""
     num_heads, num_kv_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)
-    heads, kv_heads = num_heads - sizes.num_heads, num_kv_heads - sizes.num_kv_heads
+    heads = num_heads - sizes.num_heads
+    kv_heads = num_kv_heads - sizes.num_kv_heads
     if not kv_heads:
         return None
     rows = (heads + 2 * kv_heads) * (sizes.hidden_size + sizes.attention_bias) + heads * sizes.hidden_size
@@ -101,10 +102,10 @@ def padding(sizes: Sizes) -> dict[str, int] | None:
 
 
 def padding_note(sizes: Sizes) -> str:
-    """What the user is told of `--pad-heads`."""
+    """Returns what the user is told of `--pad-heads`."""
     counts = f"{sizes.num_heads} heads on {sizes.num_kv_heads} key-value heads"
     if (added := padding(sizes)) is None:
-        return f"{typed('pad_heads', True)} does nothing here: {counts} pair as they are"
+        return f"{typed('pad_heads', True)} does nothing here: {counts} pair without it"
     num_heads, num_kv_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)
     return (
         f"idle heads: {counts} become {num_heads} on {num_kv_heads} in every layer, which costs "
@@ -138,7 +139,7 @@ def _query_dtypes(reader: CheckpointReader) -> list[torch.dtype]:
 
 
 def promise(model: SourceModel, options: ConversionOptions, stored: Collection[torch.dtype]) -> dict[str, str]:
-    """For conversion.json: of the source, or of what `dtype` makes of it if that cannot hold all that was `stored`."""
+    """Returns for conversion.json what is promised: of the source, or of its values in `dtype` if that is narrower."""
     asked = options.torch_dtype
     narrowed = asked is not None and any(torch.promote_types(dtype, asked) != asked for dtype in stored)
     source = f"the source rounded to {options.dtype}" if narrowed else "the source"

@@ -45,7 +45,7 @@ REFUSED_FIELDS = (
     "use_qalora",
     "velora_config",
 )
-# Values of `init_lora_weights` that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and their like change it, by
+# Values of `init_lora_weights` that leave the base unchanged. PiSSA, OLoRA, CorDA, LoftQ and their like change it, by
 # what they compute from its matrices, each time the adapter is loaded.
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -60,7 +60,7 @@ class Adapter:
     sha256: Mapping[str, str]
 
     def scaling(self, module: str, rank: int) -> float:
-        """The factor of B A in a module, whose name may be matched by a pattern."""
+        """Returns the factor of B A in a module, whose name may be matched by a pattern."""
         patterns = self.config.get("alpha_pattern") or {}
         matching = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
         alpha = next(matching, self.config.get("lora_alpha", 8))
@@ -105,7 +105,7 @@ def read_adapter(
 
 
 def llama_name(name: str) -> str:
-    """The name that LLaMA's language model gives to a module or tensor in an adapter's file."""
+    """Returns the name that LLaMA's language model gives to a module or tensor in an adapter's file."""
     bare = name.replace(".base_layer", "")
     return f"model.{bare}" if bare.startswith(("layers.", "embed_tokens", "norm.")) else bare
 
@@ -155,7 +155,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], sizes: Sizes) -> None:
-    """Every tensor is a LoRA's, of a module that this LLaMA has in this shape, or a module that was trained whole."""
+    """Checks that every tensor is a LoRA's, of a module that this LLaMA has in this shape, or was trained whole."""
     shapes = {name: shape for name, shape, _, _ in llama_tensors(replace(sizes, lm_head=True))}
     ranks: dict[tuple[str, str], set[int]] = {}
     for name, tensor in tensors.items():
@@ -169,7 +169,8 @@ def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapp
                 f"{path}: tensor {quote(name)} belongs to {quote(module)}, which a LLaMA has not; give the adapter of "
                 "the LLaMA that is converted"
             )
-        part, rows = match["part"], base[0]
+        part = match["part"]
+        rows = base[0]
         if match["kind"] == "bias":
             _check_shape(path, name, tensor, (rows,))
         elif part == "lora_magnitude_vector":
@@ -177,8 +178,11 @@ def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapp
         else:
             # An embedding's matrices are stored the other way round: A is (r, V), B is (C, r).
             wide = base[1] if part in ("lora_A", "lora_embedding_B") else rows
-            rank = tensor.shape[0 if part.endswith("A") else -1] if tensor.dim() == 2 else 0
-            _check_shape(path, name, tensor, (rank, wide) if part.endswith("A") else (wide, rank))
+            rank_first = part.endswith("A")
+            rank = 0
+            if tensor.dim() == 2:
+                rank = tensor.shape[0] if rank_first else tensor.shape[1]
+            _check_shape(path, name, tensor, (rank, wide) if rank_first else (wide, rank))
             ranks.setdefault((module, part[:-1]), set()).add(rank)
     for (module, _), rank_of_each in ranks.items():
         if len(rank_of_each) != 1:
@@ -194,7 +198,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapp
 def _check_whole(
     path: Path, name: str, tensor: torch.Tensor, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """A tensor of a module that was trained whole (modules_to_save)."""
+    """Checks a tensor of a module that was trained whole (modules_to_save)."""
     if TASK_HEADS.fullmatch(name):
         return
     canonical = llama_name(name)

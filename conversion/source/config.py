@@ -94,7 +94,11 @@ def read_source_model(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder as it is, never a default; ConversionError if it is not a JSON object."""
+    """Returns config.json of a model folder unchanged, never a default.
+
+    Raises:
+        ConversionError: It is missing, or not a JSON object.
+    """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ConversionError(f"{folder}: {found}, expected a checkpoint folder; check the path")
@@ -112,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _without_config(folder: Path) -> str:
-    """What a folder without config.json most likely is."""
+    """Returns what a folder without config.json most likely is."""
     if (folder / INTERRUPTED_UPDATE).exists():
         return "an update of its code was interrupted, complete it (`diff-llama update-code FOLDER`)"
     if (folder / "adapter_config.json").exists():
@@ -230,7 +234,11 @@ def check_against_weights(sizes: Sizes, tensors: Mapping[str, TensorInfo]) -> No
 
 
 def check_pairs(num_heads: int, num_kv_heads: int) -> None:
-    """Parity needs heads and KV heads in pairs. ConversionError naming the ways out otherwise."""
+    """Checks that heads and KV heads come in pairs, as V1 needs.
+
+    Raises:
+        ConversionError: They do not; the message names the ways out.
+    """
     for field, count in (("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads)):
         if count % 2:
             raise ConversionError(
@@ -240,7 +248,7 @@ def check_pairs(num_heads: int, num_kv_heads: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether no number in it is NaN or Infinity, or would be as a float."""
+    """Returns whether no number in it is NaN or Infinity, or would be as a float."""
     if isinstance(value, dict | list):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -90,6 +90,6 @@ def check_neutral(raw: Mapping[str, Any], own_fields: Collection[str] = ()) -> N
 
 
 def not_kept(raw: Mapping[str, Any], ours: Mapping[str, Any], own_fields: Collection[str] = ()) -> list[str]:
-    """Names of the source's fields that mean nothing to its architecture and are in none of `ours`, sorted."""
+    """Returns the source's fields that mean nothing to its architecture and are in none of `ours`, sorted."""
     neutral = NEUTRAL_VALUES.keys() | {"layer_types"} | set(own_fields)
     return sorted(raw.keys() - LLAMA_FIELDS - RESTATED_FIELDS - neutral - ours.keys())

@@ -9,7 +9,11 @@ from modeling_diff import DiffLlamaConfig
 
 
 def read_our_config(folder: Path) -> DiffLlamaConfig:
-    """The config of a checkpoint of ours. ConversionError for any other model."""
+    """Returns the config of a checkpoint of ours.
+
+    Raises:
+        ConversionError: The folder has another model, or none.
+    """
     raw = read_config(folder)
     if raw["model_type"] != "diff_llama":
         raise ConversionError(

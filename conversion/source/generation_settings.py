@@ -15,7 +15,7 @@ ORIGIN = ("_from_model_config", "transformers_version")
 
 
 def generation_settings(folder: Path, raw: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """What a generation_config.json has to say so that the output decodes as the source does.
+    """Returns what a generation_config.json has to say so that the output decodes as the source does.
 
     Args:
         folder: The source, whose own generation_config.json is only checked: it travels as it is.
@@ -46,5 +46,5 @@ def generation_settings(folder: Path, raw: Mapping[str, Any], ours: Mapping[str,
 
 
 def _settings(config: GenerationConfig) -> dict[str, Any]:
-    """Those that differ from transformers' defaults, without what says where they come from."""
+    """Returns settings that differ from transformers' defaults, without what says where they come from."""
     return {name: value for name, value in config.to_diff_dict().items() if name not in ORIGIN}

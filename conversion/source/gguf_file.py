@@ -138,7 +138,7 @@ def _count(shape: tuple[int, ...]) -> int:
 def _config(
     path: Path, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], reader: Any
 ) -> dict[str, Any]:
-    """config.json of the model. ConversionError for a field that it could not say."""
+    """Returns config.json of the model; ConversionError for a field that it could not say."""
     name = values.get("general.architecture")
     if name not in SUPPORTED:
         raise unsupported(OTHER_NAMES.get(str(name), str(name)), f"{path}: general.architecture")
@@ -177,7 +177,7 @@ def _config(
 
 
 def _rotary(path: Path, raw: Mapping[str, Any], reader: Any) -> dict[str, Any]:
-    """Rotary settings of Llama 3.1 and later, which a file has as the factors that they come to."""
+    """Returns the rotary settings of Llama 3.1 and later, which a file has as the resulting factors."""
     tensor = next((tensor for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
     if tensor is None:
         return {}
@@ -202,7 +202,7 @@ def _rotary(path: Path, raw: Mapping[str, Any], reader: Any) -> dict[str, Any]:
 def _write_tensors(
     path: Path, reader: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]], raw: Mapping[str, Any]
 ) -> None:
-    """One safetensors file per layer, and one for each tensor besides, under LLaMA's names."""
+    """Writes one safetensors file per layer, and one for each other tensor, under LLaMA's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     sizes = read_source_model(folder).sizes

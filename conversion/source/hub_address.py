@@ -57,7 +57,8 @@ def _parse_id(text: str) -> HubAddress | None:
 def _parse_url(text: str, url: str) -> HubAddress:
     try:
         parts = urlsplit(url)
-        host, port = (parts.hostname or "").lower(), parts.port
+        host = (parts.hostname or "").lower()
+        port = parts.port
     except ValueError as error:
         raise ConversionError(f"{text}: no address of the Hub ({error}); give OWNER/NAME") from error
     endpoint = urlsplit(constants.ENDPOINT)  # of a mirror, where HF_ENDPOINT names one
@@ -81,7 +82,8 @@ def _parse_url(text: str, url: str) -> HubAddress:
             f"{text}: a page of {hub_id}, expected https://huggingface.co/{hub_id}, or .../tree/REVISION of it"
         )
     length = 3 if rest[:2] == ["refs", "pr"] else 1  # the one kind of revision that may stand unquoted
-    revision, inside = "/".join(rest[:length]), rest[length:]
+    revision = "/".join(rest[:length])
+    inside = rest[length:]
     if len(inside) > (page in OF_A_FILE):
         raise ConversionError(
             f"{text}: a folder inside {hub_id}, and only whole repositories are read; download that folder and give "

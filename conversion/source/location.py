@@ -121,7 +121,7 @@ def _download_checkpoint(hub_id: str, revision: str | None, allow_pickle: bool) 
 
 
 def _remote_names(found: SourceFolder) -> list[str]:
-    """What the repository holds at its top, to say why nothing of it can be used; asked only then.
+    """Returns what the repository holds at its top, to say why nothing of it can be used; asked only then.
 
     Raises:
         ConversionError: A Hub that cannot be asked.

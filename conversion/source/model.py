@@ -23,7 +23,7 @@ BUILD_ERRORS = (*CONFIG_ERRORS, AssertionError, RuntimeError, ImportError, Index
 
 
 def original_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config that transformers makes of the file, without its choice of attention.
+    """Returns the config that transformers makes of the file, without its choice of attention.
 
     Args:
         raw: The source's config.json, of one of `ARCHITECTURES`.
@@ -89,7 +89,7 @@ def load_converted(folder: Path, **options: Any) -> DiffLlamaForCausalLM:
 
 
 def default_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
-    """The dtype in which `from_pretrained` loads a checkpoint: its config's, else that of the first tensor."""
+    """Returns the dtype in which `from_pretrained` loads a checkpoint: its config's, else that of the first tensor."""
     if config.dtype is not None:
         return config.dtype
     first_file = min(info.file for info in reader.tensors.values())
@@ -104,7 +104,7 @@ def build_on_meta(build: Callable[[], Any]) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of transformers', which may have several lines or none."""
+    """Returns the message of an error of transformers', which may have several lines or none, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""What a source's rotary settings must say; they are kept as they are. transformers only warns of most faults."""
+"""What a source's rotary settings must say; they are kept unchanged. transformers only warns of most faults."""
 
 import sys
 from collections.abc import Mapping
@@ -24,10 +24,12 @@ STRETCHED = ("yarn", "llama3", "longrope")  # the types that ask what length the
 
 
 def with_pretrained_length(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with an `original_max_position_embeddings` that stands beside the settings (as Phi3's) within them.
+    """Returns the config with `original_max_position_embeddings` inside the rotary settings, not next to them (Phi3).
 
-    transformers' models take the one beside them if there are two; its configs do not know it until a model is built.
-    ConversionError if the two disagree.
+    transformers' models take the one next to them if there are two; its configs do not know it until a model is built.
+
+    Raises:
+        ConversionError: The two disagree.
     """
     length = raw.get(PRETRAINED)
     settings = {field: _normalized(field, raw[field]) for field in SPELLINGS if raw.get(field)}
@@ -41,9 +43,14 @@ def with_pretrained_length(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
-    """Both spellings, `rope_scaling` beside `rope_theta` and `rope_parameters`, and that they agree if both are there.
+    """Checks both spellings, `rope_scaling` next to `rope_theta`, and `rope_parameters`; they must agree.
 
-    Raises ConversionError for an unknown type, a missing or impossible number, or two settings that disagree.
+    Args:
+        raw: The source's config.json.
+        map_dim: Width of a head.
+
+    Raises:
+        ConversionError: A type is unknown, a number missing or impossible, or two settings disagree.
     """
     spelled = {field: _normalized(field, raw[field]) for field in SPELLINGS if raw.get(field)}
     theta = {field: settings["rope_theta"] for field, settings in spelled.items() if "rope_theta" in settings}
@@ -59,7 +66,7 @@ def check_rotary(raw: Mapping[str, Any], map_dim: int) -> None:
 
 
 def _normalized(field: str, settings: Any) -> dict[str, Any]:
-    """The settings with their type under `rope_type` alone."""
+    """Returns the settings with their type under `rope_type` alone."""
     if not isinstance(settings, dict):
         raise ConversionError(f"config.json: {field} is {settings!r}, expected an object")
     types = {key: settings[key] for key in TYPE_KEYS if settings.get(key) is not None}
@@ -104,7 +111,7 @@ def _check_factors(field: str, key: str, factors: Any, count: int) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one, and finite; whole numbers can be too large for a float."""
+    """Returns whether it is one, and finite; whole numbers can be too large for a float."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -112,7 +112,7 @@ def match_tensors(
 
 
 def _stored_names(reader: CheckpointReader, known: Collection[str], backbone_only: bool) -> dict[str, str]:
-    """From the names that are known to the names in the files. transformers adds and removes `model.` name by name."""
+    """Maps known names to the names in the files. transformers adds and removes `model.` name by name."""
     names: dict[str, str] = {}
     for stored in reader.tensors:
         bare = stored.removeprefix(BACKBONE)
@@ -143,7 +143,7 @@ def _check_tied(reader: CheckpointReader, names: Mapping[str, str]) -> None:
 def _left_out(
     rest: Sequence[str], reader: CheckpointReader, wanted: Mapping[str, tuple[int, ...]], backbone_only: bool
 ) -> dict[str, str]:
-    """Names that may be dropped without a change of what transformers' LLaMA computes, and what they are."""
+    """Returns names that may be dropped without a change of what transformers' LLaMA computes, with what they are."""
     left_out = {}
     for name in rest:
         reason = next((reason for pattern, reason in LEFT_OUT if pattern.fullmatch(name)), None)
@@ -157,7 +157,7 @@ def _left_out(
 
 
 def _is_zero_bias(name: str, reader: CheckpointReader, wanted: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether it is the bias of one of the model's modules and adds nothing."""
+    """Returns whether it is the bias of one of the model's modules and adds nothing."""
     if not name.endswith(".bias"):
         return False
     weight = name.removesuffix("bias") + "weight"
@@ -193,7 +193,7 @@ def _refuse(
     num_layers: int,
     bias_fields: BiasFields,
 ) -> None:
-    """ConversionError for what does not fit, the cause before its consequences."""
+    """Refuses what does not fit, the cause before its consequences (ConversionError)."""
     for name in unknown:
         if wrapper := WRAPPER.search(name):
             bare = WRAPPER.sub("", name)
@@ -239,7 +239,7 @@ def _why_missing(missing: Sequence[str], wanted: Mapping[str, tuple[int, ...]], 
 
 
 def _another_kind(name: str) -> str | None:
-    """What kind of checkpoint has such a tensor, if that is known: then all else about it is a consequence."""
+    """Returns the kind of checkpoint that has such a tensor, if known: all else about it is then a consequence."""
     if re.search(r"lora_|\.base_layer\.|adapter", name):
         return "this is an adapter that was not merged; save the model that PEFT's merge_and_unload() returns"
     if re.search(r"qweight|scales|qzeros|absmax|quant|weight_scale", name):
@@ -275,7 +275,7 @@ def _why_unknown(unknown: Sequence[str], missing: Sequence[str], bias_fields: Bi
 
 
 def _grouped(left_out: Mapping[str, str]) -> Iterator[str]:
-    """One note per reason."""
+    """Returns one note per reason."""
     for reason in dict.fromkeys(left_out.values()):
         names = sorted(name for name, why in left_out.items() if why == reason)
         yield f"left out: {quote(names[0])}{_others(names)}: {reason}"

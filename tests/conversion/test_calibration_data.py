@@ -96,7 +96,7 @@ def test_text_shorter_than_the_default_is_used_whole(tmp_path):
 
 def test_less_than_a_row_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 20)
-    with pytest.raises(ConversionError, match="fewer than one row of 8"):
+    with pytest.raises(ConversionError, match="fewer than one sequence of 8"):
         read(tmp_path / "a.txt", num_tokens=7)
 
 

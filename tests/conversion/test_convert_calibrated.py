@@ -223,7 +223,7 @@ def test_lambda_of_zero_of_a_plain_copy_is_said_too(llama, tmp_path):
     ("options", "message"),
     [
         ({"calibration_tokens": 10**6}, "give more text, ask for fewer tokens, or leave"),
-        ({"calibration_tokens": 5}, "fewer than one row"),
+        ({"calibration_tokens": 5}, "fewer than one sequence"),
         ({"stages": ["polish"]}, "polish.*expected one of copy, pairing"),
         ({"calibration_tokens": -5}, "calibration_tokens is -5"),
         ({"calibration_tokens": "5"}, "calibration_tokens is '5'"),

@@ -35,7 +35,7 @@ def toys(tmp_path_factory):
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"stage": "lm", "hidden_weight": 1.0}, "belong to the stage kl"),
         ({"cached_logits": 4, "hidden_weight": 1.0}, "leave it out"),
-        ({"per_device_train_batch_size": 50, "max_steps": -1}, "fewer rows per step"),
+        ({"per_device_train_batch_size": 50, "max_steps": -1}, "fewer per step"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"lora_r": 4, "stage": "local", "optimizer": "adamw"}, "lora_r with the stage local"),
         ({"norm_share": 1.5}, "a share from 0 to 1"),
@@ -178,7 +178,7 @@ def test_data_of_no_use_are_refused(toys, tmp_path):
         with pytest.raises(ConversionError, match=messages[name]):
             heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
         assert not [left for left in names(tmp_path) if "out" in left]
-    with pytest.raises(ConversionError, match="leave 3 rows of 16 tokens to train on, and a step takes 4"):
+    with pytest.raises(ConversionError, match="leave 3 sequences of 16 tokens to train on, and a step takes 4"):
         heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
 
 

@@ -92,7 +92,7 @@ def test_config_is_training_arguments_with_defaults_of_a_healing(tmp_path):
         ({"teacher": None}, "stage kl learns from a teacher"),
         ({"train_dataset": [{"text": "words"}]}, "train_dataset: holds text, but .* no tokenizer"),
         ({"train_dataset": [{"input_ids": [96]}]}, "train_dataset: input_ids of document 1: token 96"),
-        ({"train_dataset": [{"input_ids": [1, 2]}]}, "train_dataset: 2 tokens, expected at least one row of 16"),
+        ({"train_dataset": [{"input_ids": [1, 2]}]}, "train_dataset: 2 tokens, expected at least one sequence of 16"),
         ({"train_dataset": [{"labels": [1]}]}, "train_dataset: record 1 holds neither"),
     ],
 )

@@ -124,7 +124,7 @@ def test_padding_heads_that_pair_does_nothing_and_says_so(tmp_path):
     source = saved(random_llama(), tmp_path / "llama")
     convert(source, tmp_path / "plain", pad_heads=False, measure=False)
     report = convert(source, tmp_path / "padded", measure=False)
-    assert "pad_heads=True does nothing here: 4 heads on 2 key-value heads pair as they are" in report.notes
+    assert "pad_heads=True does nothing here: 4 heads on 2 key-value heads pair without it" in report.notes
     assert report.record["padding"] is None
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "padded")]
     assert same[0] == same[1]

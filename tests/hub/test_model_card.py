@@ -126,7 +126,7 @@ def test_healing_is_told_with_its_numbers(converted):
         "loss_nats": 3.1,
         "kl_nats": 0.06,
     }
-    assert {result.dataset_name for result in card.data.eval_results} == {"held-out rows of owner/texts, mine.txt"}
+    assert {result.dataset_name for result in card.data.eval_results} == {"held-out text of owner/texts, mine.txt"}
 
 
 def test_data_sets_of_the_hub_are_named_and_files_are_not(converted):
