@@ -7,11 +7,12 @@ Prints one line of JSON: CPU seconds by stage, peak memory, and the estimate of 
 that an older checkout does not know are left out and named, so nothing but `conversion` is imported from it.
 """
 
+import argparse
 import inspect
 import json
 import re
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +56,27 @@ def peak_bytes() -> int:
     return 1024 * int(kilobytes)
 
 
-def main() -> None:
-    source, target, given = sys.argv[1:]
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of a LLaMA")
+    parser.add_argument("target", help="folder to create")
+    parser.add_argument("options", type=json.loads, help="arguments of convert_checkpoint, as JSON")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    options = json.loads(given)
-    known = known_options(options)
+    known = known_options(arguments.options)
     clock = StageClock()
     estimates: list[Any] = []
     if "before_calibration" in inspect.signature(convert_checkpoint).parameters:
         known["before_calibration"] = estimates.append
     began = time.process_time()
-    convert_checkpoint(source, target, "v1", calibration_progress=clock, **known)
+    convert_checkpoint(arguments.source, arguments.target, "v1", calibration_progress=clock, **known)
     seconds = time.process_time() - began
     result = {
         "package": str(Path(conversion.__file__).parents[1]),
         "stages": clock.seconds(),
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
-        "left_out": sorted(options.keys() - known.keys()),
+        "left_out": sorted(arguments.options.keys() - known.keys()),
     }
     if estimates:
         result["estimated_seconds"] = estimates[0].estimate.seconds
