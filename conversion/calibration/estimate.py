@@ -131,8 +131,10 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
     # Every stage is judged.
     work = Work(float32=len(stages) * judged * whole)
     refit = Work((num_tokens + judged) * (shape.attention + shape.sums), shape.solutions)
-    trial = Work(judged * 2 * shape.mlp_parameters + (sample + judged) * shape.sums, shape.solutions)
-    work += Work(2 * (sample + judged) * shape.attention) + trial.times(len(LAMBDA_GRID))
+    trial = Work(judged * 2 * shape.mlp_parameters)
+    refitted_trial = trial + Work((sample + judged) * shape.sums, shape.solutions)
+    work += Work(2 * (sample + judged) * shape.attention)
+    work += (refitted_trial if Stage.REFIT in stages else trial).times(len(LAMBDA_GRID))
     if Stage.PAIRING in stages:
         pairs = shape.heads * (shape.heads - shape.heads // shape.kv_heads)
         outputs = 2 * shape.row_tokens * shape.width * shape.kv_heads
@@ -141,10 +143,12 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
         work += refit
     if Stage.VALUES in stages:
         gathered = num_tokens * (shape.attention + shape.sums + shape.hidden**2)
-        work += refit + Work(gathered + (sample + judged) * shape.attention) + trial.times(len(CARRIER_SHARES))
+        work += refit + refitted_trial.times(len(CARRIER_SHARES))
+        work += Work(gathered + (sample + judged) * shape.attention)
     if Stage.LOCAL in stages:
-        # Forward and backward, without gradients of frozen weights.
-        per_token = 6 * shape.attention_parameters + 4 * shape.mlp_parameters + 3.5 * shape.maps
+        # Forward and backward, without gradients of frozen weights and of the layer's input.
+        projections = 4 * shape.attention_parameters + 2 * shape.width * shape.hidden
+        per_token = projections + 4 * shape.mlp_parameters + 3.5 * shape.maps
         # Muon's five steps of three products each.
         orthogonal = 30 * shape.attention_parameters * min(shape.hidden, shape.width)
         steps = SHARE_OF_STEPS * local.steps
