@@ -18,7 +18,15 @@ NAMESPACE = operator_namespace("diff_triton", __name__)
 
 
 def triton_can_run(device: torch.device | str) -> str | None:
-    """Returns None if the kernels run on `device`, else the reason in words."""
+    """
+    Returns why the kernels cannot run on a device.
+
+    Args:
+        device: Device of the tensors.
+
+    Returns:
+        The reason in words, or None where they can.
+    """
     device = torch.device(device)
     if triton is None:
         return "triton is not installed"

@@ -106,7 +106,9 @@ def head_fields(config: Any, variant: str, *, pad_heads: bool) -> dict[str, int]
     num_kv_heads = config.num_key_value_heads
     map_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads  # Qwen2's has none
     if getattr(config, "variant", None) == "v1":
-        num_heads, num_kv_heads, map_dim = 2 * num_heads, 2 * num_kv_heads, config.map_dim
+        num_heads *= 2
+        num_kv_heads *= 2
+        map_dim = config.map_dim
     paired = 1
     if variant == "v1":
         if num_kv_heads % 2 and not pad_heads:

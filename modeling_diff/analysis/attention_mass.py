@@ -47,7 +47,20 @@ class AttentionMass:
 
 
 def token_regions(tokenizer: Any, prompt: NeedlePrompt, text: str) -> tuple[list[int], torch.Tensor]:
-    """Returns token ids of `text`, which begins with the prompt's, and their regions as indices of REGIONS, (S,)."""
+    """
+    Tokenizes a text and finds the region of the prompt that each token lies in.
+
+    Args:
+        tokenizer: The checkpoint's fast tokenizer.
+        prompt: The prompt, whose first asked needle is the answer.
+        text: Text that begins with the prompt's.
+
+    Returns:
+        Token ids, and their regions as indices of REGIONS, (S,).
+
+    Raises:
+        ValueError: The tokenizer is not a fast one.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not tell where tokens stand; load the fast one")
     asked = prompt.asked[0]
@@ -64,7 +77,12 @@ def token_regions(tokenizer: Any, prompt: NeedlePrompt, text: str) -> tuple[list
 
 
 def views_of(maps: LayerMaps) -> dict[str, torch.Tensor]:
-    """Returns the maps in each view, (B, H, Q, S)."""
+    """
+    Returns a layer's maps in each view, (B, H, Q, S) each.
+
+    Args:
+        maps: The layer's maps; where it subtracts nothing, "positive" is the one view.
+    """
     if maps.negative is None:
         return {"positive": maps.positive}
     difference = maps.difference()
@@ -81,7 +99,16 @@ def views_of(maps: LayerMaps) -> dict[str, torch.Tensor]:
 
 
 def region_shares(weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    """Sums `weights` (B, H, Q, S) over the keys of each region (S,), and averages over everything else: (M,)."""
+    """
+    Sums weights over the keys of each region, and averages over everything else.
+
+    Args:
+        weights: Weights of the maps, (B, H, Q, S).
+        regions: Region of each key as an index of REGIONS, (S,).
+
+    Returns:
+        One share for each of REGIONS, (M,), in float64.
+    """
     by_key = weights.double().mean((0, 1, 2))
     return by_key.new_zeros(len(REGIONS)).index_add_(0, regions.to(by_key.device), by_key)
 

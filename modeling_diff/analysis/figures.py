@@ -90,7 +90,15 @@ def draw_map(
 
 
 def full_color(weights: torch.Tensor) -> float:
-    """Returns the weight that four rows of five do not exceed: the first rows, with few keys, would drown the rest."""
+    """
+    Returns the weight that four rows of five do not exceed: the first rows, with few keys, would drown the rest.
+
+    Args:
+        weights: Weights of a map, (..., Q, S).
+
+    Returns:
+        The weight, or 1 where all are 0.
+    """
     return weights.float().abs().amax(-1).quantile(0.8).item() or 1.0
 
 
@@ -98,6 +106,10 @@ def plain_label(label: str, length: int = 12) -> str:
     """
     Returns a token as an axis label: line ends, runs of spaces and unprintable characters are made visible, and
     nothing is read as mathematics.
+
+    Args:
+        label: Text of the token.
+        length: Largest number of characters; what is longer ends in two dots.
     """
     word = (label.removeprefix(" ") or "_").replace("    ", "_").replace("$", r"\$")
     word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in word)

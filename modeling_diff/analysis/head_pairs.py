@@ -56,7 +56,18 @@ def paired_scores(scores: Sequence[HeadScore], converted: str | Path) -> list[Pa
 
 
 def read_conversion(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what conversion.json and config.json of a V1 conversion hold. Raises `ValueError` for other folders."""
+    """
+    Reads conversion.json and config.json of a V1 conversion.
+
+    Args:
+        folder: Folder that `diff-llama convert` wrote.
+
+    Returns:
+        What either file holds.
+
+    Raises:
+        ValueError: The folder is no V1 conversion of a LLaMA.
+    """
     record, config = (_read(folder / name) for name in ("conversion.json", "config.json"))
     if config.get("variant") != "v1" or record["source"]["kind"] != "llama":
         raise ValueError(f"{folder}: pairs no heads of a LLaMA; give a V1 conversion of one.")
@@ -64,7 +75,14 @@ def read_conversion(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def query_order(record: dict[str, Any], config: dict[str, Any], layer: int) -> list[int]:
-    """Returns LLaMA's heads in the order of V1's maps: entry 2 i + m became map m of head i."""
+    """
+    Returns LLaMA's heads in the order of V1's maps: entry 2 i + m became map m of head i.
+
+    Args:
+        record: What conversion.json holds.
+        config: What config.json holds.
+        layer: The layer, from 0.
+    """
     calibration = record["calibration"]
     if calibration is not None and calibration["pairings"]:
         return calibration["pairings"][layer]["query_heads"]

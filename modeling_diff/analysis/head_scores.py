@@ -17,7 +17,7 @@ from torch import nn
 from .aggregate import MapKind, normalize, weights_of
 from .maps import LayerMaps, visit_maps
 from .needles import NeedlePrompt
-from .tokens import check_token_ids, token_span
+from .tokens import check_token_ids, repeated_tokens, token_span
 
 
 SCORES = ("previous_token", "first_token", "entropy_nats", "induction", "retrieval")
@@ -97,7 +97,16 @@ def map_kinds(maps: LayerMaps) -> dict[str, MapKind]:
 
 
 def pattern_scores(weights: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums scores of maps (B, H, Q, S) over texts and queries, (H,) each; the entropy is in nats."""
+    """
+    Sums scores of maps over texts and queries.
+
+    Args:
+        weights: Weights of the maps, (B, H, Q, S).
+        queries: Positions of the queries, (Q,), from 1.
+
+    Returns:
+        Sums by score, (H,) each: weight of the previous and of the first token, and entropy in nats.
+    """
     absolute = normalize(weights.abs(), "sum")
     previous = weights.gather(-1, (queries - 1)[None, None, :, None].expand(*weights.shape[:3], 1))
     return {
@@ -135,18 +144,6 @@ def score_patterns(
         )
     count = len(input_ids) * len(late)
     return _mean_scores(model, input_ids, pattern_scores, count=count, queries=late, **choices)
-
-
-def repeated_tokens(
-    vocabulary: Sequence[int], length: int, repeats: int, batch_size: int, first: int | None, seed: int
-) -> torch.Tensor:
-    """Draws distinct random tokens and repeats them, after `first` if it is given: (B, length * repeats (+ 1))."""
-    if len(vocabulary) < length:
-        raise ValueError(f"length={length}: the vocabulary has {len(vocabulary)} tokens to draw from; choose fewer.")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(len(vocabulary), generator=generator)[:length] for _ in range(batch_size)]
-    rows = torch.tensor(list(vocabulary))[torch.stack(drawn)].repeat(1, repeats)
-    return rows if first is None else torch.cat([torch.full((batch_size, 1), first), rows], dim=1)
 
 
 def score_induction(
@@ -244,7 +241,20 @@ def score_retrieval(model: Any, prompts: Sequence[RetrievalPrompt]) -> dict[Key,
 
 @torch.no_grad()
 def greedy(model: Any, input_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Returns the prompt (1, T) with exactly `num_tokens` greedy ones after it, also past an end of text."""
+    """
+    Continues a prompt greedily, also past an end of text.
+
+    Args:
+        model: A causal language model.
+        input_ids: The prompt, (1, T).
+        num_tokens: Number of tokens to add.
+
+    Returns:
+        The prompt with them, (1, T + num_tokens).
+
+    Raises:
+        ValueError: A token is outside the vocabulary.
+    """
     check_token_ids(model, input_ids, "prompt")
     return model.generate(
         input_ids,

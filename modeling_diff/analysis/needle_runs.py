@@ -101,7 +101,16 @@ class CellResult:
 
 
 def left_padded(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads token ids on the left; returns them and their mask, (B, T) each."""
+    """
+    Pads token ids on the left.
+
+    Args:
+        sequences: Token ids, at least one sequence.
+        pad_token_id: Id of the padding.
+
+    Returns:
+        Token ids and their mask, 1 where a token is no padding, (B, T) each.
+    """
     length = max(map(len, sequences))
     ids = torch.tensor([[pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences])
     mask = torch.tensor([[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences])

@@ -111,7 +111,16 @@ class OrderResult:
 
 
 def draw_demonstrations(task: OrderTask, source: random.Random) -> Demonstrations:
-    """Draws words, and labels of four digits; every label has equally many words, as far as division allows."""
+    """
+    Draws words, and labels of four digits; every label has equally many words, as far as division allows.
+
+    Args:
+        task: What is drawn: how many labels, demonstrations and queries, and from which words.
+        source: Generator of random numbers.
+
+    Returns:
+        The demonstrations, in no order that matters, and the queries among them.
+    """
     labels = [str(number) for number in source.sample(range(1000, 10_000), task.labels)]
     words = source.sample(sorted(set(task.words)), task.shots)
     pairs = tuple((word, labels[i % task.labels]) for i, word in enumerate(words))
@@ -120,7 +129,17 @@ def draw_demonstrations(task: OrderTask, source: random.Random) -> Demonstration
 
 
 def arrange(drawn: Demonstrations, arrangement: str, source: random.Random) -> list[tuple[str, str]]:
-    """Returns one order of the demonstrations."""
+    """
+    Returns one order of the demonstrations.
+
+    Args:
+        drawn: The demonstrations.
+        arrangement: "random", or any other for labels that take turns.
+        source: Generator of random numbers.
+
+    Returns:
+        Pairs of a word and its label.
+    """
     pairs = source.sample(drawn.pairs, len(drawn.pairs))
     if arrangement == "random":
         return pairs

@@ -148,7 +148,23 @@ def quantized_attention_forward(
     over: Literal["row", "head"],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention (B, T, H, D) by definition with scores quantized in float32, as an attention interface."""
+    """
+    Computes attention by definition with scores quantized in float32, as an attention interface.
+
+    Args:
+        module: The attention module, which is not read.
+        query: (B, H, T, d).
+        key: (B, K, S, d).
+        value: (B, K, S, D).
+        attention_mask: (B, 1, T, S), additive, 0 for visible. None for all keys.
+        scaling: Factor of the scores.
+        bits: Bits per score, at least 2.
+        over: Whether levels are chosen per "row" (query) or per "head".
+        kwargs: What other implementations read.
+
+    Returns:
+        Outputs of heads, (B, T, H, D), and None, as there are no weights to give.
+    """
     groups = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)

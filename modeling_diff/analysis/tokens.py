@@ -1,4 +1,4 @@
-"""Tokens of a text: their ids, whether a model knows them, their labels, and those of a part of the text."""
+"""Tokens of a text: their ids, whether a model knows them, their labels, those of a part, and repeated random ones."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,6 +25,34 @@ def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
     if not text.strip():
         raise ValueError("text is empty: there is nothing to attend to; give at least a word.")
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids
+
+
+def repeated_tokens(
+    vocabulary: Sequence[int], length: int, repeats: int, batch_size: int, first: int | None, seed: int
+) -> torch.Tensor:
+    """
+    Draws distinct random tokens and repeats them.
+
+    Args:
+        vocabulary: Token ids to draw from.
+        length: Number of tokens that are repeated.
+        repeats: How often they stand there, the first time included.
+        batch_size: Number of texts.
+        first: Token before them, such as bos; None for none.
+        seed: Seed of the draw.
+
+    Returns:
+        Token ids, (B, length * repeats), and one more column with `first`.
+
+    Raises:
+        ValueError: The vocabulary has fewer tokens than `length`.
+    """
+    if len(vocabulary) < length:
+        raise ValueError(f"length={length}: the vocabulary has {len(vocabulary)} tokens to draw from; choose fewer.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(len(vocabulary), generator=generator)[:length] for _ in range(batch_size)]
+    rows = torch.tensor(list(vocabulary))[torch.stack(drawn)].repeat(1, repeats)
+    return rows if first is None else torch.cat([torch.full((batch_size, 1), first), rows], dim=1)
 
 
 def token_fault(ids: torch.Tensor | Iterable[Any], vocab_size: int) -> str | None:

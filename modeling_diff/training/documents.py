@@ -46,6 +46,9 @@ def read_documents(path: Path, text_column: str = "text") -> Iterator[Document]:
         path: File or folder. Of several splits `train` is read, or the first.
         text_column: Field that holds the text; a record without it may hold `input_ids`.
 
+    Yields:
+        One document after another, in the order of the file.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: It is neither text nor JSON lines, the folder no data set, or a record holds no document.
@@ -61,7 +64,16 @@ def read_documents(path: Path, text_column: str = "text") -> Iterator[Document]:
 
 
 def document_tokens(document: Document, tokenizer: Tokenizer) -> Iterator[Sequence[int]]:
-    """Yields the tokens of a document piece by piece, without special tokens."""
+    """
+    Yields the tokens of a document piece by piece, without special tokens.
+
+    Args:
+        document: A document of text, or of token ids, which are one piece.
+        tokenizer: Tokenizer of the text.
+
+    Yields:
+        Token ids of each piece.
+    """
     if document.input_ids is not None:
         yield document.input_ids
     for text in document.text:
@@ -70,7 +82,19 @@ def document_tokens(document: Document, tokenizer: Tokenizer) -> Iterator[Sequen
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """Yields whole lines of a text file, about PIECE_BYTES at a time; `ValueError` for what is no text."""
+    """
+    Yields whole lines of a text file, about PIECE_BYTES at a time.
+
+    Args:
+        path: A file of UTF-8.
+
+    Yields:
+        Text of several lines, line ends included.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or holds NUL bytes.
+    """
     with utf8_file(path) as lines:
         while piece := lines.readlines(PIECE_BYTES):
             text = "".join(piece)
@@ -80,7 +104,19 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields what stands in the lines that are not blank, and the place of each; `ValueError` for what is not JSON."""
+    """
+    Yields what stands in the lines of a file that are not blank.
+
+    Args:
+        path: A file of UTF-8, with one value of JSON per line.
+
+    Yields:
+        The place of a line for messages, "FILE: line N" with N from 1, and what it holds.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or a line is not JSON.
+    """
     with utf8_file(path) as lines:  # whose lines do not end at U+2028 and its like, which JSON may hold
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -109,7 +145,17 @@ def utf8_file(path: Path) -> Iterator[TextIO]:
 
 
 def record_document(record: Any, place: str, text_column: str) -> Document:
-    """Returns the document of a record; `ValueError` where it has none."""
+    """
+    Returns the document of a record.
+
+    Args:
+        record: An object of JSON or a row of a data set.
+        place: Where it stands, which begins the message.
+        text_column: Field that holds the text; a record without it may hold `input_ids`.
+
+    Raises:
+        ValueError: It holds neither, or text with half of a character.
+    """
     if isinstance(record, dict):
         text = record.get(text_column)
         if isinstance(text, str):

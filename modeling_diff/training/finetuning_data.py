@@ -19,6 +19,9 @@ def read_records(paths: list[Path]) -> list[dict]:
     Args:
         paths: Files ending in .jsonl, .ndjson or .json, one object per line, and text files.
 
+    Returns:
+        One object per line or text file, in the order of the files.
+
     Raises:
         ValueError: A file is missing, not UTF-8, or holds a line that is no such object.
     """
@@ -59,7 +62,10 @@ def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
     Args:
         records: Records with `messages`, with `prompt` and `completion`, or with `text`.
         tokenizer: Tokenizer of the model; `messages` need its chat template, a completion its eos token.
-        max_length: Most tokens per example; `text` is cut into windows of it.
+        max_length: Largest number of tokens per example; `text` is cut into windows of it.
+
+    Returns:
+        One example per conversation and completion, and one per window of `text`.
 
     Raises:
         ValueError: There is no data, a record has none of these forms or is longer than `max_length`, or the
@@ -99,6 +105,7 @@ def tokenize(records: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def checked(example: Example, number: int, max_length: int) -> Example:
+    """Returns an example; `ValueError` where it is longer than `max_length` tokens."""
     if len(example["input_ids"]) > max_length:
         raise ValueError(
             f"record {number} has {len(example['input_ids'])} tokens, and --max-length is {max_length}: shorten it or "

@@ -11,7 +11,15 @@ from .optimizer import parameter_groups
 
 
 def upcast_norms(model: nn.Module) -> nn.Module:
-    """Upcasts V1's lambda, and the norms over heads that an adapter trains, to float32; returns the model."""
+    """
+    Upcasts V1's lambda, and the norms over heads that an adapter trains, to float32.
+
+    Args:
+        model: A model, with or without PEFT's wrapper, changed in place.
+
+    Returns:
+        The model.
+    """
     for name, parameter in model.named_parameters():
         parts = set(name.split("."))
         if "diff_lambda" in parts or {"sub_norm", "modules_to_save"} <= parts:

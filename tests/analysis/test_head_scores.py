@@ -29,7 +29,6 @@ from modeling_diff.analysis.head_scores import (
     HeadScore,
     RetrievalPrompt,
     greedy,
-    repeated_tokens,
     score_heads,
     score_induction,
     score_patterns,
@@ -37,6 +36,7 @@ from modeling_diff.analysis.head_scores import (
 )
 from modeling_diff.analysis.needles import library_text
 from modeling_diff.analysis.score_tables import score_grid, score_table, write_scores
+from modeling_diff.analysis.tokens import repeated_tokens
 
 
 WORDS = range(1, VOCABULARY)
