@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from conversion.calibration.calibrate import calibrate
     from conversion.convert import convert_checkpoint
     from conversion.errors import ConversionError, FilesError
+    from conversion.evaluation.certificate import Certificate
+    from conversion.evaluation.certification import certify
     from conversion.evaluation.verification import VerificationReport
     from conversion.export import export_checkpoint
     from conversion.heal import HealingReport, heal_checkpoint
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 MODULES = {
+    "Certificate": "evaluation.certificate",
     "ConversionConfig": "options",
     "ConversionError": "errors",
     "ConversionReport": "record",
@@ -37,6 +40,7 @@ MODULES = {
     "UpdateReport": "update_code",
     "VerificationReport": "evaluation.verification",
     "calibrate": "calibration.calibrate",
+    "certify": "evaluation.certification",
     "convert_checkpoint": "convert",
     "export_checkpoint": "export",
     "heal_checkpoint": "heal",
@@ -45,6 +49,7 @@ MODULES = {
     "verify_checkpoint": "verify",
 }
 __all__ = [
+    "Certificate",
     "ConversionConfig",
     "ConversionError",
     "ConversionReport",
@@ -57,6 +62,7 @@ __all__ = [
     "UpdateReport",
     "VerificationReport",
     "calibrate",
+    "certify",
     "convert_checkpoint",
     "export_checkpoint",
     "heal_checkpoint",

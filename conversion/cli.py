@@ -22,6 +22,7 @@ from conversion.console.display import (
     show_update,
     show_verification,
     step_progress,
+    suite_progress,
 )
 from conversion.console.options import with_options
 from conversion.console.signals import EXIT_CODES, Stopped, end_stopped, stop_on_signals
@@ -110,10 +111,10 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Check the files of a converted checkpoint and what was promised of it. Exit code 1 if a check fails."""
-    with one_line_errors(verbose):
+    with one_line_errors(verbose), suite_progress() as progress:
         from conversion.verify import verify_checkpoint
 
-        report = verify_checkpoint(output, **vars(config))
+        report = verify_checkpoint(output, progress=progress, **vars(config))
     show_verification(report, as_json)
     raise typer.Exit(0 if report.passed else 1)
 

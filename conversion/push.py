@@ -15,6 +15,7 @@ from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, typed
 from conversion.evaluation.verification import VerificationReport
 from conversion.hub.bundle import code_requirements, read_code
+from conversion.hub.certificate import certificate_of
 from conversion.hub.commit import MAIN, UNTOUCHED, commit_files, remote_files
 from conversion.hub.errors import hub_errors
 from conversion.hub.licenses import license_warnings, llama_terms, private_reason
@@ -24,7 +25,7 @@ from conversion.mapping.lambdas import read_lambdas
 from conversion.mapping.stream import write_plan
 from conversion.options import chosen
 from conversion.planning.diffllama import plan_export
-from conversion.record import RECORD, changed_files, read_record
+from conversion.record import CERTIFICATE, RECORD, changed_files, read_record
 from conversion.source.converted import read_our_config
 from conversion.source.hub_address import parse_address
 
@@ -168,9 +169,11 @@ def plan_upload(
     contents: dict[str, Path | bytes] = dict(found.files)
     metadata = source_metadata(folder)
     terms = llama_terms(metadata, folder)
-    notes = []
+    certificate, notes = _certificate(found)
+    if certificate is None:
+        contents.pop(CERTIFICATE, None)
     if found.kind == "checkpoint" and RECORD in found.files:
-        card, note = _card(folder, found, repo_id, verification)
+        card, note = _card(folder, found, repo_id, verification, certificate)
         notes += [note] if note else []
         if card is not None:
             refuse_secret(CARD, card)
@@ -210,8 +213,24 @@ def _adapter_notes(found: UploadFolder) -> list[str]:
     return notes
 
 
+def _certificate(found: UploadFolder) -> tuple[dict[str, Any] | None, list[str]]:
+    """The certificate in a folder if it is of its weights, and a note if it is not."""
+    path = found.files.get(CERTIFICATE)
+    if path is None:
+        return None, []
+    weights = {name: file for name, file in found.files.items() if file.suffix == ".safetensors"}
+    try:
+        return certificate_of(weights, path), []
+    except ConversionError as error:
+        return None, [f"{CERTIFICATE} is left out: {error}"]
+
+
 def _card(
-    folder: Path, found: UploadFolder, repo_id: str, verification: Mapping[str, Any] | None
+    folder: Path,
+    found: UploadFolder,
+    repo_id: str,
+    verification: Mapping[str, Any] | None,
+    certificate: Mapping[str, Any] | None,
 ) -> tuple[str | None, str | None]:
     """Returns a new card for this repository if the folder's is ours, and a note if it is not."""
     own = found.files.get(CARD)
@@ -230,6 +249,7 @@ def _card(
         lambdas=read_lambdas(config, CheckpointReader(folder)),
         terms=llama_terms(metadata, folder),
         verification=verification,
+        certificate=certificate,
         repo_id=repo_id,
         needs=code_requirements(folder),
     )

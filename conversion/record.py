@@ -1,4 +1,4 @@
-"""conversion.json and the report of `verify --json`, read back: every field that is taken from them is checked."""
+"""conversion.json, certificates and reports of `verify --json`, read back: every field that is taken is checked."""
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,6 +92,32 @@ REPORT_FORM: Mapping[str, Any] = {
     "passed": bool,
     "checks": [{"name": str, "outcome": str, "detail": str, "values": Named(NUMBER), "text": Maybe(str)}],
 }
+CERTIFICATE = "certificate.json"  # in the folder of a checkpoint, whose upload and card then take it along
+CERTIFICATE_FORMAT = "diff-llama certificate"
+SUITE = 1  # of a certificate: another number wherever prompts, scores or thresholds become others
+CERTIFICATE_FORM: Mapping[str, Any] = {
+    "passed": bool,
+    "failed": [str],
+    "model": {"name": str, "variant": str, "promise": set(PROMISES), "weights": Named(str)},
+    "source": {"name": str, "hub_id": Maybe(str), "revision": Maybe(str), "weights": Named(str)},
+    "measures": [
+        {
+            "name": str,
+            "unit": str,
+            "source": NUMBER,
+            "model": NUMBER,
+            "relative": Maybe(NUMBER),
+            "threshold": Maybe(NUMBER),
+            "details": Named(NUMBER),
+            "outcome": {"passed", "failed", "measured"},
+        }
+    ],
+    "literature": [{"what": str, "relative": NUMBER, "source": str}],
+    "judge": Maybe(str),
+    "seed": int,
+    "data": Named(str),
+    "environment": Named(str | int),
+}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -125,6 +151,44 @@ def read_report(path: Path) -> dict[str, Any]:
         found = "missing" if value is ... else quote(value)
         raise ConversionError(f"{path}: not a report of `verify --json` ({place} is {found}); make it again")
     return report
+
+
+def read_certificate(path: Path, *, any_suite: bool = False) -> dict[str, Any]:
+    """Returns a certificate that `verify --certificate` wrote.
+
+    Args:
+        path: The file.
+        any_suite: Whether one of another suite is taken, of which nothing but that is known.
+
+    Raises:
+        ConversionError: It is missing, another file, of another suite, or says two different things.
+    """
+    if not path.is_file():
+        raise ConversionError(
+            f"{path}: missing; make it with `diff-llama verify FOLDER --against SOURCE --certificate FILE`"
+        )
+    found = read_json(path)
+    if found.get("format") != CERTIFICATE_FORMAT:
+        raise ConversionError(
+            f"{path}: not a certificate (format is {quote(found.get('format'))}); give the right file"
+        )
+    if any_suite:
+        return found
+    if found.get("suite") != SUITE:
+        raise ConversionError(
+            f"{path}: of suite {quote(found.get('suite'))}, and this diff-llama runs suite {SUITE}; take the release "
+            "that its environment names, or certify again"
+        )
+    for place, value in _unlike(found, CERTIFICATE_FORM, ""):
+        shown = "missing" if value is ... else quote(value)
+        raise ConversionError(f"{path}: {place} is {shown}; get the file as it was written, or certify again")
+    failed = [measure["name"] for measure in found["measures"] if measure["outcome"] == "failed"]
+    if found["failed"] != failed or found["passed"] == bool(failed):
+        raise ConversionError(
+            f"{path}: passed is {found['passed']} and failed is {quote(found['failed'])}, but its measures say "
+            f"{quote(failed)}; get the file as it was written, or certify again"
+        )
+    return found
 
 
 def _unlike(value: Any, form: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -202,3 +266,24 @@ def measured_text(measured: Mapping[str, Any] | None) -> str | None:
     said[-1] += f" on {measured.get('text')}, {measured.get('tokens') or 0:,} tokens"
     lambdas = " ".join(f"{value:.3f}" for value in (measured.get("lambda") or {}).values())
     return ", ".join(said) + (f"; lambda per layer {lambdas}" if lambdas else "")
+
+
+def measure_text(measure: Mapping[str, Any]) -> str:
+    """Returns a measure of a certificate in one line."""
+    unit = "" if measure["unit"] == "share" else f" {measure['unit']}"
+    relative = "none in the source" if measure["relative"] is None else f"relative {measure['relative']:.1%}"
+    threshold = "not judged" if measure["threshold"] is None else f"at least {measure['threshold']:.0%}"
+    details = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in measure["details"].items())
+    numbers = f"source {shown_number(measure, 'source')}, model {shown_number(measure, 'model')}{unit}"
+    return f"{numbers}; {relative} ({threshold}){details}"
+
+
+def shown_number(measure: Mapping[str, Any], name: str) -> str:
+    """Returns the number of one model in a measure, without its unit unless that is a percent sign."""
+    forms = {"share": "{:.1%}", "nats/token": "{:.3f}"}
+    return forms.get(measure["unit"], "{:g}").format(measure[name])
+
+
+def literature_text(literature: Sequence[Mapping[str, Any]]) -> str:
+    """Returns other conversions' scores in one line."""
+    return "; ".join(f"{one['what']}: {one['relative']:.1%} ({one['source']})" for one in literature)

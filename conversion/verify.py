@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.held_out import HeldOut, read_held_out
+from conversion.errors import ConversionError, typed
 from conversion.evaluation.behavior import (
     Behavior,
     cache_difference,
@@ -23,6 +24,8 @@ from conversion.evaluation.behavior import (
     observe_logits,
     shuffled_pairs,
 )
+from conversion.evaluation.certificate import check_file
+from conversion.evaluation.certification import Judge, Progress, certify, check_certificate
 from conversion.evaluation.measurement import TOLERANCE
 from conversion.evaluation.metrics import text_metrics, window_logits
 from conversion.evaluation.verification import Check, VerificationReport
@@ -31,7 +34,7 @@ from conversion.mapping.lambdas import not_differential, read_lambdas
 from conversion.record import changed_files, read_record, recorded_sha256
 from conversion.source.config import read_source_model
 from conversion.source.converted import read_our_config
-from conversion.source.location import locate_source
+from conversion.source.location import locate_recorded
 from conversion.source.model import load_converted, load_original
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
@@ -42,6 +45,11 @@ def verify_checkpoint(
     *,
     texts: Sequence[str] | None = None,
     held_out: str | Path | None = None,
+    certificate: str | Path | None = None,
+    check: str | Path | None = None,
+    overwrite: bool = False,
+    judge: Judge | None = None,
+    progress: Progress | None = None,
 ) -> VerificationReport:
     """Checks a converted checkpoint; with its source in `against`, also what was promised of the function.
 
@@ -52,22 +60,55 @@ def verify_checkpoint(
         against: Folder or Hub id of the LLaMA it was converted from, to compare with.
         texts: Prompts on which logits and greedy tokens are compared; built-in ones by default.
         held_out: Text or JSON lines on which loss, KL and greedy agreement are measured; a standard text by default.
+        certificate: File to write a certificate to, whose suite then takes the place of the checks of the function.
+        check: Certificate whose suite is run again; what differs is a failed check.
+        overwrite: Replace an earlier certificate.
+        judge: Scores answers for a certificate, as in `certify`.
+        progress: Called while a suite is run, as in `certify`.
 
     Returns:
         The checks, with their outcome and numbers.
 
     Raises:
-        ConversionError: The folder is no converted checkpoint, or `against` no source.
+        ConversionError: The folder is no converted checkpoint, `against` no source, or `check` no certificate of them.
+        FilesError: The certificate cannot be written.
     """
     folder = Path(output)
     config = read_our_config(folder)
     record = read_record(folder)
     promise = record["promise"]["kind"]
+    if certificate is not None or check is not None:
+        _check_suite_options(texts, held_out, certificate, check)
+    if certificate is not None:
+        source = Path(against) if against is not None and Path(against).is_dir() else None
+        check_file(Path(certificate), overwrite, source)
+    if check is not None:
+        found = check_certificate(check, folder, against, judge=judge, progress=progress)
+        return VerificationReport(folder.name, promise, found)
     checks = list(_structure(folder, config, record))
     # A broken checkpoint would only fail in less clear ways; its code is not what is run here.
-    if all(check.outcome != "failed" or check.name == "code" for check in checks):
+    whole = all(check.outcome != "failed" or check.name == "code" for check in checks)
+    if whole and certificate is not None:
+        made = certify(folder, against, judge=judge, progress=progress)
+        made.write(certificate, overwrite=overwrite)
+        checks += made.checks()
+    elif whole:
         checks += _behavior(folder, config, record, against, texts, None if held_out is None else Path(held_out))
     return VerificationReport(folder.name, promise, checks)
+
+
+def _check_suite_options(
+    texts: Sequence[str] | None,
+    held_out: str | Path | None,
+    certificate: str | Path | None,
+    check: str | Path | None,
+) -> None:
+    """ConversionError for arguments that exclude each other."""
+    if certificate is not None and check is not None:
+        raise ConversionError(f"{typed('certificate')} and {typed('check')} are both given; leave out one")
+    for name, value in (("texts", texts), ("held_out", held_out)):
+        if value is not None:
+            raise ConversionError(f"{typed(name)}: given, but a certificate is of texts of its own; leave it out")
 
 
 def _outcome(good: bool) -> Literal["passed", "failed"]:
@@ -140,9 +181,7 @@ def _behavior(
     original = None
     source_logits = None
     if against is not None:
-        # Converted from pickles, it was allowed to read them.
-        pickles = not any(name.endswith(".safetensors") for name in record["source"]["sha256"])
-        source = locate_source(against, allow_pickle=pickles, recorded=record["source"])
+        source = locate_recorded(against, record)
         yield _same_source(source.folder, record)
         theirs = read_source_model(source.folder, record["options"]["source_layout"])
         if theirs.kind == "unilm":

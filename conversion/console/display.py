@@ -167,6 +167,19 @@ def step_progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def suite_progress() -> Iterator[Any]:
+    """A certificate's progress: the task and the share that is done on a terminal, silence elsewhere."""
+    with _progress_bar(TextColumn("certifying, {task.description}"), BarColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=100)
+
+        def update(percent: int, what: str) -> None:
+            bar.start()
+            bar.update(task, completed=percent, description=what)
+
+        yield update
+
+
 @results_shown()
 def show_conversion(report: "ConversionReport", as_json: bool, verb: str) -> None:
     from conversion.record import measured_text

@@ -120,11 +120,16 @@ def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tenso
 
 def generation_agreement(original: Behavior, other: Behavior) -> float:
     """Returns the share of a greedy continuation up to the first difference, as errors add up when generating."""
-    shares = []
-    for first, second in zip(original.continuations, other.continuations, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first))
-        shares.append(same / len(first))
-    return sum(shares) / len(shares)
+    same = first_divergences(original.continuations, other.continuations)
+    return sum(place / len(tokens) for place, tokens in zip(same, original.continuations, strict=True)) / len(same)
+
+
+def first_divergences(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> list[int]:
+    """Returns how many tokens two continuations of each prompt have alike before they part."""
+    return [
+        next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+        for one, other in zip(first, second, strict=True)
+    ]
 
 
 def largest_difference(original: Behavior, other: Behavior) -> float:

@@ -42,11 +42,11 @@ def text_metrics(
     agreements = []
     for number, (found, ids) in enumerate(zip(logits, windows, strict=True)):
         found = _upcast(found)
-        losses.append(_next_token_losses(found, ids))
+        losses.append(next_token_losses(found, ids))
         if source_logits is None:
             continue
         source = _upcast(source_logits[number])
-        source_losses.append(_next_token_losses(source, ids))
+        source_losses.append(next_token_losses(source, ids))
         log_p = source.log_softmax(-1)
         log_q = found.log_softmax(-1)
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
@@ -69,8 +69,9 @@ def _upcast(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits[:-1], ids[0, 1:].to(logits.device), reduction="none")
+def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of each token but the first, (T - 1,) in nats, of logits (T, V) for ids (1, T)."""
+    return cross_entropy(_upcast(logits)[:-1], ids[0, 1:].to(logits.device), reduction="none")
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> float:

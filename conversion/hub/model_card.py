@@ -12,6 +12,7 @@ from conversion.errors import escape
 from conversion.hub.bundle import code_requirements
 from conversion.hub.card_metadata import metadata_block, read_metadata
 from conversion.hub.card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
+from conversion.hub.certificate import certificate_section
 from conversion.hub.licenses import LlamaTerms, llama_terms
 from conversion.hub.markdown import code_span, markdown
 from conversion.mapping.lambdas import not_differential, starting_lambdas
@@ -42,6 +43,7 @@ class CardFacts:
     """What a card is written from.
 
     Attributes:
+        certificate: Of these weights, as `verify --certificate` wrote it.
         lambdas: By layer, without the layers that are LLaMA's own.
         needs: Sentence on the releases that the code next to the weights needs; the package's by default.
     """
@@ -52,6 +54,7 @@ class CardFacts:
     lambdas: Mapping[int, float]
     terms: LlamaTerms | None = None
     verification: Mapping[str, Any] | None = None
+    certificate: Mapping[str, Any] | None = None
     repo_id: str | None = None
     needs: str = field(default_factory=code_requirements)
 
@@ -103,6 +106,7 @@ def render_card(facts: CardFacts) -> str:
         *([f"**{warning}.**"] if (warning := not_differential(facts.lambdas)) else []),
         f"## How it was made\n\n{_story(record, config)}",
         *_measurements(facts),
+        *([certificate_section(facts.certificate)] if facts.certificate else []),
         f"## Sizes\n\n{_sizes(record, config)}",
         f"## λ, layer by layer\n\n{lambda_plot(facts.lambdas, config.num_hidden_layers)}",
         "## How to load\n\n"

@@ -12,7 +12,7 @@ from conversion.checkpoint.json_files import read_json, text_parts
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import TOKEN, ConversionError
 from conversion.hub.bundle import called_code
-from conversion.record import RECORD
+from conversion.record import CERTIFICATE, RECORD
 
 
 INDEX = "model.safetensors.index.json"
@@ -59,7 +59,7 @@ def read_upload_folder(folder: Path) -> UploadFolder:
                 "diffllama; convert it first"
             )
         names = _weights(folder) | {"config.json"} | _code(folder)
-    for patterns in (*COMPANIONS.values(), (CARD, RECORD)):
+    for patterns in (*COMPANIONS.values(), (CARD, RECORD, CERTIFICATE)):
         names |= set(matching_names(folder, patterns))
     files = {name: whole_file(folder, name) for name in sorted(names)}
     for name, path in files.items():
@@ -85,7 +85,7 @@ def refuse_secret(name: str, text: str) -> None:
 
 def is_replaced(name: str) -> bool:
     """Returns whether a file on the Hub belongs to a state of the weights: a new state without it removes it."""
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+    return any(fnmatch(name, pattern) for pattern in (*WEIGHTS, CERTIFICATE))
 
 
 def _weights(folder: Path) -> set[str]:

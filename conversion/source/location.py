@@ -100,6 +100,21 @@ def locate_source(
     return _download_checkpoint(address.hub_id, wanted, allow_pickle)
 
 
+def locate_recorded(source: str | Path, record: Mapping[str, Any]) -> SourceFolder:
+    """Returns the source that a conversion was made of, read as it was then.
+
+    Args:
+        source: As `locate_source`.
+        record: Of the conversion.
+
+    Raises:
+        ConversionError: As `locate_source`.
+    """
+    # Converted from pickles, it was allowed to read them.
+    pickles = not any(name.endswith(".safetensors") for name in record["source"]["sha256"])
+    return locate_source(source, allow_pickle=pickles, recorded=record["source"])
+
+
 def _download_checkpoint(hub_id: str, revision: str | None, allow_pickle: bool) -> SourceFolder:
     """Texts first, among them the index, which says what the weight files are called."""
     found = _download(hub_id, revision, list(TEXT_PATTERNS))
