@@ -154,6 +154,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         for name, checkout in checkouts.items():
             target = work / f"{name.replace(' ', '-')}-{number}"
             runs[name].append(run(checkout, source, target, options))
+            print(f"round {number + 1}, {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
             if number == 0:  # the others end at the same bits
                 metrics[name] = held_out.measure(target)
             shutil.rmtree(target)

@@ -111,3 +111,22 @@ def test_seconds_are_divided_among_cores_and_not_on_a_gpu(monkeypatch):
         seconds[threads] = {device: seconds_of(work, torch.device(device)) for device in ("cpu", "cuda")}
     assert seconds[1]["cpu"] / 2 <= seconds[2]["cpu"] < seconds[1]["cpu"]
     assert seconds[1]["cuda"] == seconds[2]["cuda"]
+
+
+def test_idle_heads_take_time_as_others_do():
+    odd, padded = (
+        LlamaConfig(hidden_size=576, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=64)
+        for heads, kv_heads in ((9, 3), (12, 4))
+    )
+    assert estimate_calibration(odd, 65536, 1024) == estimate_calibration(padded, 65536, 1024)
+
+
+def test_small_layers_spend_more_of_their_time_on_what_is_no_product():
+    """Measured shares are in the module; a layer twice as wide has half as much besides its products."""
+    shares = {}
+    for hidden in (256, 512, 1024):
+        config = LlamaConfig(hidden_size=hidden, num_attention_heads=8)
+        found = estimate_calibration(config, 65536, 1024)
+        shares[hidden] = found.seconds / seconds_of(found.work, torch.device("cpu")) - 1
+    assert shares[256] == pytest.approx(2 * shares[512]) == pytest.approx(4 * shares[1024])
+    assert 1 < shares[256] < 2
