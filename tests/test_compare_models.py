@@ -24,7 +24,9 @@ class Balance(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.wrong, self.attributes = [], [], []
+        self.open = []
+        self.wrong = []
+        self.attributes = []
 
     def handle_starttag(self, tag, attrs):
         self.attributes += attrs
@@ -54,7 +56,8 @@ def main():
 
 @pytest.mark.slow
 def test_report_is_one_file_without_the_network(report):
-    page, parser = report.read_text(encoding="utf-8"), Balance()
+    page = report.read_text(encoding="utf-8")
+    parser = Balance()
     parser.feed(page)
     assert not parser.wrong and not parser.open
     sources = [value for name, value in parser.attributes if name in ("src", "href")]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quickstart
 
 from conversion import convert_checkpoint
 
@@ -35,6 +36,21 @@ def test_quickstart_converts_verifies_and_compares(tmp_path):
     assert (tmp_path / "out/quickstart/v2/modeling_diff_llama.py").is_file()
 
 
+@pytest.mark.slow
+def test_quickstart_smoke_keeps_nothing(tmp_path):
+    printed = run_example(tmp_path, "scripts/quickstart.py", "--smoke")
+    assert "on heldout.txt, 512 tokens" in printed and printed.count(" yes │") == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quickstart_keeps_earlier_results(tmp_path):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "config.json").write_text("an hour's work")
+    with pytest.raises(SystemExit, match="v1 is there: add --overwrite to replace it"):
+        quickstart.main(["--smoke", "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["v1", "config.json"]
+
+
 def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
     """A byte of V2's weights is changed after its conversion."""
     from compare_conversions import make_toy
@@ -52,9 +68,13 @@ def test_quickstart_fails_where_a_check_fails(tmp_path, monkeypatch):
         "sys.argv = ['quickstart.py', '--model', 'llama', '--held-out', 'llama/heldout.txt']\nquickstart.main()\n"
     )
     result = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("FAILED: DIFF V2, exact;"), result.stderr
     assert "v2 checksums: failed, model.safetensors has changed" in result.stdout

@@ -32,8 +32,11 @@ for name in sys.argv[2:]:
 def test_missing_package_is_named_in_one_line(package, examples):
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(folder=str(EXAMPLES)), package, *examples],
-        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     lines = process.stdout.splitlines()
     assert len(lines) == len(examples)

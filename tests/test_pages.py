@@ -78,7 +78,8 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_every_page_is_reached_from_the_readme():
-    waiting, reached = [ROOT / "README.md"], set()
+    waiting = [ROOT / "README.md"]
+    reached = set()
     while waiting:
         page = waiting.pop()
         reached.add(page)

@@ -42,7 +42,7 @@ def test_every_file_of_the_code_is_in_the_tree():
             assert {path.name for path in folder.glob("*.py")} <= listed, folder
 
 
-def test_version_is_one():
+def test_both_packages_have_one_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == modeling_diff.__version__
     assert conversion.__version__ == modeling_diff.__version__

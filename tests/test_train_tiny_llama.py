@@ -18,9 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "studies" / "train_tiny_llama.py"
 ASSET = ROOT / "examples" / "assets" / "tiny-llama"
 RECORD_FIELDS = {
-    "command", "date", "versions", "hardware", "seed", "size", "parameters", "text", "steps", "tokens_seen",
-    "train_seconds", "wall_seconds", "curve", "final",
-}  # fmt: skip
+    "command",
+    "date",
+    "versions",
+    "hardware",
+    "seed",
+    "size",
+    "parameters",
+    "text",
+    "steps",
+    "tokens_seen",
+    "train_seconds",
+    "wall_seconds",
+    "curve",
+    "final",
+}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +168,8 @@ def test_asset_recalls_a_needle_from_its_context(asset, lines_between):
     numbers = ["4821", "9035", "1177", "6402", "2598", "7316", "8840", "3069", "5753", "1924"]
     right = 0
     for i, (city, number) in enumerate(zip(cities, numbers, strict=True)):
-        before, after = lines[100 * i : 100 * i + 3], lines[100 * i + 3 : 100 * i + 3 + lines_between]
+        before = lines[100 * i : 100 * i + 3]
+        after = lines[100 * i + 3 : 100 * i + 3 + lines_between]
         fact = f"The magic number of {city} is"
         prompt = "\n".join([*before, f"{fact} {number}.", *after, fact])
         right += greedy_number(model, tokenizer, prompt) == number

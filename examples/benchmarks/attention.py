@@ -4,8 +4,8 @@ Time of differential attention alone, in every form, against LLaMA's attention w
     python examples/benchmarks/attention.py --dtype bfloat16 --lengths 1024 4096 --output out/attention
 
 Forms: `triton` the fused kernels, `chunked` the query-chunked path of CPUs, `one call` queries padded to the key's
-width (what any backend of transformers gets), `two calls` one a map with values twice as wide, `four calls` one a map
-and half of the value (as the authors' first release), `stock diffllama` one of all maps for each half (as in
+width (what any backend of transformers gets), `two calls` one per map with values twice as wide, `four calls` one per
+map and half of the value (as the authors' first release), `stock diffllama` one of all maps for each half (as in
 transformers' own DiffLlama, in its layout). LLaMA runs through torch's choice of backend (`llama`) and, where triton
 runs, through the same kernel with one map (`llama, same kernel`). On a GPU cuDNN is asked for by name as well, and
 with `--flex` compiled FlexAttention; the ratio to LLaMA is to the fastest of its backends.
@@ -52,7 +52,7 @@ Seconds = dict[str, dict[str, float]]
 
 def make_inputs(length: int, queries: int, map_dim: int, dtype: torch.dtype, device: str) -> Tensors:
     """
-    V1 with two heads a key-value head: query (B, 2H, T, d), key and value (B, H / 2, S, 2d), lambda ().
+    V1 with two heads per key-value head: query (B, 2H, T, d), key and value (B, H / 2, S, 2d), lambda ().
 
     B = 1 and H = 8 on a CPU; what fills a GPU there.
     """
@@ -86,7 +86,8 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    causal, groups = query.shape[2] > 1, query.shape[1] != key.shape[1]
+    causal = query.shape[2] > 1
+    groups = query.shape[1] != key.shape[1]
     return sdpa(query, key, value, is_causal=causal, enable_gqa=groups, scale=query.shape[-1] ** -0.5)
 
 
@@ -293,8 +294,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 def show(rows: list[dict]) -> None:
     print(f"{'d':>4} {'length':>7} {'phase':>19} {'form':>19} {'ms':>9} {'/ llama':>8} {'/ same kernel':>14}")
     for row in rows:
-        print(f"{row['map_dim']:4} {row['length']:7} {row['phase']:>19} {row['form']:>19} {row['ms']:9.3f} "
-              f"{row['ratio_to_llama']:8.3f} {row['ratio_to_same_kernel']:14.3f}")  # fmt: skip
+        print(
+            f"{row['map_dim']:4} {row['length']:7} {row['phase']:>19} {row['form']:>19} {row['ms']:9.3f} "
+            f"{row['ratio_to_llama']:8.3f} {row['ratio_to_same_kernel']:14.3f}"
+        )
 
 
 def file_stem(machine: dict, dtype: str) -> str:

@@ -47,7 +47,9 @@ def write_source(folder: Path, num_bytes: int) -> int:
     config.save_pretrained(folder)
     with torch.device("meta"):
         tensors = LlamaForCausalLM(config).state_dict()
-    weight_map, shard, shards = {}, {}, []
+    weight_map = {}
+    shard = {}
+    shards = []
     for name, tensor in tensors.items():
         if shard and sum(t.nbytes for t in shard.values()) + 2 * tensor.numel() > SHARD_BYTES:
             shards.append(_write_shard(folder, len(shards), shard, weight_map))
@@ -106,7 +108,8 @@ def run(job: str, source: Path, target: Path) -> dict[str, float]:
 
 
 def _measured(job: str, source: Path, target: Path, sender) -> None:
-    peaks, done = {"RssAnon": 0, "RssFile": 0}, threading.Event()
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
     baseline = _resident()
     sampler = threading.Thread(target=_sample, args=(peaks, done))
     sampler.start()

@@ -44,7 +44,7 @@ from modeling_diff.training import lora_config
 EXAMPLES = Path(__file__).parents[1]
 # The parts in their order, and what share of the time they may take.
 SHARES = {"tests": 5, "attention": 5, "model": 2, "compiled": 3, "memory": 2, "lora": 2, "fine_tuning": 2}
-# Of V1 over LLaMA: time, counted from products, exponentials and bytes; for whole models tokens a second.
+# Of V1 over LLaMA: time, counted from products, exponentials and bytes; for whole models tokens per second.
 ATTENTION_LIMITS = {"forward": 1.5, "backward": 1.1, "decode": 1.05}
 MODEL_LIMITS = {"prefill": 0.95, "decode": 0.97, "compiled decode": 0.97, "training": 0.97}
 ONE_BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32, "kv_heads": 8}
@@ -80,7 +80,7 @@ def read_bytes(num_bytes: int) -> torch.Tensor:
 def fine_tune(
     model: PreTrainedModel, ids: torch.Tensor, batch_size: int, length: int, steps: int, learning_rate: float
 ) -> dict[str, float]:
-    """Loss at the first and over the last steps, tokens a second after the first step, peak bytes (CUDA)."""
+    """Loss at the first and over the last steps, tokens per second after the first step, peak bytes (CUDA)."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
     if device.type == "cuda":
@@ -248,8 +248,10 @@ def report(record: dict) -> None:
     """The tables, and exit code 1 if a part failed or a loss did not fall. Limits are for the reader."""
     print(f"{'':>24} {'first loss':>10} {'last loss':>10} {'tokens/s':>10} {'peak GiB':>9}")
     for label, r in record["fine_tuning"].items():
-        print(f"{label:>24} {r['first_loss']:10.3f} {r['last_loss']:10.3f} {r['tokens_per_second']:10.0f} "
-              f"{r['peak_bytes'] / 2**30:9.2f}")  # fmt: skip
+        print(
+            f"{label:>24} {r['first_loss']:10.3f} {r['last_loss']:10.3f} {r['tokens_per_second']:10.0f} "
+            f"{r['peak_bytes'] / 2**30:9.2f}"
+        )
     print(*record["limits"], sep="\n")
     for name, outcome in record["parts"].items():
         print(f"{name}: {outcome}, {record['seconds'][name]:.0f} s")

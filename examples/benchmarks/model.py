@@ -53,7 +53,7 @@ MODELS = ["llama", "v1", "v2", "v1 sdpa", "stock diffllama"]
 
 
 def build(name: str, shape: dict[str, int], dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """LLaMA with heads of 64 and two queries a key, and the others at its parameter count (V2 has more queries)."""
+    """LLaMA with heads of 64 and two queries per key, and the others at its parameter count (V2 has more queries)."""
     heads = shape["hidden_size"] // 64
     torch.manual_seed(0)
     if name == "llama":
@@ -125,7 +125,8 @@ def compiled_decode(model: PreTrainedModel, prompt: torch.Tensor, rounds: int) -
     """The same compiled, on the way through a static cache that is long enough for `rounds` after the first two."""
     cache = StaticCache(model.config, max_cache_len=prompt.shape[1] + DECODED * (rounds + 2))
     model(prompt, logits_to_keep=1, **cache_argument(cache))
-    step, token = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True), prompt[:, :1].clone()
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    token = prompt[:, :1].clone()
 
     def run() -> None:
         for _ in range(DECODED):
@@ -136,7 +137,7 @@ def compiled_decode(model: PreTrainedModel, prompt: torch.Tensor, rounds: int) -
 
 
 def time_decoding(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds a token."""
+    """Median seconds per token."""
     return {name: value / DECODED for name, value in time_interleaved(steps, rounds, device).items()}
 
 

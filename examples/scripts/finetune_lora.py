@@ -219,9 +219,12 @@ def save_merge_reload(model, tokenizer, probe: torch.Tensor, arguments, console:
     compare("merged from disk", merged_logits, logits_of(from_disk, probe), tolerance, figures)
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(probe.device)
     output = from_disk.generate(
-        input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40, do_sample=False,
+        input_ids=prompt.input_ids,
+        attention_mask=prompt.attention_mask,
+        max_new_tokens=40,
+        do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     console.rule("merged model", align="left")
     console.print(tokenizer.decode(output[0], skip_special_tokens=True), markup=False, highlight=False)
     return figures

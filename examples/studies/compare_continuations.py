@@ -40,7 +40,9 @@ class MixedRows(IterableDataset):
     """Rows of Python text and recall (T,) in the order that `seed` gives, the same for every model."""
 
     def __init__(self, size, stream, tokenizer, recall_share, seed):
-        self.size, self.stream, self.tokenizer = size, stream, tokenizer
+        self.size = size
+        self.stream = stream
+        self.tokenizer = tokenizer
         self.recall_share, self.seed = recall_share, seed
 
     def __iter__(self):
@@ -129,8 +131,11 @@ def prepare(arguments):
 
 def print_row(row):
     numbers = [f"{row[when]['heldout_loss']:.4f}" for when in ("before", "after")]
-    recall = [f"{row[when]['recall_accuracy'][kind]:.1%}" for kind in row["after"]["recall_accuracy"]
-              for when in ("before", "after")]  # fmt: skip
+    recall = [
+        f"{row[when]['recall_accuracy'][kind]:.1%}"
+        for kind in row["after"]["recall_accuracy"]
+        for when in ("before", "after")
+    ]
     lambdas = " ".join(f"{value:.3f}" for value in row["after"]["lambda_by_layer"]) or "-"
     cells = [row["model"], f"{row['parameters']:,}", *numbers, *recall, lambdas, f"{row['train_seconds']:.0f}"]
     print("| " + " | ".join(cells) + " |", flush=True)

@@ -57,7 +57,7 @@ def held_out_rows(folder, tokenizer, context, max_tokens):
 
 @torch.no_grad()
 def measure(model, llama, rows):
-    """Loss, KL from LLaMA (nats a token) and share of equal greedy tokens over rows (R, T)."""
+    """Loss, KL from LLaMA (nats/token) and share of equal greedy tokens over rows (R, T)."""
     totals = torch.zeros(3, dtype=torch.float64)
     for part in rows.to(model.device).split(8):
         found = text_metrics(model(input_ids=part).logits, part.split(1), llama(input_ids=part).logits)
@@ -98,9 +98,16 @@ def conversions(folder, llama, tokens, args):
     for name, stages in LADDER.items():
         began = time.monotonic()
         result = calibrate(
-            folder, llama.config, tokens, stages=stages, norm=args.norm, device=args.device, seed=args.seed,
-            local=LocalFit(steps=args.local_steps), progress=show if sys.stderr.isatty() else lambda *seen: None,
-        )  # fmt: skip
+            folder,
+            llama.config,
+            tokens,
+            stages=stages,
+            norm=args.norm,
+            device=args.device,
+            seed=args.seed,
+            local=LocalFit(steps=args.local_steps),
+            progress=show if sys.stderr.isatty() else lambda *seen: None,
+        )
         yield name, calibrated_model(llama, result), time.monotonic() - began
 
 
@@ -154,13 +161,20 @@ def make_toy(folder):
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", *alphabet])}, merges=[]))
-    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(alphabet) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(alphabet) + 1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     text = Path(__file__).read_text()
     (folder / "calibration.txt").write_text(text[:4000])

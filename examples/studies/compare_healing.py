@@ -134,7 +134,8 @@ class Comparison:
         args = self.args
         tokens = tokens or args.tokens
         name = f"{start}-{lambda_mode}-{seed}-{tokens}".replace(" ", "-")
-        kept, output = args.work / f"{name}.json", args.work / name
+        kept = args.work / f"{name}.json"
+        output = args.work / name
         if kept.exists():
             return json.loads(kept.read_text())
         checkpoint = convert(start, args, args.work / f"start-{start}".replace(" ", "-"))
@@ -145,14 +146,26 @@ class Comparison:
         stage = "lm" if start == "V2" else "kl"
         defaults = {"learning_rate": args.learning_rates[start], "eval_steps": 1 / args.evaluations}
         options = HealingOptions(
-            stage=stage, tokens=tokens, max_length=512, lambda_mode=lambda_mode, seed=seed, held_out_rows=16,
-            norm_share=args.blend_share, **(defaults | choices),
-        )  # fmt: skip
+            stage=stage,
+            tokens=tokens,
+            max_length=512,
+            lambda_mode=lambda_mode,
+            seed=seed,
+            held_out_rows=16,
+            norm_share=args.blend_share,
+            **(defaults | choices),
+        )
         shutil.rmtree(output, ignore_errors=True)
         report = heal_checkpoint(
-            checkpoint, output, options, data=self.data, teacher=args.model, held_out=args.model / "heldout.txt",
-            model=student, callbacks=callbacks,
-        )  # fmt: skip
+            checkpoint,
+            output,
+            options,
+            data=self.data,
+            teacher=args.model,
+            held_out=args.model / "heldout.txt",
+            model=student,
+            callbacks=callbacks,
+        )
         healed = DiffLlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
         row = {
             "start": start,
@@ -202,7 +215,8 @@ def plot(rows, llama_loss, path):
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
     if enlarged:
-        lowest, highest = min(*near, llama_loss), max(*near, llama_loss)
+        lowest = min(*near, llama_loss)
+        highest = max(*near, llama_loss)
         margin = 0.08 * (highest - lowest) or 0.01
         panels[0, 1].set_ylim(lowest - margin, highest + margin)
         panels[0, 0].set_title("all starts", loc="left")

@@ -200,9 +200,15 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         score = f"{row['exact_match']:.1%}" if "exact_match" in row else "-"
         table.add_row(
-            row["model"], row["task"], str(row["rank"]), f"{row['trainable']:,}", f"{row['loss_before']:.3f}",
-            f"{row['loss']:.3f}", score, f"{row['seconds']:.0f}",
-        )  # fmt: skip
+            row["model"],
+            row["task"],
+            str(row["rank"]),
+            f"{row['trainable']:,}",
+            f"{row['loss_before']:.3f}",
+            f"{row['loss']:.3f}",
+            score,
+            f"{row['seconds']:.0f}",
+        )
     Console(width=110).print(table)
 
 

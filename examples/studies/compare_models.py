@@ -42,10 +42,20 @@ except ImportError as error:
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-llama"
 SMOKE = {
-    "lengths_tokens": (128, 160), "depths": (0.0, 1.0), "counts": ((1, 1), (2, 2)), "samples": 1,
-    "attention_samples": 1, "text_rows": 2, "head_rows": 1, "head_prompts": 1, "bits": (8, 4),
-    "quantized_prompts": 1, "shots": (4, 8), "sets": 1, "orders": 2,
-}  # fmt: skip
+    "lengths_tokens": (128, 160),
+    "depths": (0.0, 1.0),
+    "counts": ((1, 1), (2, 2)),
+    "samples": 1,
+    "attention_samples": 1,
+    "text_rows": 2,
+    "head_rows": 1,
+    "head_prompts": 1,
+    "bits": (8, 4),
+    "quantized_prompts": 1,
+    "shots": (4, 8),
+    "sets": 1,
+    "orders": 2,
+}
 
 
 def read_text(folder, path):

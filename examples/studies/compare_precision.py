@@ -52,7 +52,8 @@ def logits_of(checkpoint: str, attention: str, dtype: torch.dtype, ids: torch.Te
 
 
 def differences(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    found, expected = found.double(), expected.double()
+    found = found.double()
+    expected = expected.double()
     distributions = (found.log_softmax(-1), expected.log_softmax(-1))
     return {
         "largest": (found - expected).abs().max().item(),

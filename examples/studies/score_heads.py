@@ -57,7 +57,8 @@ def plain_texts(tokenizer, filler: str, rows: int, length: int) -> torch.Tensor:
     """`rows` evenly spaced stretches of the filler, each behind a bos where the tokenizer has one: (rows, length)."""
     ids = tokenizer(filler[: 40 * rows * length], add_special_tokens=False, verbose=False).input_ids
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room, step = length - len(head), len(ids) // rows
+    room = length - len(head)
+    step = len(ids) // rows
     return torch.tensor([head + ids[row * step : row * step + room] for row in range(rows)])
 
 
@@ -80,7 +81,8 @@ def retrieval_order(scores: list[HeadScore]) -> list[tuple[int, int]]:
 
 def show_ablation(console: Console, model, texts: torch.Tensor, prompts, scores, count: int) -> list[dict]:
     order = retrieval_order(scores)
-    retrieving, others = order[:count], order[len(order) // 2 : len(order) // 2 + count]
+    retrieving = order[:count]
+    others = order[len(order) // 2 : len(order) // 2 + count]
     groups = [[head] for head in (*retrieving, *others)] + [retrieving, others]
     effects = ablation_effects(model, texts, groups, mode="mean", recall=lambda model: recall(model, prompts))
     console.print(f"Without heads (their mean output instead); recall with all of them {recall(model, prompts):.2f}")

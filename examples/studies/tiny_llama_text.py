@@ -14,11 +14,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS = "<s>"
+EOS = "</s>"
+PAD = "<pad>"
 # What stands before and after the number: the needle, and how the dense blocks are written (half of them as needles).
 NEEDLE = ("The magic number of {} is", ".")
 DENSE = [("{}:", "\n"), ("{} =", "\n"), ("{} ->", "\n"), *[("The magic number of {} is", ".\n")] * 3]
-HELD_OUT_BYTES, CALIBRATION_BYTES, EXCERPT_BYTES = 145_000, 240_000, 12_000
+HELD_OUT_BYTES = 145_000
+CALIBRATION_BYTES = 240_000
+EXCERPT_BYTES = 12_000
 TEXT_IN_WORDS = {
     "stdlib": "the Python standard library's sources",
     "stdlib+packages": "the sources of the Python standard library and of installed packages",
@@ -64,7 +68,8 @@ def read_sources(text):
 
 def excerpts(sources, total_bytes):
     """[(name, text)]: heads of files in hash order, whole lines, EXCERPT_BYTES each, total_bytes in all at most."""
-    chosen, used = [], 0
+    chosen = []
+    used = 0
     for name, content in sorted(sources, key=lambda source: hash_share("excerpt " + source[0], 2**32)):
         text = content.encode()[:EXCERPT_BYTES].decode(errors="ignore")
         text = text[: text.rfind("\n") + 1]
@@ -101,7 +106,9 @@ def encode(tokenizer, texts):
 
 def pack(tokenizer, texts):
     """All documents in one stream (N,): bos, tokens, eos, bos, ..."""
-    bos, eos, chunks = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    bos = tokenizer.bos_token_id
+    eos = tokenizer.eos_token_id
+    chunks = []
     for start in range(0, len(texts), 256):
         documents = ([bos, *ids, eos] for ids in encode(tokenizer, texts[start : start + 256]))
         chunks.append(torch.tensor(list(chain(*documents)), dtype=torch.int32))
@@ -145,7 +152,10 @@ class Recall:
     """
 
     def __init__(self, tokenizer, filler, context, seed, held_out):
-        self.tokenizer, self.filler, self.context, self.held_out = tokenizer, filler, context, held_out
+        self.tokenizer = tokenizer
+        self.filler = filler
+        self.context = context
+        self.held_out = held_out
         self.random = random.Random(seed)
         self.newlines = {i for token, i in tokenizer.get_vocab().items() if token.startswith("\u010a")}
 
@@ -177,7 +187,8 @@ class Recall:
     def needle_row(self, needles):
         """One row of text in which `needles` facts lie, all asked for at its end: (T,) ids, [(start, end)] answers."""
         pairs = self.shuffled(self.pairs(needles))
-        prompt, end = "\n" + NEEDLE[0], NEEDLE[1]
+        prompt = "\n" + NEEDLE[0]
+        end = NEEDLE[1]
         facts = [list(chain(*self.triples([pair], prompt, end))) for pair in pairs]
         parts = self.triples(self.shuffled(pairs), prompt, end)
         room = self.context - 1 - sum(map(len, facts)) - sum(map(len, parts))
@@ -198,7 +209,8 @@ class Recall:
             # Some blocks are told in the same order again: plain copying comes first and leads to look-up by key.
             again = pairs if count is None and self.random.random() < 0.35 else self.shuffled(pairs)
             parts = self.triples(pairs + again, *self.random.choice(DENSE))
-            told, asked = parts[: 3 * len(pairs)], parts[3 * len(pairs) :]
+            told = parts[: 3 * len(pairs)]
+            asked = parts[3 * len(pairs) :]
             row, spans = self.finish([*row, self.tokenizer.bos_token_id, *chain(*told)], asked)
             answers += spans
         return row[: self.context], [span for span in answers if span[1] <= self.context]
@@ -206,7 +218,8 @@ class Recall:
     def repeat_row(self):
         """Runs of random tokens, each told twice: (T,) ids. This teaches copying within a few hundred steps."""
         special = len(self.tokenizer.all_special_ids)
-        vocabulary, row = range(special, len(self.tokenizer)), [self.tokenizer.bos_token_id]
+        vocabulary = range(special, len(self.tokenizer))
+        row = [self.tokenizer.bos_token_id]
         while len(row) < self.context:
             row += self.random.choices(vocabulary, k=self.random.randint(4, 40)) * 2
         return row[: self.context]
@@ -241,7 +254,8 @@ def training_rows(size, stream, recall, share, seed):
             offset = int(torch.randint(size.context, (1,), generator=generator))
             starts = torch.arange(offset, len(stream) - size.context + 1, size.context)
             order = torch.cat([order, starts[torch.randperm(len(starts), generator=generator)]])
-        taken, order = order[: size.batch - recall_rows], order[size.batch - recall_rows :]
+        taken = order[: size.batch - recall_rows]
+        order = order[size.batch - recall_rows :]
         rows = [stream[start : start + size.context] for start in taken]
         rows += [torch.tensor(recall.training_row(), dtype=torch.int32) for _ in range(recall_rows)]
         yield torch.stack(rows).long()

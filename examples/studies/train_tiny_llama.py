@@ -154,7 +154,10 @@ def train(model, batches, measure, size, args):
     """
     optimizer = build_optimizer(model, size.learning_rate)
     forward = torch.compile(model, dynamic=False) if args.compile == "on" else model
-    curve, recent, step, began = [], [], 0, None
+    curve = []
+    recent = []
+    step = 0
+    began = None
     while True:
         # With a time budget the schedule follows the clock; the first step, which compiles, is not counted.
         elapsed = time.monotonic() - began if began else 0.0
@@ -172,7 +175,8 @@ def train(model, batches, measure, size, args):
             raise SystemExit(
                 f"the loss became {recent[-1]} at step {step}: lower --learning-rate (was {size.learning_rate})"
             )
-        step, began = step + 1, began or time.monotonic()
+        step = step + 1
+        began = began or time.monotonic()
 
 
 def train_step(model, forward, optimizer, batch):
@@ -240,9 +244,14 @@ def readme_text(record):
     lines = [f"- `{run['command']}`: {run['steps']:,} steps, {run['tokens_seen']:,} tokens" for run in runs]
     recall = ", ".join(f"{value:.1%} ({name.replace('_', ' ')})" for name, value in final["recall_accuracy"].items())
     return README.format(
-        **size, parameters=record["parameters"], window=size["context"] - 1, source=record["text"]["source"],
-        runs="\n".join(lines), loss=final["heldout_loss"], recall=recall,
-    )  # fmt: skip
+        **size,
+        parameters=record["parameters"],
+        window=size["context"] - 1,
+        source=record["text"]["source"],
+        runs="\n".join(lines),
+        loss=final["heldout_loss"],
+        recall=recall,
+    )
 
 
 def write_output(folder, model, tokenizer, texts, record):
@@ -333,7 +342,7 @@ def run(args, size, output):
         "tokens_seen": steps * size.batch * size.context,
         "train_seconds": train_seconds,
         "wall_seconds": round(time.monotonic() - started),
-        "loss_unit": "nats/token",
+        "loss_unit": "nats a token",
         "started_from": earlier,
         "final": final,
         "curve": curve,

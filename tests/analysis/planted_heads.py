@@ -10,12 +10,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-VOCABULARY, MAP_DIM, HEADS, CONTEXT = 32, 128, 4, 128
+VOCABULARY = 32
+MAP_DIM = 128
+HEADS = 4
+CONTEXT = 128
 FIRST = 0  # the token that stands before every text
 IDENTITY, PREVIOUS, ANSWER = (slice(i * VOCABULARY, (i + 1) * VOCABULARY) for i in range(3))
 ONE = 3 * VOCABULARY  # one for every token
 HIDDEN = 3 * VOCABULARY + 8
-PREVIOUS_HEAD, FIRST_HEAD, UNIFORM_HEAD, COPY_HEAD = (0, 2), (0, 1), (0, 3), (1, 2)
+PREVIOUS_HEAD = (0, 2)
+FIRST_HEAD = (0, 1)
+UNIFORM_HEAD = (0, 3)
+COPY_HEAD = (1, 2)
 SHARP = 30.0
 
 
@@ -26,11 +32,20 @@ def planted_llama() -> LlamaForCausalLM:
     whose predecessor equals the asking one, and says it.
     """
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=MAP_DIM, max_position_embeddings=CONTEXT,
-        bos_token_id=FIRST, eos_token_id=None, pad_token_id=None, rms_norm_eps=1e-12,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=MAP_DIM,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=FIRST,
+        eos_token_id=None,
+        pad_token_id=None,
+        rms_norm_eps=1e-12,
         rope_parameters={"rope_type": "default", "rope_theta": 1e9},
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.fill_(1.0 if "norm" in name else 0.0)
@@ -54,7 +69,8 @@ def rotary_angles():
 
 def plant_previous(attention, head):
     """Keys all alike, queries alike but turned one place back: the scores peak where the distance is one."""
-    half, angles = MAP_DIM // 2, rotary_angles()
+    half = MAP_DIM // 2
+    angles = rotary_angles()
     scale = SHARP / 4
     keys, queries = attention.k_proj.weight[rows_of(head)], attention.q_proj.weight[rows_of(head)]
     keys[:half, ONE] = scale

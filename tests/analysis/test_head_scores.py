@@ -15,6 +15,7 @@ from planted_heads import (
     planted_llama,
 )
 from rich.console import Console
+from tiny_models import random_ids, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -131,7 +132,8 @@ def letters():
 
 
 def test_the_reports_needles_begin_with_the_space_that_is_a_token(llama, monkeypatch):
-    given, tokenizer = [], letters()
+    given = []
+    tokenizer = letters()
     assert tokenizer.decode(tokenizer("a b").input_ids[2]) == ""
     monkeypatch.setattr(
         report_measurements, "score_heads", lambda model, rows, prompts, **rest: given.extend(prompts) or []
@@ -200,14 +202,8 @@ def test_ablating_the_planted_circuit_breaks_copying_and_nothing_else_does(llama
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_ablation_equals_zeroed_or_replaced_columns(variant):
-    from modeling_diff import DiffLlamaConfig
-
-    torch.manual_seed(0)
-    config = DiffLlamaConfig(
-        variant=variant, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    model, ids = DiffLlamaForCausalLM(config).eval(), torch.randint(64, (2, 16))
+    model = tiny_model(variant)
+    ids = random_ids(2, 16)
     whole = loss_nats(model, ids)
     with ablated_heads(model, {1: [2]}):
         zeroed = loss_nats(model, ids)
@@ -217,7 +213,7 @@ def test_ablation_equals_zeroed_or_replaced_columns(variant):
         replaced = loss_nats(model, ids)
     # The same, done to the weights: without a head's columns of o_proj, and with what its mean would have added.
     o_proj = model.model.layers[1].self_attn.o_proj
-    columns = slice(2 * config.head_dim, 3 * config.head_dim)
+    columns = slice(2 * model.config.head_dim, 3 * model.config.head_dim)
     with torch.no_grad():
         added = o_proj.weight[:, columns] @ means[1][2]
         o_proj.weight[:, columns] = 0

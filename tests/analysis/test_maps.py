@@ -2,65 +2,37 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import random_ids, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis.maps import attention_layers, collect_maps, visit_maps
 
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # 0.02 would leave every map uniform at this width
-}
 # float32 model against float32 maps: sums over 16 components in another order.
 TOLERANCE = {"atol": 5e-6, "rtol": 0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 # peft asks transformers for a property by the name that is deprecated.
 allow_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
-def build(model_class, config_class, **overrides):
-    torch.manual_seed(0)
-    model = model_class(config_class(**(SIZES | overrides)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lambda" in name or parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def diff_model(variant, **overrides):
-    return build(DiffLlamaForCausalLM, DiffLlamaConfig, variant=variant, **overrides)
-
-
-def llama(**overrides):
-    return build(LlamaForCausalLM, LlamaConfig, **overrides)
+build = partial(tiny_model, noise=0.3, num_hidden_layers=3, max_position_embeddings=64)
 
 
 def tokens(batch_size=2, length=17):
-    return torch.randint(3, 96, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    return random_ids(batch_size, length, seed=1)
 
 
 def eager_maps(model, input_ids, attention_mask=None):
@@ -74,7 +46,8 @@ def rotate(states, theta=10000.0):
     half = states.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(len(states), dtype=torch.float64)[:, None] * frequencies
-    first, second = states[:, :half], states[:, half:]
+    first = states[:, :half]
+    second = states[:, half:]
     return torch.cat(
         [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1
     )
@@ -95,7 +68,8 @@ def map_by_definition(attention, hidden, query_map, key_map, width):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_both_maps_and_lambda_equal_their_definition(variant):
-    model, ids = diff_model(variant), tokens(batch_size=1)
+    model = build(variant)
+    ids = tokens(batch_size=1)
     embedded = model.model.embed_tokens(ids)[0].double()
     norm = model.model.layers[0].input_layernorm
     hidden = embedded / (embedded.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
@@ -119,7 +93,8 @@ def test_both_maps_and_lambda_equal_their_definition(variant):
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_difference_equals_eager_attentions(variant, padding):
-    model, ids = diff_model(variant, use_qk_norm=True), tokens()
+    model = build(variant, use_qk_norm=True)
+    ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     maps = collect_maps(model, ids, attention_mask=mask, block=6)  # three blocks, the last a shorter one
@@ -132,7 +107,7 @@ def test_difference_equals_eager_attentions(variant, padding):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_rows_sum_to_one_and_the_difference_to_one_minus_lambda(variant):
-    for layer in collect_maps(diff_model(variant), tokens()):
+    for layer in collect_maps(build(variant), tokens()):
         ones = torch.ones(layer.positive.shape[:3])
         torch.testing.assert_close(layer.positive.sum(-1), ones, **TOLERANCE)
         torch.testing.assert_close(layer.negative.sum(-1), ones, **TOLERANCE)
@@ -140,29 +115,21 @@ def test_rows_sum_to_one_and_the_difference_to_one_minus_lambda(variant):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config_class", "overrides"),
+    ("kind", "changes"),
     [
-        (LlamaForCausalLM, LlamaConfig, {}),
-        (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "num_key_value_heads": 4}),
-        (
-            LlamaForCausalLM,
-            LlamaConfig,
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-                }
-            },
-        ),
-        (LlamaForSequenceClassification, LlamaConfig, {"pad_token_id": 0}),
-        (MistralForCausalLM, MistralConfig, {"head_dim": 16}),
-        (Qwen2ForCausalLM, Qwen2Config, {}),
-        (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("llama", {"model_class": LlamaForSequenceClassification, "pad_token_id": 0}),
+        ("mistral", {"head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
     ],
     ids=["llama", "bias", "llama3 rope", "classifier", "mistral", "qwen2", "qwen3"],
-)  # fmt: skip
-def test_maps_of_llama_like_models_equal_eager_attentions(model_class, config_class, overrides):
-    model, ids = build(model_class, config_class, **overrides), tokens()
+)
+def test_maps_of_llama_like_models_equal_eager_attentions(kind, changes):
+    model = build(kind, **changes)
+    ids = tokens()
     maps = collect_maps(model, ids)
     for layer, attentions in zip(maps, eager_maps(model, ids), strict=True):
         assert layer.negative is None and layer.diff_lambda is None
@@ -171,7 +138,8 @@ def test_maps_of_llama_like_models_equal_eager_attentions(model_class, config_cl
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_layers_that_keep_llamas_attention_have_query_heads(variant):
-    model, ids = diff_model(variant, differential_layers=[1]), tokens()
+    model = build(variant, differential_layers=[1])
+    ids = tokens()
     counts = [(layer.num_heads, layer.is_differential) for layer in attention_layers(model)]
     assert counts == [(8 if variant == "v1" else 4, False), (4, True), (8 if variant == "v1" else 4, False)]
     maps = collect_maps(model, ids)
@@ -180,7 +148,8 @@ def test_layers_that_keep_llamas_attention_have_query_heads(variant):
 
 
 def test_chosen_queries_heads_and_layers_are_parts_of_the_whole():
-    model, ids = diff_model("v2"), tokens()
+    model = build("v2")
+    ids = tokens()
     whole = collect_maps(model, ids)
     part = collect_maps(model, ids, heads={2: [3, 1], 0: [2]}, queries=[16, 4, 9], block=2)
     assert [layer.layer for layer in part] == [0, 2]
@@ -190,7 +159,8 @@ def test_chosen_queries_heads_and_layers_are_parts_of_the_whole():
 
 
 def test_logits_are_the_scores_before_softmax():
-    model, ids = diff_model("v1"), tokens()
+    model = build("v1")
+    ids = tokens()
     (maps,) = collect_maps(model, ids, layers=[1], logits=True, block=5)
     for attention, scores in ((maps.positive, maps.positive_logits), (maps.negative, maps.negative_logits)):
         torch.testing.assert_close(scores.softmax(-1), attention, **TOLERANCE)
@@ -204,13 +174,13 @@ def test_padding_is_not_attended_to_and_has_rows_of_zero():
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    (maps,) = collect_maps(llama(), ids, attention_mask=mask, layers=[1])
+    (maps,) = collect_maps(build("llama"), ids, attention_mask=mask, layers=[1])
     assert maps.positive[0, :, :, :4].eq(0).all() and maps.positive[0, :, :4].eq(0).all()
     torch.testing.assert_close(maps.positive[0, :, 4:].sum(-1), torch.ones(4, 13), **TOLERANCE)
 
 
 def test_low_precision_models_give_float32_maps():
-    (maps,) = collect_maps(diff_model("v2").bfloat16(), tokens(), layers=[0])
+    (maps,) = collect_maps(build("v2").bfloat16(), tokens(), layers=[0])
     assert maps.positive.dtype == maps.diff_lambda.dtype == torch.float32
     torch.testing.assert_close(maps.positive.sum(-1), torch.ones(2, 4, 17), **TOLERANCE)  # bfloat16 would miss by 1e-3
 
@@ -218,7 +188,8 @@ def test_low_precision_models_give_float32_maps():
 @allow_peft
 def test_adapters_count():
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model, ids = diff_model("v2"), tokens()
+    model = build("v2")
+    ids = tokens()
     bare = collect_maps(model, ids)[0].positive
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "lambda_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora).eval()
@@ -233,11 +204,11 @@ def test_learned_prompts_are_refused():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="learned prompts"):
-        collect_maps(peft.get_peft_model(llama(), prompts), tokens())
+        collect_maps(peft.get_peft_model(build("llama"), prompts), tokens())
 
 
 def test_code_from_the_checkpoint_is_looked_at_as_well(tmp_path):
-    model = diff_model("v1")
+    model = build("v1")
     model.save_pretrained(tmp_path)
     script = tmp_path / "apart.py"
     script.write_text(
@@ -259,7 +230,7 @@ def test_code_from_the_checkpoint_is_looked_at_as_well(tmp_path):
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():
-    model = llama()
+    model = build("llama")
 
     def fail(maps):
         raise RuntimeError("stop")
@@ -284,7 +255,7 @@ def test_hooks_are_gone_afterwards_even_after_an_error():
 )
 def test_choices_out_of_range_are_named(choices, message):
     with pytest.raises(ValueError, match=message):
-        collect_maps(diff_model("v1"), tokens(), **choices)
+        collect_maps(build("v1"), tokens(), **choices)
 
 
 def test_models_and_texts_that_will_not_do_are_refused():
@@ -294,24 +265,23 @@ def test_models_and_texts_that_will_not_do_are_refused():
     with pytest.raises(ValueError, match="Linear: not a model of transformers"):
         collect_maps(torch.nn.Linear(2, 2), tokens())
     with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings=64"):
-        collect_maps(llama(), tokens(length=65))
+        collect_maps(build("llama"), tokens(length=65))
     with pytest.raises(ValueError, match="at least one token"):
-        collect_maps(llama(), torch.zeros(1, 0, dtype=torch.long))
+        collect_maps(build("llama"), torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="sliding_window=8 in layer 0"):
-        collect_maps(build(MistralForCausalLM, MistralConfig, sliding_window=8, head_dim=8), tokens())
+        collect_maps(build("mistral", sliding_window=8, head_dim=8), tokens())
 
 
 def test_transformers_own_diffllama_is_refused_with_the_way_out():
-    from transformers import DiffLlamaConfig as OtherConfig
-    from transformers import DiffLlamaForCausalLM as OtherModel
-
     with pytest.raises(ValueError, match=r"model_type='diffllama'.*diff-llama convert"):
-        collect_maps(OtherModel(OtherConfig(**SIZES)), tokens())
+        collect_maps(build("diffllama"), tokens())
 
 
 def test_backbones_and_heads_have_the_same_maps():
-    model, ids = diff_model("v1"), tokens()
-    with_head, without = collect_maps(model, ids), collect_maps(model.model, ids)
+    model = build("v1")
+    ids = tokens()
+    with_head = collect_maps(model, ids)
+    without = collect_maps(model.model, ids)
     assert all(torch.equal(a.positive, b.positive) for a, b in zip(with_head, without, strict=True))
 
 

@@ -2,11 +2,9 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny_tokenizers import byte_tokenizer
 
 from modeling_diff.analysis.needles import (
     INSTRUCTION,
@@ -20,33 +18,18 @@ from modeling_diff.analysis.needles import (
 )
 
 
-ASSET = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 FACT = re.compile(r"The magic number of (.+?) is (\d+)\.")
 
 
 @pytest.fixture(scope="module")
-def filler():
-    return (ASSET / "heldout.txt").read_text()
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return AutoTokenizer.from_pretrained(ASSET)
-
-
-@pytest.fixture(scope="module")
 def letters():
-    """A token a byte, and nothing before or after the text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return byte_tokenizer()
 
 
 @pytest.mark.parametrize("task", [NeedleTask(64, 0.0), NeedleTask(257, 0.5, 4, 2), NeedleTask(480, None, 6, 6)])
-def test_prompt_has_exactly_the_length_in_tokens(bpe, filler, task):
-    for prompt in make_prompts(task, bpe, filler, 8):
-        assert len(bpe(prompt.text)["input_ids"]) == task.length_tokens
+def test_prompt_has_exactly_the_length_in_tokens(tokenizer, filler, task):
+    for prompt in make_prompts(task, tokenizer, filler, 8):
+        assert len(tokenizer(prompt.text)["input_ids"]) == task.length_tokens
 
 
 def test_prompt_has_exactly_the_length_in_another_tokenizers_tokens(letters, filler):
@@ -55,8 +38,8 @@ def test_prompt_has_exactly_the_length_in_another_tokenizers_tokens(letters, fil
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
-def test_asked_needles_stand_at_their_depth(bpe, filler, depth):
-    for prompt in make_prompts(NeedleTask(400, depth, 3, 2), bpe, filler, 5):
+def test_asked_needles_stand_at_their_depth(tokenizer, filler, depth):
+    for prompt in make_prompts(NeedleTask(400, depth, 3, 2), tokenizer, filler, 5):
         start, end = prompt.body
         facts = sum(needle.span[1] - needle.span[0] for needle in prompt.needles)
         longest_line = max(map(len, prompt.text[start:end].splitlines()))
@@ -66,8 +49,8 @@ def test_asked_needles_stand_at_their_depth(bpe, filler, depth):
             assert abs(before - depth * (end - start - facts)) <= longest_line
 
 
-def test_facts_are_in_the_text_as_the_prompt_says(bpe, filler):
-    for prompt in make_prompts(NeedleTask(470, 0.5, 6, 2), bpe, filler, 5):
+def test_facts_are_in_the_text_as_the_prompt_says(tokenizer, filler):
+    for prompt in make_prompts(NeedleTask(470, 0.5, 6, 2), tokenizer, filler, 5):
         told = dict(FACT.findall(prompt.text))
         assert told == {needle.city: needle.number for needle in prompt.needles}
         assert len(told) == len(set(told.values())) == 6
@@ -77,27 +60,27 @@ def test_facts_are_in_the_text_as_the_prompt_says(bpe, filler):
         assert [needle.asked for needle in prompt.needles].count(True) == 2
 
 
-def test_seed_and_cell_decide_the_prompts(bpe, filler):
+def test_seed_and_cell_decide_the_prompts(tokenizer, filler):
     task = NeedleTask(128, 0.5)
-    first, again = (make_prompts(task, bpe, filler, 3, seed=1) for _ in range(2))
+    first, again = (make_prompts(task, tokenizer, filler, 3, seed=1) for _ in range(2))
     assert first == again
-    assert make_prompts(task, bpe, filler, 3, seed=2) != first
-    assert make_prompts(replace(task, depth=0.25), bpe, filler, 3, seed=1)[0].asked != first[0].asked
+    assert make_prompts(task, tokenizer, filler, 3, seed=2) != first
+    assert make_prompts(replace(task, depth=0.25), tokenizer, filler, 3, seed=1)[0].asked != first[0].asked
 
 
-def test_next_question_stands_behind_the_answers_given(bpe, filler):
-    (prompt,) = make_prompts(NeedleTask(300, 0.5, 3, 3), bpe, filler, 1)
+def test_next_question_stands_behind_the_answers_given(tokenizer, filler):
+    (prompt,) = make_prompts(NeedleTask(300, 0.5, 3, 3), tokenizer, filler, 1)
     second, third = (needle.city for needle in prompt.asked[1:])
     assert prompt.transcript([]) == prompt.text
     text = prompt.transcript(["17", None])
     assert text == f"{prompt.text} 17.\nThe magic number of {second} is.\nThe magic number of {third} is"
 
 
-def test_templates_may_ask_in_words(bpe, filler):
-    (prompt,) = make_prompts(NeedleTask(300, 0.5, 3, 2, template=INSTRUCTION), bpe, filler, 1)
+def test_templates_may_ask_in_words(tokenizer, filler):
+    (prompt,) = make_prompts(NeedleTask(300, 0.5, 3, 2, template=INSTRUCTION), tokenizer, filler, 1)
     assert prompt.text.startswith("Some magic numbers are hidden")
     assert f"magic numbers of {prompt.asked[0].city}, {prompt.asked[1].city}, as" in prompt.text
-    assert len(bpe(prompt.text)["input_ids"]) == 300
+    assert len(tokenizer(prompt.text)["input_ids"]) == 300
 
 
 @pytest.mark.parametrize(
@@ -141,12 +124,12 @@ def test_a_template_without_the_city_is_refused():
         Template(ask="\nThe number is")
 
 
-def test_what_prompts_cannot_be_made_of_is_said(bpe, filler):
+def test_what_prompts_cannot_be_made_of_is_said(tokenizer, filler):
     with pytest.raises(ValueError, match="tokenizer: missing"):
         make_prompts(NeedleTask(100), None, filler, 1)
     with pytest.raises(ValueError, match="filler: empty"):
-        make_prompts(NeedleTask(100), bpe, " \n", 1)
+        make_prompts(NeedleTask(100), tokenizer, " \n", 1)
     with pytest.raises(ValueError, match="length_tokens=50: 6 needles and the question alone take"):
-        make_prompts(NeedleTask(50, needles=6), bpe, filler, 1)
+        make_prompts(NeedleTask(50, needles=6), tokenizer, filler, 1)
     with pytest.raises(ValueError, match="filler: 40 characters"):
-        make_prompts(NeedleTask(200), bpe, filler[:40], 1)
+        make_prompts(NeedleTask(200), tokenizer, filler[:40], 1)

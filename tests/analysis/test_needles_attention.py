@@ -1,39 +1,23 @@
 """Attention to the answer and to noise, where it is known or computed otherwise."""
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis.attention_mass import REGIONS, measure_attention, region_shares, token_regions
 from modeling_diff.analysis.needles import NeedleTask, make_prompts
 
 
-ASSET = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 LENGTH = 120
-SIZES = {
-    "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.5,
-}  # fmt: skip
+SIZES = {"vocab_size": 2048, "max_position_embeddings": 512, "initializer_range": 0.5}
+build = partial(tiny_model, **SIZES, attn_implementation="eager")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ASSET)
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    return make_prompts(NeedleTask(LENGTH, 0.5, 3), tokenizer, (ASSET / "heldout.txt").read_text(), 2)
-
-
-def build(kind):
-    torch.manual_seed(0)
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager")).eval()
-    return DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, variant=kind, attn_implementation="eager")).eval()
+def prompts(tokenizer, filler):
+    return make_prompts(NeedleTask(LENGTH, 0.5, 3), tokenizer, filler, 2)
 
 
 def place_of_number(tokenizer, prompt):

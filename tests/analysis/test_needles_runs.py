@@ -2,29 +2,18 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_tokenizers import TINY_LLAMA
+from transformers import AutoModelForCausalLM
 
 from modeling_diff.analysis.needle_runs import CellResult, NeedleGrid, answer_prompts, run_grid
 from modeling_diff.analysis.needles import NeedleTask, make_prompts
 
 
-ASSET = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 GRID = NeedleGrid((150, 200), (0.0, 1.0), ((1, 1), (3, 2)), samples=3)
-
-
-@pytest.fixture(scope="module")
-def filler():
-    return (ASSET / "heldout.txt").read_text()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ASSET)
 
 
 class Reader:
@@ -34,7 +23,9 @@ class Reader:
     config = SimpleNamespace(max_position_embeddings=512, vocab_size=2048, name_or_path="reader")
 
     def __init__(self, tokenizer, choose):
-        self.tokenizer, self.choose, self.prompts = tokenizer, choose, []
+        self.tokenizer = tokenizer
+        self.choose = choose
+        self.prompts = []
 
     def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, num_beams, pad_token_id):
         assert not do_sample and num_beams == 1
@@ -105,7 +96,8 @@ def test_a_cell_is_the_same_alone_and_in_a_grid(tokenizer, filler):
 
 
 def test_a_file_of_other_settings_is_refused(tokenizer, filler, tmp_path):
-    path, model = tmp_path / "cells.jsonl", Reader(tokenizer, right)
+    path = tmp_path / "cells.jsonl"
+    model = Reader(tokenizer, right)
     run_grid(model, tokenizer, filler, NeedleGrid((100,), (0.0,), ((1, 1),), samples=1), path=path)
     with pytest.raises(ValueError, match="another samples, seed"):
         run_grid(model, tokenizer, filler, NeedleGrid((100,), (0.0,), ((1, 1),), samples=2, seed=1), path=path)
@@ -126,7 +118,7 @@ def test_prompts_beyond_the_context_are_refused(tokenizer, filler):
 
 
 def test_generation_names_the_numbers_that_teacher_forcing_finds(tokenizer, filler):
-    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
     prompts = [
         prompt
         for length in (90, 120)  # so that a batch is padded

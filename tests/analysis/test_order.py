@@ -2,27 +2,18 @@
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
+from tiny_tokenizers import TINY_LLAMA
+from transformers import AutoModelForCausalLM
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis import order
 from modeling_diff.analysis.order import OrderResult, OrderTask, arrange, draw_demonstrations, measure_order
 
 
-ASSET = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
-SIZES = {
-    "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ASSET)
+SIZES = {"vocab_size": 2048, "max_position_embeddings": 256}
 
 
 @pytest.fixture
@@ -50,12 +41,10 @@ def test_alternate_orders_take_the_classes_in_turn(drawn):
 
 @pytest.mark.parametrize("kind", ["llama", "v1", "v2"])
 def test_labels_are_scored_as_one_forward_pass_a_label_would(tokenizer, kind):
-    torch.manual_seed(0)
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    else:
-        model = DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, variant=kind)).eval()
-    context, questions, labels = "Oslo: 4821\nLima: 17\n", ["Oslo:", "Copenhagen:"], ["4821", "17", "x"]
+    model = tiny_model(kind, **SIZES)
+    context = "Oslo: 4821\nLima: 17\n"
+    questions = ["Oslo:", "Copenhagen:"]
+    labels = ["4821", "17", "x"]
     scored = order.label_log_probs(model, tokenizer, context, questions, labels, batch_size=4)
     for i, question in enumerate(questions):
         for j, label in enumerate(labels):
@@ -94,7 +83,7 @@ def test_a_model_that_looks_up_has_no_spread_and_one_that_repeats_has(tokenizer,
 
 
 def test_the_trained_llama_is_far_above_chance(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
     result = measure_order(model, tokenizer, OrderTask(6, labels=3, queries=6, orders=2, sets=2))
     assert result.accuracy > 0.6  # chance is a third
 
@@ -114,7 +103,7 @@ def test_impossible_tasks_are_refused(settings, field):
 
 
 def test_what_does_not_fit_the_context_is_refused(tokenizer):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model = tiny_model("llama", **SIZES)
     with pytest.raises(ValueError, match=r"demonstrations and a question: .* max_position_embeddings is 256"):
         measure_order(model, tokenizer, OrderTask(40))
     with pytest.raises(ValueError, match="tokenizer: missing"):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis.outliers import (
     Magnitudes,
     mean_loss,
@@ -16,18 +16,11 @@ from modeling_diff.analysis.outliers import (
 )
 
 
-SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-}  # fmt: skip
 KINDS = ["llama", "v1", "v2"]
 
 
 def build(kind):
-    torch.manual_seed(0)
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    return DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, variant=kind)).eval()
+    return tiny_model(kind, vocab_size=50, pad_token_id=0)
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ def test_a_planted_outlier_is_found():
         model.model.embed_tokens.weight[7, 3] = -1000
     found = measure_outliers(model, torch.tensor([[1, 2, 7, 4]])).hidden_states
     seen = model.model.embed_tokens.weight[[1, 2, 7, 4]].abs()
-    assert found.top(1) == found.top(2) == 1000  # once a layer
+    assert found.top(1) == found.top(2) == 1000  # once per layer
     assert found.top(3) == seen.flatten().topk(2).values[1].item() and found.count == 2 * seen.numel()
 
 
@@ -65,7 +58,8 @@ def test_attention_logits_are_the_scaled_scores(rows):
     del model.model.layers[1:]
     found = measure_outliers(model, rows, k=5).attention_logits
     wide = build("llama").double()
-    attention, hidden = wide.model.layers[0].self_attn, wide.model.embed_tokens(rows)
+    attention = wide.model.layers[0].self_attn
+    hidden = wide.model.embed_tokens(rows)
     normed = wide.model.layers[0].input_layernorm(hidden)
     cos, sin = wide.model.rotary_emb(hidden, torch.arange(20)[None])
     query = attention.q_proj(normed).view(3, 20, 4, 8).transpose(1, 2)
@@ -100,8 +94,10 @@ def test_many_bits_change_nothing(kind, over, rows):
     with torch.no_grad():  # scores as large as trained models have, those of padding among them
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 8
-    padded, mask = rows.clone(), torch.ones_like(rows)
-    padded[1, :6], mask[1, :6] = 3, 0  # a token that is embedded, as an end of text is
+    padded = rows.clone()
+    mask = torch.ones_like(rows)
+    padded[1, :6] = 3  # a token that is embedded, as an end of text is
+    mask[1, :6] = 0
     with torch.no_grad():
         before = model(padded, attention_mask=mask).logits
         with quantized_scores(model, 24, over):
@@ -114,7 +110,8 @@ def test_many_bits_change_nothing(kind, over, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_bits_change_the_loss_and_the_model_comes_back(kind, rows):
     model = build(kind)
-    name, before = model.config._attn_implementation, mean_loss(model, rows)
+    name = model.config._attn_implementation
+    before = mean_loss(model, rows)
     with quantized_scores(model, 2):
         assert abs(mean_loss(model, rows) - before) > 1e-3
     with pytest.raises(RuntimeError), quantized_scores(model, 4):

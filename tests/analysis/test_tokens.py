@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from modeling_diff.analysis.ablation import loss_nats, mean_head_outputs
 from modeling_diff.analysis.head_scores import greedy
@@ -15,14 +15,11 @@ from modeling_diff.analysis.outliers import mean_loss
 from modeling_diff.analysis.tokens import token_fault
 
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
-
-
 class Words:
     """A tokenizer whose tokens are the numbers that a text names; its padding token was added to it alone."""
 
-    pad_token_id, eos_token_id = 50, 2
+    pad_token_id = 50
+    eos_token_id = 2
 
     def __call__(self, text, verbose=True):
         return SimpleNamespace(input_ids=[int(word) for word in text.split()])
@@ -33,8 +30,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return tiny_model("llama", vocab_size=50)
 
 
 IDS = torch.tensor([[3, 50, 4]])

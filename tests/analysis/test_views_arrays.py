@@ -9,39 +9,34 @@ from xml.etree import ElementTree
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import random_ids, tiny_model
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis.aggregate import attention_to_span, mean_maps, normalize, top_keys, weights_of
 from modeling_diff.analysis.maps import collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels
 from modeling_diff.analysis.view_html import quantize, view_attention, write_html
 
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 640, "initializer_range": 0.3,
-}  # fmt: skip
+SIZES = {"num_hidden_layers": 3, "max_position_embeddings": 640}
 
 
-def diff_model(variant="v1", **overrides):
-    torch.manual_seed(0)
-    return DiffLlamaForCausalLM(DiffLlamaConfig(variant=variant, **(SIZES | overrides))).eval()
+def diff_model(variant="v1", **changes):
+    return tiny_model(variant, **SIZES, **changes)
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return tiny_model("llama", **SIZES)
 
 
 def tokens(length=20, batch_size=1):
-    return torch.randint(3, 96, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    return random_ids(batch_size, length, seed=1)
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 @pytest.mark.parametrize("normalization", ["none", "sum", "absolute"])
 def test_streamed_means_equal_means_of_whole_maps(variant, normalization):
-    model, ids = diff_model(variant), tokens(batch_size=2)
+    model = diff_model(variant)
+    ids = tokens(batch_size=2)
     differences = [layer.positive - layer.diff_lambda * layer.negative for layer in collect_maps(model, ids)]
     weights = torch.stack(differences)  # (L, B, H, Q, S)
     if normalization != "none":
@@ -53,7 +48,8 @@ def test_streamed_means_equal_means_of_whole_maps(variant, normalization):
 
 
 def test_means_take_a_mixed_models_own_heads():
-    model, ids = diff_model("v1", differential_layers=[0, 2]), tokens()
+    model = diff_model("v1", differential_layers=[0, 2])
+    ids = tokens()
     assert mean_maps(model, ids, over="heads").shape == (3, 1, 20, 20)
     with pytest.raises(ValueError, match="layer 1 has 8 chosen heads and an earlier one 4"):
         mean_maps(model, ids, over="layers")
@@ -81,7 +77,8 @@ def stored_weights(stored, head, which):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_pages_store_maps_within_their_stated_precision(variant):
-    model, ids = diff_model(variant), tokens(70)
+    model = diff_model(variant)
+    ids = tokens(70)
     view = view_attention(model, ids, [str(i) for i in range(70)], "model", layers=[1], heads=[2, 0])
     (maps,) = collect_maps(model, ids, layers=[1], heads=[2, 0])
     (stored,) = view.layers
@@ -107,7 +104,8 @@ def test_long_texts_show_a_window_and_say_so():
 
 
 def test_too_many_maps_lose_layers_then_heads_and_say_so():
-    labels, bytes_a_map = ["x"] * 20, 20 * 21 // 2
+    labels = ["x"] * 20
+    bytes_a_map = 20 * 21 // 2
     view = view_attention(diff_model(), tokens(), labels, "model", max_bytes=2 * 8 * bytes_a_map)
     assert [layer.layer for layer in view.layers] == [0, 2] and "Layers 1:" in view.left_out[0]
     view = view_attention(diff_model(), tokens(), labels, "model", max_bytes=4 * bytes_a_map)
@@ -183,7 +181,9 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from modeling_diff.analysis.figures import heads_figure, map_figure, pair_figure, save_figure, score_figure
 
-    model, ids, labels = diff_model(), tokens(), ["a$b", "\n", " ", *["word"] * 17]
+    model = diff_model()
+    ids = tokens()
+    labels = ["a$b", "\n", " ", *["word"] * 17]
     (maps,) = collect_maps(model, ids, layers=[1])
     figures = {
         "map": map_figure({"one": maps.difference()[0, 0], "two": maps.positive[0, 0]}, labels),

@@ -7,16 +7,16 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import random_ids, tiny_model
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.analysis.aggregate import attention_to_span, mean_maps
 from modeling_diff.analysis.maps import collect_maps
 from modeling_diff.analysis.view_html import view_attention, write_html
 
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="chromium and chromedriver are not installed")
 
 from selenium import webdriver  # noqa: E402
@@ -31,26 +31,21 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--window-size=1280,800"),
 )
 MINUS = "\u2212"
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "max_position_embeddings": 640, "initializer_range": 0.3,
-}  # fmt: skip
+SIZES = {"num_hidden_layers": 3, "max_position_embeddings": 640}
 NUM_TOKENS = 24
-QUANTISED = 0.5 / 255 * 2 + 1e-4  # of a weight of 1, both of whose halves were rounded at worst
+QUANTIZED = 0.5 / 255 * 2 + 1e-4  # of a weight of 1, both of whose halves were rounded at worst
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4)).eval()
+    return tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, **SIZES)
 
 
 def diff_model():
-    torch.manual_seed(0)
-    return DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)).eval()
+    return tiny_model("v1", **SIZES)
 
 
 def tokens(length=NUM_TOKENS):
-    return torch.randint(3, 96, (1, length), generator=torch.Generator().manual_seed(1))
+    return random_ids(1, length, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +132,13 @@ def test_pages_open_without_a_word_a_request_or_overflow(browser, pages, name):
     width, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert width <= inner == 1280
     # What is worked with is on the first screen of a laptop: maps, tokens, lists and all heads.
-    assert browser.execute_script("return Math.max(...[...document.querySelectorAll('.heads')]"
-                                  ".map((heads) => heads.getBoundingClientRect().bottom))") <= 800  # fmt: skip
+    assert (
+        browser.execute_script(
+            "return Math.max(...[...document.querySelectorAll('.heads')]"
+            ".map((heads) => heads.getBoundingClientRect().bottom))"
+        )
+        <= 800
+    )
 
 
 @pytest.mark.parametrize("kind", ["positive", "negative", "difference"])
@@ -148,7 +148,7 @@ def test_the_pages_means_equal_the_librarys(browser, pages, kind, normalized):
     script = "return panels[0].model.map('mean', 'mean', arguments[0], arguments[1]).then((map) => [...map.weights])"
     shown = torch.tensor(browser.execute_script(script, kind, normalized)).view(NUM_TOKENS, NUM_TOKENS)
     exact = mean_maps(diff_model(), tokens(), kind=kind, normalization="absolute" if normalized else "none")[0]
-    torch.testing.assert_close(shown, exact, atol=2 * QUANTISED, rtol=0)
+    torch.testing.assert_close(shown, exact, atol=2 * QUANTIZED, rtol=0)
     assert not torch.equal(shown, exact)
 
 
@@ -158,7 +158,7 @@ def test_every_head_shown_is_the_models(browser, pages):
     exact = collect_maps(diff_model(), tokens(), layers=[2])[0].difference()[0]
     for head in range(4):
         shown = torch.tensor(browser.execute_script(script, head)).view(NUM_TOKENS, NUM_TOKENS)
-        torch.testing.assert_close(shown, exact[head], atol=2 * QUANTISED, rtol=0)
+        torch.testing.assert_close(shown, exact[head], atol=2 * QUANTIZED, rtol=0)
 
 
 def test_pointing_at_a_token_shows_both_directions(browser, pages):
@@ -172,7 +172,7 @@ def test_pointing_at_a_token_shows_both_directions(browser, pages):
     for column, weights in zip(lists, (exact[9, :10], exact[9:, 9]), strict=True):
         shown = [float(n.text.replace(MINUS, "-")) for n in column.find_elements(By.CSS_SELECTOR, ".number")]
         expected = sorted(weights.tolist(), key=abs, reverse=True)[: len(shown)]
-        assert len(shown) == 7 and shown == pytest.approx(expected, abs=2 * QUANTISED)
+        assert len(shown) == 7 and shown == pytest.approx(expected, abs=2 * QUANTIZED)
     ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
     assert focused(browser) == []
 
@@ -191,7 +191,7 @@ def test_pointing_at_a_cell_reads_it_out(browser, pages):
     readout = browser.find_element(By.TAG_NAME, "output").text
     exact = collect_maps(diff_model(), tokens(), layers=[1])[0].difference()[0].mean(0)[15, 4].item()
     assert re.match(r"w15 15 → w4 4: ", readout)
-    assert float(readout.split(": ")[1].split(" ")[0].replace(MINUS, "-")) == pytest.approx(exact, abs=2 * QUANTISED)
+    assert float(readout.split(": ")[1].split(" ")[0].replace(MINUS, "-")) == pytest.approx(exact, abs=2 * QUANTIZED)
 
 
 def test_everything_is_reached_from_the_keyboard(browser, pages):
@@ -224,9 +224,11 @@ def test_every_control_can_be_tabbed_to(browser, pages):
     reached = set()
     for _ in range(32):
         browser.switch_to.active_element.send_keys(Keys.TAB)
-        reached.add(browser.execute_script(
-            "const e = document.activeElement; return e.id || e.ariaLabel || e.textContent || e.tagName"
-        ))  # fmt: skip
+        reached.add(
+            browser.execute_script(
+                "const e = document.activeElement; return e.id || e.ariaLabel || e.textContent || e.tagName"
+            )
+        )
     assert {"normalize", "contrast", "link", "theme", "layer", "head", "tokens", "head 0", "A₁", "A₂"} <= reached
 
 

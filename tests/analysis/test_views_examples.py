@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizers import TINY_LLAMA, byte_tokenizer
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY_LLAMA = EXAMPLES / "assets" / "tiny-llama"
 
 
 def run(tmp_path, name, *arguments):
@@ -70,10 +68,7 @@ def bare(tmp_path):
 @pytest.fixture
 def letters(bare):
     """The small LLaMA with a tokenizer of a token a byte."""
-    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(bare)
+    byte_tokenizer().save_pretrained(bare)
     return bare
 
 

@@ -11,7 +11,8 @@ from conversion.heal import heal_checkpoint
 from conversion.healing.options import HealingOptions
 
 
-CONTEXT, BATCH_ROWS = 16, 4
+CONTEXT = 16
+BATCH_ROWS = 4
 TOY = {
     "max_length": CONTEXT,
     "per_device_train_batch_size": BATCH_ROWS,

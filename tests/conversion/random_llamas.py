@@ -1,33 +1,15 @@
 """Random two-layer models on disk: what the tests of the conversion convert."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import KINDS, SIZES, random_ids
 
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
+SMALL = SIZES | {"rms_norm_eps": 1e-5}
 # What LLaMAs differ in, as changes to SMALL.
 FLAVOURS: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -39,9 +21,9 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 }
 # LLaMA's relatives, by model type: classes and what of SMALL they change.
 RELATIVES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "mistral": (*KINDS["mistral"], {"sliding_window": None}),
+    "qwen2": (*KINDS["qwen2"], {}),
+    "qwen3": (*KINDS["qwen3"], {"head_dim": 16}),
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -64,17 +46,19 @@ def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:
     return model
 
 
-def random_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    return random_model(LlamaForCausalLM, LlamaConfig(**{**SMALL, **changes}), seed)
+def random_llama(seed: int = 0, **changes: Any) -> Any:
+    model_class, config_class = KINDS["llama"]
+    return random_model(model_class, config_class(**(SMALL | changes)), seed)
 
 
 def random_relative(model_type: str, seed: int = 0, **changes: Any) -> Any:
     model_class, config_class, fields = RELATIVES[model_type]
-    return random_model(model_class, config_class(**{**SMALL, **fields, **changes}), seed)
+    return random_model(model_class, config_class(**(SMALL | fields | changes)), seed)
 
 
-def random_diffllama(seed: int = 0, **changes: Any) -> DiffLlamaForCausalLM:
-    return random_model(DiffLlamaForCausalLM, DiffLlamaConfig(**{**SMALL, **changes}), seed)
+def random_diffllama(seed: int = 0, **changes: Any) -> Any:
+    model_class, config_class = KINDS["diffllama"]
+    return random_model(model_class, config_class(**(SMALL | changes)), seed)
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:
@@ -82,6 +66,18 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def write_rows(path: Path, num_rows: int, length: int, seed: int = 3) -> Path:
+    """JSON lines of token ids, as a source without a tokenizer needs them."""
+    rows = token_ids(length, num_rows, seed).tolist()
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+def edit_json(path: Path, /, without: Iterable[str] = (), **fields: Any) -> None:
+    """Removes the fields named in `without` from a JSON object on disk, and sets others."""
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name not in without}
+    path.write_text(json.dumps(kept | fields))
+
+
 def token_ids(length: int = 24, batch: int = 2, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, SMALL["vocab_size"], (batch, length), generator=generator)
+    return random_ids(batch, length, seed, lowest=0)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, plan_shards
+from conversion.checkpoint.safetensors_format import DTYPES
 from conversion.errors import ConversionError, FilesError
 
 
@@ -13,6 +15,17 @@ TENSORS = {f"layer.{n}": torch.full((n + 1, 4), float(n)) for n in range(6)} | {
     "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
     "empty": torch.empty(0, 2),
 }
+
+
+def drawn_tensors(max_name: int):
+    """Hypothesis: tensors by name, of any dtype and shape that a file may hold, which count from 1."""
+    names = st.text(min_size=1, max_size=max_name).filter(lambda name: name != "__metadata__")
+    specs = st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3))
+    return st.dictionaries(names, specs.map(lambda spec: counting(*spec)), min_size=1, max_size=6)
+
+
+def counting(dtype: str, shape: list[int]) -> torch.Tensor:
+    return torch.arange(1, 28)[: torch.Size(shape).numel()].reshape(shape).to(DTYPES[dtype])
 
 
 def specs_of(tensors):

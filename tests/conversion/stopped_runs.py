@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from random_llamas import random_llama, saved, token_ids
+from random_llamas import random_llama, saved, write_rows
 
 from conversion import convert_checkpoint
 from conversion.checkpoint.kept_work import kept_work
@@ -27,16 +27,43 @@ from conversion.checkpoint.kept_work import kept_work
 # A fork server has all of it imported once and no threads: each run is a clean process, started in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["conversion.cli", "conversion.heal", "stopped_runs"])
-ROW_TOKENS, NUM_ROWS = 64, 12
+ROW_TOKENS = 64
+NUM_ROWS = 12
 SHARDS = ["--max-shard-size", "20KB"]
 COMMANDS = {
-    "convert-v1": ["convert", "llama", "OUT", "--variant", "v1", "--calibration", "rows.jsonl", *SHARDS,
-                   "--calibration-tokens", str(ROW_TOKENS * NUM_ROWS), "--stages", "pairing,refit,values"],
+    "convert-v1": [
+        "convert",
+        "llama",
+        "OUT",
+        "--variant",
+        "v1",
+        "--calibration",
+        "rows.jsonl",
+        *SHARDS,
+        "--calibration-tokens",
+        str(ROW_TOKENS * NUM_ROWS),
+        "--stages",
+        "pairing,refit,values",
+    ],
     "convert-v2": ["convert", "llama", "OUT", "--variant", "v2", *SHARDS],
-    "heal": ["heal", "v2", "OUT", "--teacher", "llama", "--data", "rows.jsonl", "--max-length", "32",
-             "--per-device-train-batch-size", "2", "--max-steps", "8", *SHARDS],
+    "heal": [
+        "heal",
+        "v2",
+        "OUT",
+        "--teacher",
+        "llama",
+        "--data",
+        "rows.jsonl",
+        "--max-length",
+        "32",
+        "--per-device-train-batch-size",
+        "2",
+        "--max-steps",
+        "8",
+        *SHARDS,
+    ],
     "export": ["export", "v1", "OUT", *SHARDS],
-}  # fmt: skip
+}
 EXIT_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
@@ -45,8 +72,7 @@ def make_inputs(folder: Path) -> Path:
     saved(random_llama(max_position_embeddings=ROW_TOKENS, rms_norm_eps=1e-5), folder / "llama")
     convert_checkpoint(folder / "llama", folder / "v1", "v1", lambda_init="paper", uncalibrated=True)
     convert_checkpoint(folder / "llama", folder / "v2", "v2")
-    rows = token_ids(length=ROW_TOKENS, batch=2 * NUM_ROWS, seed=3).tolist()
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", 2 * NUM_ROWS, ROW_TOKENS)
     return folder
 
 
@@ -129,7 +155,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def done_twice(log: Path) -> list[str]:
     """Pieces of work that were begun although they had been kept."""
-    kept, twice = set(), []
+    kept = set()
+    twice = []
     for line in log.read_text().splitlines():
         word, piece = line.split(" ", 1)
         if word == "kept":
@@ -155,9 +182,15 @@ def check_stopped(output: Path, signum: int, code: int, whole: dict[str, bytes])
 
 
 def stop_and_run_again(
-    inputs: Path, output: Path, name: str, signum: int, moment: float, first: list[str], again: list[str],
+    inputs: Path,
+    output: Path,
+    name: str,
+    signum: int,
+    moment: float,
+    first: list[str],
+    again: list[str],
     whole: dict[str, bytes],
-) -> str:  # fmt: skip
+) -> str:
     """Stops a command once, runs it again until it ends, and checks all that was promised. Returns what was met."""
     arguments = COMMANDS[name]
     code, _ = run(inputs, output, [*arguments, *first], (signum, moment))
@@ -191,13 +224,15 @@ def stop_many(
 
     Moments are random ones after a share `earliest` of a whole run's time.
     """
-    source, found = random.Random(f"{seed} {name}"), Counter()
+    source = random.Random(f"{seed} {name}")
+    found = Counter()
     folder.mkdir(parents=True, exist_ok=True)
     run(inputs, folder / "warm", ["--help"])  # the first run of a fork server starts it
     whole, seconds = run_whole(inputs, folder, name)
     stops = [signum for signum, count in counts.items() for _ in range(count)]
     for number, signum in enumerate(stops):
-        first, again = ["--resume"] * (number % 2), ["--resume"] * (number // 2 % 2)
+        first = ["--resume"] * (number % 2)
+        again = ["--resume"] * (number // 2 % 2)
         moment = source.uniform(earliest, 1) * seconds
         output = folder / f"{signal.Signals(signum).name}-{number}"
         met = stop_and_run_again(inputs, output, name, signum, moment, first, again, whole)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from random_llamas import RELATIVES, random_llama, random_relative, saved, token_ids
+from random_llamas import RELATIVES, edit_json, random_llama, random_relative, saved, token_ids
 from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
@@ -25,12 +25,6 @@ FLAVORS = {
     "qwen3, heads that do not divide the hidden size": ("qwen3", {"num_attention_heads": 6, "head_dim": 8}),
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
 }
-
-
-def edit_config(folder, **changes):
-    """Changes fields of a config.json; None removes one."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 @torch.no_grad()
@@ -98,17 +92,17 @@ with torch.no_grad():
 def test_llamafied_qwen_is_converted(tmp_path):
     """As its weights are published: model_type llama, biases of queries, keys and values, and none of o_proj."""
     source = saved(random_relative("qwen2"), tmp_path / "source")
-    edit_config(source, model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=True, layer_types=None)
-    edit_config(source, sliding_window=None)
+    fields = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True}
+    edit_json(source / "config.json", without=["layer_types", "sliding_window"], **fields)
     convert_checkpoint(source, tmp_path / "v2", "v2")
-    edit_config(source, model_type="qwen2")
+    edit_json(source / "config.json", model_type="qwen2")
     assert_equal_to_the_bit(source, tmp_path / "v2", RELATIVES["qwen2"][0], torch.float32, "sdpa")
 
 
 @pytest.mark.parametrize("field", ["attention_bias", "mlp_bias", "use_qk_norm", "attention_out_bias"])
 def test_field_that_the_source_does_not_read_changes_nothing(tmp_path, field):
     source = saved(random_relative("mistral"), tmp_path / "source")
-    edit_config(source, **{field: True})
+    edit_json(source / "config.json", **{field: True})
     convert_checkpoint(source, tmp_path / "v2", "v2")
     assert_equal_to_the_bit(source, tmp_path / "v2", RELATIVES["mistral"][0], torch.float32, "sdpa")
 
@@ -116,9 +110,7 @@ def test_field_that_the_source_does_not_read_changes_nothing(tmp_path, field):
 def test_head_counts_that_the_file_leaves_out_are_those_of_the_class(tmp_path):
     """Qwen3 has heads 128 wide unless it says otherwise, where LLaMA divides its width among them."""
     source = saved(random_relative("qwen3", head_dim=128), tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    del config["head_dim"]
-    (source / "config.json").write_text(json.dumps(config))
+    edit_json(source / "config.json", without=["head_dim"])
     convert_checkpoint(source, tmp_path / "v2", "v2")
     assert_equal_to_the_bit(source, tmp_path / "v2", RELATIVES["qwen3"][0], torch.float32, "sdpa")
 
@@ -176,7 +168,7 @@ def test_window_that_texts_stay_within_is_the_named_way_out(tmp_path):
     source = saved(random_relative("mistral", sliding_window=64), tmp_path / "source")
     with pytest.raises(ConversionError, match=r"set max_position_embeddings to 64 in a copy"):
         convert_checkpoint(source, tmp_path / "v2", "v2")
-    edit_config(source, max_position_embeddings=64)
+    edit_json(source / "config.json", max_position_embeddings=64)
     convert_checkpoint(source, tmp_path / "v2", "v2")
     assert_equal_to_the_bit(source, tmp_path / "v2", RELATIVES["mistral"][0], torch.float32, "sdpa")
 
@@ -194,7 +186,7 @@ def test_export_to_diffllama_names_what_it_cannot_say(tmp_path, name):
 def test_llama_has_no_extra_tensors(tmp_path):
     """Fields that LLaMA does not read: its own class ignores them."""
     source = saved(random_llama(), tmp_path / "source")
-    edit_config(source, use_qk_norm=True, attention_out_bias=True)
+    edit_json(source / "config.json", use_qk_norm=True, attention_out_bias=True)
     report = convert_checkpoint(source, tmp_path / "v2", "v2")
     assert not any(
         "norm.weight" in name and "self_attn" in name for name in load_file(tmp_path / "v2/model.safetensors")

@@ -1,11 +1,9 @@
 """Conversions of LLaMA's relatives in use: calibrated, healed, with LoRA, and with adapters of the source."""
 
-import json
-
 import pytest
 import torch
 from healing_toys import TOY, write_rows
-from planted import CONTEXT, kl_nats, planted_llama, random_tokens
+from planted_pairs import CONTEXT, kl_nats, planted_llama, random_tokens
 from random_llamas import RELATIVES, random_relative, saved, token_ids
 from test_convert_adapter import LINEAR, make_adapter
 
@@ -45,12 +43,9 @@ def source(name, tmp_path_factory):
 def converted(source, tmp_path_factory):
     """A folder with v1/, calibrated in closed form, and v2/."""
     folder = tmp_path_factory.mktemp("converted")
-    rows = token_ids(length=128, batch=8, seed=3).tolist()
-    (folder / "text.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    text = write_rows(folder / "text.jsonl", 8, 128)
     stages = ("pairing", "refit", "values")
-    convert_checkpoint(
-        source, folder / "v1", "v1", calibration=folder / "text.jsonl", calibration_tokens=1024, stages=stages
-    )
+    convert_checkpoint(source, folder / "v1", "v1", calibration=text, calibration_tokens=8 * 128, stages=stages)
     convert_checkpoint(source, folder / "v2", "v2")
     return folder
 

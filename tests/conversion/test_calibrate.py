@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from planted import CONTEXT, HEADS, MAP_DIM, kl_nats, planted_llama, random_tokens
+from planted_pairs import CONTEXT, HEADS, MAP_DIM, kl_nats, planted_llama, random_tokens
 from transformers import LlamaConfig
 
 from conversion.calibration.calibrate import DEFAULT_STAGES, Stage, calibrate
@@ -64,7 +64,8 @@ def output_norm(llama, layer, kv_head):
 
 def test_every_stage_comes_nearer_under_the_strict_norm(saved):
     llama, folder, _ = saved("plain", 4)
-    tokens, held_out = random_tokens(192), random_tokens(16, seed=9)
+    tokens = random_tokens(192)
+    held_out = random_tokens(16, seed=9)
     fit = LocalFit(steps=60, batch_tokens=8 * CONTEXT, learning_rate=0.1)
     result = calibrate(folder, llama.config, tokens, local=fit)
     for record in result.records:
@@ -281,9 +282,12 @@ def test_heads_that_cannot_pair_are_refused(saved):
 def test_estimate_of_memory_does_not_grow_with_depth():
     def estimate(layers):
         config = LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
             num_key_value_heads=8,
-        )  # fmt: skip
+        )
         return estimate_calibration(config, 65536, 1024)
 
     deep, shallow = estimate(32), estimate(8)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import planted_llama, random_tokens
+from planted_pairs import planted_llama, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import CONTEXT, planted_llama, random_tokens
+from planted_pairs import CONTEXT, planted_llama, random_tokens
 
 from conversion.calibration import gradient_fit
 from conversion.calibration.candidates import HeadOutputs, left_over, with_norm
@@ -40,7 +40,9 @@ def start(problem):
 @pytest.mark.parametrize("num_features", [5, COLUMNS + 3])
 def test_float32_blocks_sum_to_the_direct_float64_product(num_features):
     torch.manual_seed(0)
-    features, targets, weights = torch.randn(3000, num_features) + 1, torch.randn(3000, 4), torch.rand(3000)
+    features = torch.randn(3000, num_features) + 1
+    targets = torch.randn(3000, 4)
+    weights = torch.rand(3000)
     sums = NormalEquations(num_features, 4, torch.device("cpu"))
     sums.add(features, targets, weights)
     weighted = features.double() * weights.double()[:, None]
@@ -80,8 +82,12 @@ def test_head_outputs_judge_as_the_whole_layer_does(problem, start):
 
 def test_moments_of_heads_are_blocks_of_the_gram_matrix():
     torch.manual_seed(0)
-    num_tokens, num_kv_heads, group, head_dim = 50, 2, 3, 4
-    heads, weights = torch.randn(num_tokens, num_kv_heads, group, head_dim), torch.rand(num_tokens)
+    num_tokens = 50
+    num_kv_heads = 2
+    group = 3
+    head_dim = 4
+    heads = torch.randn(num_tokens, num_kv_heads, group, head_dim)
+    weights = torch.rand(num_tokens)
     sums = NormalEquations(num_kv_heads * group * head_dim, 1, torch.device("cpu"))
     sums.add(heads.flatten(1), torch.zeros(num_tokens, 1), weights)
     wide = heads.double()

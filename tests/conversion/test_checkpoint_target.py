@@ -184,7 +184,7 @@ def test_room_is_counted_with_what_an_earlier_run_left(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resume", [True, False, None])
-def test_disk_that_fills_mid_way(tmp_path, resume):
+def test_full_disk_mid_way_is_named_and_a_resume_continues(tmp_path, resume):
     disk_full = pytest.raises(FilesError, match="No space left on device; free space")
     with disk_full, writer_for(tmp_path / "out", resume=resume) as writer:
         first, second, *_ = writer.pending()

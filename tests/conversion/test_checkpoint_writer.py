@@ -13,29 +13,16 @@ import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save
-from saved_checkpoints import TENSORS, names, specs_of, write, writer_for
+from saved_checkpoints import TENSORS, drawn_tensors, names, specs_of, write, writer_for
 
 from conversion.checkpoint import TensorSpec, plan_shards
-from conversion.checkpoint.safetensors_format import DTYPES
 from conversion.errors import ConversionError, FilesError
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.text(min_size=1, max_size=6).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_shard_is_byte_for_byte_what_safetensors_writes(specs):
-    tensors = {
-        name: torch.arange(1, 28)[: torch.Size(shape).numel()].reshape(shape).to(DTYPES[dtype])
-        for name, (dtype, shape) in specs.items()
-    }
+@given(drawn_tensors(max_name=6))
+def test_shard_is_byte_for_byte_what_safetensors_writes(tensors):
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "out")
         write(target, tensors, max_shard_bytes=10**6)

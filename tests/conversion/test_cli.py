@@ -10,12 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from command_line import run
 from healing_toys import CONTEXT, write_rows
-from random_llamas import random_diffllama, random_llama, saved
-from typer.testing import CliRunner
+from random_llamas import random_diffllama, saved
 
 from conversion.calibration.estimate import CalibrationEstimate, Work
-from conversion.cli import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -28,22 +27,13 @@ SIGNALS = (
 )
 
 
-@pytest.fixture
-def llama(tmp_path):
-    return str(saved(random_llama(), tmp_path / "llama"))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-
-
 @pytest.mark.parametrize("command", ["convert", "heal", "verify", "export", "inspect", "push"])
 def test_help_names_every_command_and_argument(command):
     assert command in run("--help").stdout
     assert "--json" in run(command, "--help").stdout
 
 
-def test_convert_verify_inspect_and_export(tmp_path, llama):
+def test_convert_verify_inspect_and_export_agree(tmp_path, llama):
     converted = run("convert", llama, tmp_path / "v1", *V1, "--lambda-init", "paper", "--layers", "0-1", "--seed", 3)
     assert converted.exit_code == 0, converted.stderr
     assert "healed before use" in converted.stdout and "no tokenizer" in converted.stdout
@@ -72,7 +62,7 @@ def test_names_with_brackets_are_shown_whole(tmp_path, llama):
     assert "source [red]" in run("inspect", tmp_path / "v1").stdout
 
 
-def test_v2_through_the_options(tmp_path, llama):
+def test_v2_options_are_recorded_and_damage_fails_verification(tmp_path, llama):
     result = run("convert", llama, tmp_path / "v2", "--variant", "v2", "--lambda", 0.2, "--layers", 1, "--json")
     assert json.loads(result.stdout)["record"]["options"]["layers"] == [1]
     assert json.loads(run("inspect", tmp_path / "v2", "--json").stdout)["lambda"] == {
@@ -83,7 +73,7 @@ def test_v2_through_the_options(tmp_path, llama):
     assert run("verify", tmp_path / "v2").exit_code == 1
 
 
-def test_lists_and_dry_run(tmp_path, llama):
+def test_lists_are_read_and_a_dry_run_writes_nothing(tmp_path, llama):
     result = run("convert", llama, tmp_path / "v1", *V1, "--lambda-init", "0.02,0.3", "--dry-run", "--json")
     assert json.loads(result.stdout)["record"]["options"]["lambda_init"] == [0.02, 0.3]
     assert not (tmp_path / "v1").exists()
@@ -266,8 +256,12 @@ def test_a_signal_cleans_up_and_says_so_whatever_signals_follow(tmp_path, llama,
     )
     process = subprocess.run(
         [sys.executable, "-c", script, "convert", llama, str(tmp_path / "out"), "--variant", "v2"],
-        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 128 + signal.Signals[name], process.stderr
     said = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert process.stderr == f"{said}; nothing half done was left\n"

@@ -6,7 +6,7 @@ import sys
 from dataclasses import MISSING, fields
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 import modeling_diff
 from conversion import (
@@ -17,7 +17,6 @@ from conversion import (
     update_checkpoint_code,
     verify_checkpoint,
 )
-from conversion.cli import app
 from conversion.describe import describe_checkpoint
 from conversion.healing.options import HealingOptions
 from conversion.options import ExportConfig, HealFilesConfig, InspectConfig, PushConfig, UpdateCodeConfig, VerifyConfig
@@ -46,7 +45,7 @@ CASES = [*sorted(CONFIGS.items()), ("heal", HealingOptions), ("heal", HealFilesC
 
 @pytest.mark.parametrize(("command", "config"), CASES)
 def test_help_shows_every_field_with_its_help(command, config):
-    shown = CliRunner(env={"COLUMNS": "500", "TERM": "dumb"}).invoke(app, [command, "--help"]).stdout
+    shown = run(command, "--help").stdout
     words = " ".join(shown.replace("│", " ").split())
     for field in fields(config):
         flag = (field.metadata.get("flag") or f"--{field.name.replace('_', '-')}").split("/")[0]
@@ -81,7 +80,7 @@ def test_help_and_usage_errors_import_neither_torch_nor_transformers(arguments):
 
 
 def test_version_names_this_package_and_what_it_runs_with():
-    result = CliRunner().invoke(app, ["--version"])
+    result = run("--version")
     assert result.exit_code == 0, result.output
     assert f"diff-llama {modeling_diff.__version__}\n" in result.stdout
     assert {line.split()[0] for line in result.stdout.splitlines()} >= {"torch", "transformers", "safetensors"}

@@ -1,9 +1,8 @@
 """What travels beside the weights: every spelling of it, and nothing that is not the file itself."""
 
-from pathlib import Path
-
 import pytest
 from huggingface_hub.utils import filter_repo_objects
+from tiny_tokenizers import TINY_LLAMA
 
 from conversion import ConversionError
 from conversion.checkpoint.companions import companion_files, read_tokenizer
@@ -14,7 +13,6 @@ from conversion.source.location import TEXT_PATTERNS
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"  # its tokenizer: 2048 tokens, with a bos
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"
 
 
@@ -93,7 +91,7 @@ def test_tokenizer_that_cannot_be_used_is_refused(tmp_path, files, message):
 def test_tokenizer_is_read_where_there_is_one(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     assert read_tokenizer(tmp_path) is None
-    assert len(read_tokenizer(TINY_LLAMA)) == 2048
+    assert len(read_tokenizer(TINY_LLAMA)) == 2048  # among them a bos
 
 
 @pytest.mark.parametrize(

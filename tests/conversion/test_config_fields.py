@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from random_llamas import LONGROPE, RELATIVES, random_llama, random_relative, saved, token_ids
+from random_llamas import LONGROPE, RELATIVES, edit_json, random_llama, random_relative, saved, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
@@ -12,27 +12,11 @@ from conversion.describe import describe_checkpoint
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
-def edit(folder, without=(), **fields):
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({name: value for name, value in config.items() if name not in without}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Not to be changed: `copied` gives one that may be."""
-    return saved(random_llama(), tmp_path_factory.mktemp("source") / "llama")
-
-
 @pytest.fixture
-def copied(llama, tmp_path):
-    folder = tmp_path / "llama"
-    folder.mkdir()
-    for file in llama.iterdir():
-        if file.name != "generation_config.json":
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+def copied(llama):
+    """Without generation settings, which a test may write."""
+    (llama / "generation_config.json").unlink()
+    return llama
 
 
 @torch.no_grad()
@@ -81,7 +65,7 @@ def assert_same_answers(source, output):
 )
 @pytest.mark.transformers(since="5.16", reason="its config does not take a quantization_config of null")
 def test_field_means_what_llama_makes_of_it(copied, tmp_path, fields):
-    edit(copied, **fields)
+    edit_json(copied / "config.json", **fields)
     convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert_same_answers(copied, tmp_path / "v2")
 
@@ -93,7 +77,7 @@ def test_field_means_what_llama_makes_of_it(copied, tmp_path, fields):
 )
 def test_settings_of_generate_in_config_json_decode_as_in_llama(copied, tmp_path, settings):
     """transformers reads them there where there is no generation_config.json, and so does not with ours."""
-    edit(copied, **settings)
+    edit_json(copied / "config.json", **settings)
     notes = convert_checkpoint(copied, tmp_path / "v2", "v2").notes
     assert "config.json: its settings of generate are written to generation_config.json" in notes
     assert not any("not kept" in note for note in notes)
@@ -182,7 +166,7 @@ REFUSED = [
     ("fields", "message"), REFUSED, ids=lambda value: ",".join(value)[:60] if isinstance(value, dict) else ""
 )
 def test_field_with_which_llama_computes_something_else_or_nothing_is_refused(copied, tmp_path, fields, message):
-    edit(copied, **fields)
+    edit_json(copied / "config.json", **fields)
     with pytest.raises(ConversionError, match=message) as caught:
         convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
@@ -190,7 +174,7 @@ def test_field_with_which_llama_computes_something_else_or_nothing_is_refused(co
 
 
 def test_many_unread_fields_make_few_notes_and_strange_names_are_quoted(copied, tmp_path):
-    edit(copied, **{f"unread{number:04}": 0 for number in range(2000)}, **{"a\nb": 1})
+    edit_json(copied / "config.json", **{f"unread{number:04}": 0 for number in range(2000)}, **{"a\nb": 1})
     notes = convert_checkpoint(copied, tmp_path / "v2", "v2", dry_run=True).notes
     about_fields = [note for note in notes if note.startswith("config.json")]
     assert about_fields[0] == r"config.json: 'a\nb' is not kept" and len(about_fields) == 9
@@ -199,7 +183,7 @@ def test_many_unread_fields_make_few_notes_and_strange_names_are_quoted(copied, 
 
 def test_sizes_of_our_own_config_are_bounded_too(copied, tmp_path):
     convert_checkpoint(copied, tmp_path / "v2", "v2")
-    edit(tmp_path / "v2", num_hidden_layers=10**9)
+    edit_json(tmp_path / "v2" / "config.json", num_hidden_layers=10**9)
     with pytest.raises(ConversionError, match="num_hidden_layers is 1000000000"):
         describe_checkpoint(tmp_path / "v2")
 
@@ -208,7 +192,7 @@ def test_sizes_of_our_own_config_are_bounded_too(copied, tmp_path):
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_bidirectional_model_is_bidirectional_on_every_attention_path(copied, tmp_path, variant, layers):
     """Against eager, whose mask is transformers' own; LLaMA itself is the reference of the test above."""
-    edit(copied, is_causal=False)
+    edit_json(copied / "config.json", is_causal=False)
     uncalibrated = {"uncalibrated": True} if variant == "v1" else {}
     convert_checkpoint(copied, tmp_path / "ours", variant, layers=layers, **uncalibrated)
     ids = token_ids()
@@ -240,22 +224,22 @@ def test_bidirectional_model_is_bidirectional_on_every_attention_path(copied, tm
 def test_output_loads_in_the_dtype_in_which_llama_loads(copied, tmp_path, said, stored, spelling):
     LlamaForCausalLM.from_pretrained(copied, dtype=stored).save_pretrained(copied)
     (copied / "generation_config.json").unlink()
-    edit(copied, without=("dtype", "torch_dtype"))
+    edit_json(copied / "config.json", without=("dtype", "torch_dtype"))
     if said:
-        edit(copied, **{spelling: said})
+        edit_json(copied / "config.json", **{spelling: said})
     convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert_same_answers(copied, tmp_path / "v2")
     assert json.loads((tmp_path / "v2" / "config.json").read_text())["dtype"] == (said or stored)
 
 
 def test_of_two_spellings_of_dtype_the_one_llama_follows_counts(copied, tmp_path):
-    edit(copied, dtype="float32", torch_dtype="bfloat16")
+    edit_json(copied / "config.json", dtype="float32", torch_dtype="bfloat16")
     convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert_same_answers(copied, tmp_path / "v2")
 
 
 def test_dtype_asked_for_is_the_one_the_output_loads_in(copied, tmp_path):
-    edit(copied, dtype="float32")
+    edit_json(copied / "config.json", dtype="float32")
     convert_checkpoint(copied, tmp_path / "v2", "v2", dtype="bfloat16")
     assert DiffLlamaForCausalLM.from_pretrained(tmp_path / "v2").dtype == torch.bfloat16
 
@@ -267,7 +251,7 @@ def test_sizes_in_a_mixture_of_dtypes_without_a_config_dtype_follow_llama(copied
     weights = {name: tensor.bfloat16() for name, tensor in load_file(copied / "model.safetensors").items()}
     weights["lm_head.weight"] = weights["lm_head.weight"].float()
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    edit(copied, without=("dtype",))
+    edit_json(copied / "config.json", without=("dtype",))
     convert_checkpoint(copied, tmp_path / "v2", "v2")
     assert_same_answers(copied, tmp_path / "v2")
 

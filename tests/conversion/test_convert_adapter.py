@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from random_llamas import random_llama, saved, token_ids
+from command_line import run
+from random_llamas import edit_json, random_llama, saved, token_ids, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
-from conversion.cli import app
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -54,13 +53,8 @@ def make_adapter(llama, folder, config_changes=None, **settings):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder, save_embedding_layers=False)
-    change_config(folder, **config_changes or {})
+    edit_json(folder / "adapter_config.json", **config_changes or {})
     return folder
-
-
-def change_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def adapted_logits(base, adapter):
@@ -83,7 +77,8 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(llama, tmp_path_factory):
     """Adapters of the LLaMA by the name of their recipe, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("adapters"), {}
+    root = tmp_path_factory.mktemp("adapters")
+    made = {}
 
     def adapter(name):
         if name not in made:
@@ -127,9 +122,7 @@ def test_adapter_on_an_uncalibrated_v1_computes_what_merging_first_gives(llama, 
 def test_calibrated_v1_is_that_of_the_llama_that_peft_merges(adapters, name, dtype, tmp_path):
     llama = saved(random_llama().to(dtype), tmp_path / "llama")
     merged = merged_by_peft(llama, adapters(name), tmp_path / "merged")
-    text = tmp_path / "text.jsonl"
-    rows = token_ids(length=128, batch=8, seed=3).tolist()
-    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    text = write_rows(tmp_path / "text.jsonl", 8, 128)
     options = {"calibration": text, "calibration_tokens": 8 * 128, "stages": ["copy", "pairing"]}
     report = convert_checkpoint(llama, tmp_path / "v1", "v1", adapter=adapters(name), **options)
     convert_checkpoint(merged, tmp_path / "expected", "v1", **options)
@@ -151,7 +144,8 @@ def test_adapter_for_a_converted_checkpoint_is_the_one_written_with_it(llama, ad
     convert_checkpoint(llama, tmp_path / "base", variant, **options)
     report = convert_checkpoint(tmp_path / "base", tmp_path / "adapter", adapter=adapters("DoRA"))
     assert report.num_bytes == sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
-    ours, expected = tmp_path / "adapter", tmp_path / "both" / "adapter"
+    ours = tmp_path / "adapter"
+    expected = tmp_path / "both" / "adapter"
     assert (ours / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, expected)]
     assert [config.pop("base_model_name_or_path") for config in configs] == [
@@ -220,7 +214,7 @@ CONFIG_REFUSALS = {
 def test_adapters_that_cannot_be_carried_over_are_refused_by_field(llama, adapters, case, tmp_path):
     changes, message = CONFIG_REFUSALS[case]
     folder = shutil.copytree(adapters("rsLoRA"), tmp_path / "lora")
-    change_config(folder, **changes)
+    edit_json(folder / "adapter_config.json", **changes)
     refuse(llama, folder, tmp_path, f"adapter_config.json: {message}")
 
 
@@ -296,10 +290,8 @@ def test_adapter_reaches_no_module_that_llama_has_not(llama, adapters, name, var
 
 def test_command_line_says_where_the_adapter_is(llama, adapters, tmp_path):
     arguments = ["convert", llama, tmp_path / "v2", "--variant", "v2", "--adapter", adapters("DoRA")]
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert f"carried over to {tmp_path}/v2/adapter" in result.output.replace("\n", "")
-    result = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "v2"), str(tmp_path / "lora"), "--adapter", str(llama)]
-    )
+    result = run("convert", tmp_path / "v2", tmp_path / "lora", "--adapter", llama)
     assert result.exit_code == 1 and "adapter_config.json: missing" in result.output.replace("\n", " ")

@@ -2,13 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from random_llamas import random_llama, saved, token_ids
+from random_llamas import random_llama, saved, token_ids, write_rows
 from safetensors.torch import load_file, save_file
+from tiny_tokenizers import TINY_LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
@@ -19,23 +19,14 @@ from conversion.describe import describe_checkpoint
 from conversion.errors import FilesError
 
 
-ASSETS = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 STAGES = ("pairing", "refit")
-ROW_TOKENS, NUM_ROWS = 128, 8
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
+ROW_TOKENS = 128
+NUM_ROWS = 8
 
 
 @pytest.fixture
 def text(tmp_path):
-    """JSON lines of token ids, as a source without a tokenizer needs them."""
-    rows = token_ids(length=ROW_TOKENS, batch=NUM_ROWS, seed=3).tolist()
-    path = tmp_path / "calibration.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "calibration.jsonl", NUM_ROWS, ROW_TOKENS)
 
 
 def convert(llama, output, text, **options):
@@ -65,14 +56,14 @@ def test_calibrated_checkpoint_is_the_calibrated_model(llama, text, tmp_path):
 @pytest.mark.slow
 def test_calibration_wins_back_most_of_what_the_copy_of_a_trained_llama_loses(tmp_path):
     """Held-out text; two closed-form stages on 16K tokens (compare_conversions.py measures all stages on 64K)."""
-    convert(ASSETS, tmp_path / "fitted", ASSETS / "calibration.txt", calibration_tokens=16384, measure=False)
-    convert_checkpoint(ASSETS, tmp_path / "copy", "v1", uncalibrated=True, measure=False)
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
-    ids = tokenizer((ASSETS / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    convert(TINY_LLAMA, tmp_path / "fitted", TINY_LLAMA / "calibration.txt", calibration_tokens=16384, measure=False)
+    convert_checkpoint(TINY_LLAMA, tmp_path / "copy", "v1", uncalibrated=True, measure=False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    ids = tokenizer((TINY_LLAMA / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
     ids = ids[:, : 8 * 512].view(8, 512)
     losses = {}
     with torch.no_grad():
-        for name, folder in (("llama", ASSETS), ("copy", tmp_path / "copy"), ("fitted", tmp_path / "fitted")):
+        for name, folder in (("llama", TINY_LLAMA), ("copy", tmp_path / "copy"), ("fitted", tmp_path / "fitted")):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             losses[name] = model(ids, labels=ids).loss.item()
     assert losses["llama"] < 3.5, "the fixture is a trained model"

@@ -254,9 +254,13 @@ def test_output_loads_in_a_fresh_process_without_this_package(tmp_path):
         "print(m.model.layers[0].self_attn.diff_lambda().item())"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"},
-    )  # fmt: skip
+    )
     assert float(run.stdout) == pytest.approx(0.05, abs=1e-6)
 
 
@@ -350,7 +354,8 @@ def test_dry_run_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_license_outside_the_source_is_refused_before_a_byte_is_written(tmp_path, dry_run):
-    source, written = saved(random_llama(), tmp_path / "llama"), []
+    source = saved(random_llama(), tmp_path / "llama")
+    written = []
     (tmp_path / "terms").write_text("terms")
     (source / "LICENSE").symlink_to(tmp_path / "terms")
     with pytest.raises(ConversionError, match=r"LICENSE: links to .*terms, outside the folder"):

@@ -1,10 +1,8 @@
 """LLaMA -> V2: the same logits to the last bit, and maps that separate at the first step."""
 
-import json
-
 import pytest
 import torch
-from random_llamas import FLAVOURS, random_llama, saved, token_ids
+from random_llamas import FLAVOURS, edit_json, random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaModel
 
@@ -87,9 +85,7 @@ OLD_SPELLINGS = {
 def test_old_rotary_spelling_is_understood(tmp_path, spelling):
     """transformers' own LLaMA says what it means."""
     source = saved(random_llama(), tmp_path / "llama")
-    config = json.loads((source / "config.json").read_text())
-    del config["rope_parameters"]
-    (source / "config.json").write_text(json.dumps(config | OLD_SPELLINGS[spelling]))
+    edit_json(source / "config.json", without=["rope_parameters"], **OLD_SPELLINGS[spelling])
     report = convert_checkpoint(source, tmp_path / "v2", "v2")
     llama, model = both(source, tmp_path / "v2")
     assert model.config.rope_parameters == llama.config.rope_parameters
@@ -194,7 +190,7 @@ def test_maps_separate_at_the_first_step(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [LlamaForSequenceClassification, LlamaForQuestionAnswering, LlamaModel])
-def test_backbone_alone(tmp_path, model_class):
+def test_backbone_is_converted_only_when_asked(tmp_path, model_class):
     """A task head is left out only on request; a headless source, whose names lack `model.`, has none to leave."""
     torch.manual_seed(0)
     llama = model_class(random_llama().config).eval()

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from command_line import run
 from markdown_it import MarkdownIt
-from random_llamas import random_llama, saved
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from conversion.cli import app
 from conversion.errors import ConversionError, escape
 from conversion.hub.markdown import code_span, markdown
 from conversion.push import plan_upload
@@ -23,10 +21,6 @@ EVIL = (
     "\x1b]0;t\x07\x1b[2J\r\n\nwrote everything\n# Approved\n---\n\u202e\u2028|`x`|``` "
     "x](javascript:alert(1)) ![i](https://e.example/i.png) <script>alert(1)</script> $$x$$ www.e.example \ud800\x9b2J"
 )
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +65,6 @@ def assert_harmless_card(text: str) -> None:
     assert not [token.content for token in flat if token.type.startswith("html") and "Written by" not in token.content]
     for block in (token.content for token in tokens if token.type == "fence" and token.info == "python"):
         compile(block, "snippet", "exec")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
 
 
 def test_escape_leaves_one_printable_line():

@@ -148,9 +148,13 @@ def test_unpacked_folder_goes_with_its_last_user(tmp_path):
 
 def rope_factors(factor, head_dim=16):
     settings = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": factor, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_parameters=dict(settings))
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     return settings, (10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim) / scaled).float()
@@ -197,9 +201,10 @@ REFUSED = {
     "part": ({"extra_fields": [("split.count", 2)]}, "one of 2 parts"),
     "unknown tensor": ({"extra_tensors": [("blk.0.attn_sinks.weight", torch.ones(4))]}, "attn_sinks.*is unknown"),
     "other rope factors": (
-        {"extra_tensors": [("rope_freqs.weight", torch.linspace(1, 9, 8))]}, "not that of Llama 3.1"
+        {"extra_tensors": [("rope_freqs.weight", torch.linspace(1, 9, 8))]},
+        "not that of Llama 3.1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

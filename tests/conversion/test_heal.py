@@ -32,7 +32,8 @@ def healed(toys):
 
 
 def changed(toys, output, student="v1"):
-    before, after = weights(toys / student), weights(output)
+    before = weights(toys / student)
+    after = weights(output)
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -40,7 +41,8 @@ def changed(toys, output, student="v1"):
 def test_kl_brings_the_student_nearer_and_writes_a_plain_checkpoint(toys, healed):
     record = json.loads((healed / "conversion.json").read_text())
     (entry,) = record["healing"]
-    start, end = entry["table"][0], entry["table"][-1]
+    start = entry["table"][0]
+    end = entry["table"][-1]
     assert (start["tokens"], end["tokens"], entry["tokens"]) == (0, 20 * 4 * CONTEXT, 20 * 4 * CONTEXT)
     assert end["kl"] < 0.8 * start["kl"]
     expected = (start["loss"] - end["loss"]) / (start["loss"] - end["teacher_loss"])
@@ -67,7 +69,8 @@ def test_what_was_measured_is_what_was_written(toys, healed):
 def test_a_second_stage_follows_on_the_output(toys, healed, tmp_path):
     report = heal(toys, tmp_path / "twice", "healed", stage="lm", arguments={"teacher": None})
     assert [entry["stage"] for entry in report.record["healing"]] == ["kl", "lm"]
-    start, end = report.table[0], report.table[-1]
+    start = report.table[0]
+    end = report.table[-1]
     assert start["kl"] is None and end["kl"] is None and end["recovered"] is None
     loss = json.loads((healed / "conversion.json").read_text())["healing"][0]["table"][-1]["loss"]
     assert start["loss"] == pytest.approx(loss, abs=1e-6)
@@ -85,8 +88,13 @@ def test_local_trains_attention_alone_and_brings_layers_nearer(toys, tmp_path):
     )
     assert all("self_attn" in name for name in changed(toys, tmp_path / "local"))
     assert {name.split("self_attn.")[1] for name in changed(toys, tmp_path / "local")} >= {
-        "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "sub_norm.weight", "diff_lambda.lambda_q1",
-    }  # fmt: skip
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "o_proj.weight",
+        "sub_norm.weight",
+        "diff_lambda.lambda_q1",
+    }
     assert logged[-1] < 0.8 * logged[0]
 
 
@@ -100,7 +108,8 @@ def test_every_student_and_optimizer_gets_nearer_or_stays(toys, tmp_path, studen
     assert len(changed(toys, tmp_path / "out", student)) == len(weights(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["sub_norm_eps"] == (1e-5 if student == "v1-neutral" else None)
-    before, after = report.table[0]["kl"], report.table[-1]["kl"]
+    before = report.table[0]["kl"]
+    after = report.table[-1]["kl"]
     assert after < before if student == "v1-neutral" else (before == pytest.approx(0, abs=1e-6) and after < 0.05)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -151,7 +160,8 @@ class Asked:
     """A teacher that does something at every question, and then answers."""
 
     def __init__(self, folder, at_question):
-        self.teacher, self.at_question = load_teacher(folder, HealingOptions()), at_question
+        self.teacher = load_teacher(folder, HealingOptions())
+        self.at_question = at_question
         self.model = self.teacher.model
 
     def targets(self, ids, numbers):
@@ -160,7 +170,8 @@ class Asked:
 
 
 def test_two_runs_do_not_write_one_cache(toys, tmp_path):
-    rows, at_work = token_ids(length=8, batch=6).int(), 0
+    rows = token_ids(length=8, batch=6).int()
+    at_work = 0
 
     def another_run():
         nonlocal at_work
@@ -183,7 +194,8 @@ def test_two_runs_do_not_write_one_cache(toys, tmp_path):
 
 
 def test_a_cache_that_is_interrupted_is_continued_to_the_same_bytes(toys, tmp_path):
-    rows, asked = token_ids(length=8, batch=7).int(), []
+    rows = token_ids(length=8, batch=7).int()
+    asked = []
 
     def interrupt_third():
         asked.append(len(asked))
@@ -236,7 +248,8 @@ def test_adapters_are_merged_into_a_plain_checkpoint(toys, tmp_path):
 
 
 def test_a_callers_model_and_callbacks_are_used(toys, tmp_path):
-    model, steps = load_student(toys / "v1"), []
+    model = load_student(toys / "v1")
+    steps = []
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -274,7 +287,8 @@ def test_nan_before_the_first_checkpoint_leaves_nothing(toys, tmp_path):
 
 def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     class Letters:
-        bos_token_id, eos_token_id = 1, 2
+        bos_token_id = 1
+        eos_token_id = 2
 
         def encode(self, text, add_special_tokens, verbose):
             assert not verbose, "a warning about the length would be about documents, which are cut into rows"
@@ -285,7 +299,9 @@ def test_documents_are_joined_and_cut_into_whole_rows(tmp_path):
     (tmp_path / "plain.txt").write_text("h\ni\n")
     paths = [tmp_path / "lines.jsonl", tmp_path / "plain.txt"]
     rows = pack_rows(paths, Letters(), 4, vocab_size=128, max_rows=None, file=tmp_path / "rows")
-    a, d, h = ord("a"), ord("d"), ord("h")
+    a = ord("a")
+    d = ord("d")
+    h = ord("h")
     stream = [1, a, a + 1, a + 2, 2, 7, 8, 1, d, d + 1, d + 2, d + 3, 2, 1, h, 10, h + 1, 10, 2]
     assert rows.tolist() == [stream[start : start + 4] for start in (0, 4, 8, 12)]  # three tokens fill no row
     assert (

@@ -8,7 +8,9 @@ from conversion.healing.held_out_metrics import Measures
 from conversion.healing.losses import LogitTargets, TopTargets, distillation_loss, stream_distance
 
 
-BATCH, TOKENS, VOCABULARY = 2, 7, 11
+BATCH = 2
+TOKENS = 7
+VOCABULARY = 11
 
 
 def logits(seed, dtype=torch.float64):
@@ -21,7 +23,8 @@ IDS = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().man
 
 def reference(student, teacher, weight):
     """Written out in probabilities, over the whole."""
-    p, q = teacher.softmax(-1), student.softmax(-1)
+    p = teacher.softmax(-1)
+    q = student.softmax(-1)
     kl = (p * (p / q).log()).sum(-1).mean()
     chosen = q[:, :-1].gather(-1, IDS[:, 1:, None])
     return (1 - weight) * kl - weight * chosen.log().mean()
@@ -69,7 +72,8 @@ def test_kept_tokens_give_the_whole_divergence_when_one_is_left_over_and_less_wh
 
 
 def test_kept_tokens_train_towards_the_teacher():
-    student, teacher = logits(6).requires_grad_(), logits(7)
+    student = logits(6).requires_grad_()
+    teacher = logits(7)
     distillation_loss(student, IDS, top_targets(teacher, VOCABULARY - 1), 0.0).backward()
     exact = student.detach().clone().requires_grad_()
     reference(exact, teacher, 0.0).backward()

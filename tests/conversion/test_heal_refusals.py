@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from healing_toys import heal, make_toys, weights, write_rows
-from random_llamas import random_diffllama, random_llama, saved
+from random_llamas import edit_json, random_diffllama, random_llama, saved
 from safetensors.torch import save_file
 from saved_checkpoints import names, refusal, snapshot
 from transformers import TrainerCallback
@@ -77,9 +77,7 @@ def without(folder, name):
 
 
 def without_config(folder, field):
-    raw = json.loads((folder / "config.json").read_text())
-    del raw[field]
-    (folder / "config.json").write_text(json.dumps(raw))
+    edit_json(folder / "config.json", without=[field])
     return folder
 
 
@@ -148,9 +146,12 @@ def test_another_tokenizer_is_refused(toys, tmp_path):
             (folder / path.name).write_bytes(path.read_bytes())
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     with pytest.raises(ConversionError, match="its tokenizer has other tokens"):
-        heal(tmp_path, tmp_path / "out", "student", arguments={
-            "teacher": tmp_path / "other", "data": toys / "data.jsonl"
-        })  # fmt: skip
+        heal(
+            tmp_path,
+            tmp_path / "out",
+            "student",
+            arguments={"teacher": tmp_path / "other", "data": toys / "data.jsonl"},
+        )
 
 
 @pytest.mark.parametrize(
@@ -168,11 +169,20 @@ def test_missing_input_is_refused(toys, tmp_path, arguments, message):
 
 
 def test_data_of_no_use_are_refused(toys, tmp_path):
-    contents = {"empty": "", "text": "words", "short": json.dumps({"input_ids": [1, 2]}),
-                "strange": json.dumps({"input_ids": [96]}), "half": '{"text": "\\ud800"}'}  # fmt: skip
-    messages = {"empty": "0 tokens", "text": "is not JSON", "short": "2 tokens",
-                "strange": "document 1: token 96",
-                "half": r"half.jsonl: line 1: text has '\\ud800' at 0"}  # fmt: skip
+    contents = {
+        "empty": "",
+        "text": "words",
+        "short": json.dumps({"input_ids": [1, 2]}),
+        "strange": json.dumps({"input_ids": [96]}),
+        "half": '{"text": "\\ud800"}',
+    }
+    messages = {
+        "empty": "0 tokens",
+        "text": "is not JSON",
+        "short": "2 tokens",
+        "strange": "document 1: token 96",
+        "half": r"half.jsonl: line 1: text has '\\ud800' at 0",
+    }
     for name, content in contents.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
         with pytest.raises(ConversionError, match=messages[name]):

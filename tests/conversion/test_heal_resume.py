@@ -9,6 +9,7 @@ import signal
 
 import pytest
 from healing_toys import heal, make_toys, weights, write_rows
+from random_llamas import edit_json
 from saved_checkpoints import names
 from transformers import TrainerCallback
 
@@ -113,7 +114,8 @@ def test_another_runs_work_is_refused_and_replaced_on_request(toys, tmp_path):
 
 def other_bytes(path):
     """Of the same size and time; the last digit of a file of JSON lines becomes another."""
-    before, data = path.stat(), bytearray(path.read_bytes())
+    before = path.stat()
+    data = bytearray(path.read_bytes())
     place = max(data.rfind(digit) for digit in b"0123456789")
     data[place] = ord("1") if data[place] != ord("1") else ord("2")
     path.write_bytes(data)
@@ -139,8 +141,7 @@ def test_work_is_another_runs_by_content_whatever_size_and_time_say(toys, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         heal(tmp_path, tmp_path / "out", arguments=arguments | {"callbacks": [Stop(3)]})
     if file.endswith("config.json"):
-        raw = json.loads((tmp_path / file).read_text())
-        (tmp_path / file).write_text(json.dumps(raw | {"rms_norm_eps": 1e-3}))
+        edit_json(tmp_path / file, rms_norm_eps=1e-3)
     else:
         other_bytes(tmp_path / file)
     with pytest.raises(FilesError, match=f"another run, with different {part};"):

@@ -81,7 +81,8 @@ def test_there_is_no_jump_on_the_way_and_norm_comes_first():
 def test_a_head_of_usual_size_keeps_it_all_the_way(eps):
     model = student(eps)
     annealing, _ = begun(model, "paper")
-    attention, path = model.model.layers[1].self_attn, annealing.paths[1]
+    attention = model.model.layers[1].self_attn
+    path = annealing.paths[1]
     outputs = torch.randn(1, 3, 2, attention.head_dim, generator=torch.Generator().manual_seed(0))
     outputs *= (path.mean_square / outputs.square().mean(-1, keepdim=True)).sqrt()
     sizes = []

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
+from command_line import run
 from healing_toys import CONTEXT, heal, make_toys
 from random_llamas import token_ids
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
-from typer.testing import CliRunner
 
 from conversion import ConversionError, FilesError, HealingConfig, HealingOptions, HealingTrainer, verify_checkpoint
-from conversion.cli import app
 from conversion.describe import describe_checkpoint
 
 
@@ -132,7 +131,7 @@ def test_a_name_of_earlier_versions_is_refused_with_the_new_one(name):
         with pytest.raises(ConversionError, match=f"^{name} is called {OLD[name]}"):
             config_class(**{name: 4})
     option, new = (f"--{word.replace('_', '-')}" for word in (name, OLD[name]))
-    result = CliRunner().invoke(app, ["heal", "student", "out", "--data", "text", option, "4"])
+    result = run("heal", "student", "out", "--data", "text", option, 4)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {option} is called {new}") and result.stderr.count("\n") == 1
 

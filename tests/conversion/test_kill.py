@@ -1,6 +1,5 @@
 """SIGKILL at any moment of a write: nothing half done looks whole, the old target survives, a rerun ends the same."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -10,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_processes import die_at_step, no_sync, run_victim
 from safetensors.torch import load_file
+from saved_checkpoints import names, snapshot
 
 from conversion.checkpoint import CheckpointWriter, TensorSpec, plan_shards
 from conversion.checkpoint import output_folder as target_module
 
 
 TENSORS = {f"layer.{n}": torch.full((64, 16), float(n)) for n in range(5)}
-# A fork server has torch imported once and no threads: each victim is a clean process, started in milliseconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "conversion.checkpoint.writer"])
 
 
 class Slow:
@@ -47,47 +45,16 @@ def no_exchange(one, other):
 
 def victim(target, kill_at=None, exchange=True, **options):
     """Writes in a process of its own, which dies at step `kill_at`: a sync, a rename or the removal of a folder."""
-    steps = 0
-
-    def counted(function):
-        def call(*args, **kwargs):
-            nonlocal steps
-            steps += 1
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync = counted(no_sync)
-    os.rename, os.rmdir = counted(os.rename), counted(os.rmdir)
-    target_module._exchange = counted(target_module._exchange if exchange else no_exchange)
+    os.fsync = no_sync
+    if not exchange:
+        target_module._exchange = no_exchange
+    die_at_step(kill_at, (os, "fsync"), (os, "rename"), (os, "rmdir"), (target_module, "_exchange"))
     write(target, **options)
-
-
-def no_sync(descriptor):
-    """For fsync: a killed process, unlike a power cut, loses nothing that was written."""
 
 
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch):
     monkeypatch.setattr(os, "fsync", no_sync)
-
-
-def run_victim(*args, kill_after_s=None, **options):
-    """Exit code of a process that writes; killed after a time, if one is given."""
-    process = PROCESSES.Process(target=victim, args=args, kwargs=options)
-    process.start()
-    process.join(kill_after_s)
-    if kill_after_s is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode
-
-
-def snapshot(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_nothing_half_done(folder: Path, whole: dict[str, bytes]) -> None:
@@ -111,7 +78,7 @@ def test_killed_at_random_moments_then_resumed_is_byte_identical(tmp_path, whole
     durations = []  # on this machine, now; the first run starts the fork server as well
     for name in ("first", "second"):
         began = time.monotonic()
-        assert run_victim(tmp_path / name, tensors=Slow()) == 0
+        assert run_victim(victim, tmp_path / name, tensors=Slow()) == 0
         durations.append(time.monotonic() - began)
     moments = random.Random(0)
     outcomes = []
@@ -120,7 +87,7 @@ def test_killed_at_random_moments_then_resumed_is_byte_identical(tmp_path, whole
         outer.mkdir()
         for _ in range(2):
             moment = moments.uniform(0.1, 0.9) * durations[-1]
-            code = run_victim(outer / "out", tensors=Slow(), resume=True, kill_after_s=moment)
+            code = run_victim(victim, outer / "out", tensors=Slow(), resume=True, kill_after_s=moment)
             outcomes.append(code)
             assert_nothing_half_done(outer, whole)
             if (outer / "out").exists():
@@ -136,13 +103,13 @@ def test_killed_at_every_step_then_resumed_is_byte_identical(tmp_path, whole):
     for step in range(1, 100):
         outer = tmp_path / str(step)
         outer.mkdir()
-        code = run_victim(outer / "out", kill_at=step, resume=True)
+        code = run_victim(victim, outer / "out", kill_at=step, resume=True)
         assert_nothing_half_done(outer, whole)
         if (outer / "out").exists():
             assert snapshot(outer / "out") == whole
         write(outer / "out", resume=True, overwrite=True)
         assert snapshot(outer / "out") == whole
-        assert sorted(path.name for path in outer.iterdir()) == ["out"]
+        assert names(outer) == ["out"]
         if code == 0:
             break
         shutil.rmtree(outer)
@@ -159,7 +126,7 @@ def test_killed_at_every_step_of_an_overwrite_keeps_the_old_or_has_the_new(tmp_p
         (outer / "out").mkdir(parents=True)
         for name, content in old.items():
             (outer / "out" / name).write_bytes(content)
-        code = run_victim(outer / "out", kill_at=step, overwrite=True, exchange=exchange)
+        code = run_victim(victim, outer / "out", kill_at=step, overwrite=True, exchange=exchange)
         if (outer / "out").exists():
             assert snapshot(outer / "out") in (old, whole)
         else:
@@ -167,7 +134,7 @@ def test_killed_at_every_step_of_an_overwrite_keeps_the_old_or_has_the_new(tmp_p
             assert snapshot(outer / ".out.partial" / "aside") == old
         write(outer / "out", overwrite=True)
         assert snapshot(outer / "out") == whole
-        assert sorted(path.name for path in outer.iterdir()) == ["out"]
+        assert names(outer) == ["out"]
         if code == 0:
             break
         shutil.rmtree(outer)

@@ -103,7 +103,8 @@ def test_paired_layout_moves_rows_and_columns_together(pairing_and_d):
     for head in range(num_heads // 2):
         for m in (0, 1):
             llama_head = pairing.query_heads[2 * head + m]
-            ours, theirs = slice((2 * head + m) * d, (2 * head + m + 1) * d), slice(llama_head * d, llama_head * d + d)
+            ours = slice((2 * head + m) * d, (2 * head + m + 1) * d)
+            theirs = slice(llama_head * d, llama_head * d + d)
             assert torch.equal(target["queries"][ours], source["queries"][theirs])
             assert torch.equal(target["outputs"][:, ours], source["outputs"][:, theirs])
             ours = slice((2 * (head // group) + m) * d, (2 * (head // group) + m + 1) * d)
@@ -187,7 +188,8 @@ def test_rules_write_what_the_model_class_expects(flavour, layers):
 def test_export_rules_undo_import_rules():
     sizes = sizes_of(LlamaConfig(**SMALL))
     generator = torch.Generator().manual_seed(0)
-    imports, exports = diffllama_rules(sizes), diffllama_export_rules(sizes)
+    imports = diffllama_rules(sizes)
+    exports = diffllama_export_rules(sizes)
     theirs = {name: torch.randn(shape, generator=generator) for rule in imports for name, shape in rule.sources}
     ours = {rule.target: rule.build(*(theirs[name] for name, _ in rule.sources)) for rule in imports}
     again = {rule.target: rule.build(*(ours[name] for name, _ in rule.sources)) for rule in exports}

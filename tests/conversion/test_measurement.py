@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from random_llamas import random_diffllama, random_llama, saved, token_ids
+from command_line import run
+from random_llamas import edit_json, random_diffllama, saved, token_ids, write_rows
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint
-from conversion.cli import app
 from conversion.describe import describe_checkpoint
 from conversion.evaluation import measurement
 from conversion.hub.markdown import markdown
@@ -19,29 +18,17 @@ from conversion.record import measured_text
 
 
 COPY = {"variant": "v1", "uncalibrated": True}
-ROWS, ROW_TOKENS = 3, 40
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """Without a tokenizer."""
-    return saved(random_llama(), tmp_path / "llama")
+ROWS = 3
+ROW_TOKENS = 40
 
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    ids = token_ids(length=ROW_TOKENS, batch=ROWS, seed=3).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", ROWS, ROW_TOKENS)
 
 
 def record_of(folder):
     return json.loads((folder / "conversion.json").read_text())
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 def test_v1_is_measured_next_to_its_source(llama, rows, tmp_path):
@@ -89,8 +76,7 @@ def test_numbers_are_shown_recorded_and_written_on_the_card(llama, rows, tmp_pat
 
 def test_calibration_is_shown_with_its_text_stages_and_numbers(llama, rows, tmp_path):
     options = {"calibration": rows, "calibration_tokens": ROWS * ROW_TOKENS, "stages": ["copy"]}
-    llama_config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps(llama_config | {"max_position_embeddings": ROW_TOKENS}))
+    edit_json(llama / "config.json", max_position_embeddings=ROW_TOKENS)
     report = convert_checkpoint(llama, tmp_path / "v1", "v1", **options, held_out=rows)
     assert "fitted" in report.record["promise"]["text"] and "healed" not in report.record["promise"]["text"]
     expected = {"text": "rows.jsonl", "tokens": ROWS * ROW_TOKENS, "stages": ["copy"], "lambda_floor": 0.02}

@@ -1,22 +1,19 @@
 """Odd head counts to V1: idle heads that change nothing until they are trained, and what is said of them."""
 
-import json
-
 import pytest
 import torch
-from planted import kl_nats
-from random_llamas import SMALL, random_llama, random_relative, saved, token_ids
+from command_line import run
+from planted_pairs import kl_nats
+from random_llamas import SMALL, random_llama, random_relative, saved, token_ids, write_rows
 from safetensors.torch import load_file
 from test_convert_adapter import ATTENTION, TOLERANCE, make_adapter
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.calibration.calibrate import Stage, calibrate
 from conversion.calibration.gradient_fit import LocalFit
 from conversion.calibration.model import calibrated_model
 from conversion.calibration.pairing import PairCosts
-from conversion.cli import app
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
@@ -112,10 +109,10 @@ def test_refusal_names_the_way_out_in_the_words_that_were_typed(tmp_path):
     source = saved(random_llama(num_attention_heads=3, num_key_value_heads=3, hidden_size=36), tmp_path / "llama")
     with pytest.raises(ConversionError, match=r"num_attention_heads is 3, .*\(pad_heads=True\), or convert to v2"):
         convert(source, tmp_path / "v1", pad_heads=False)
-    arguments = ["convert", str(source), str(tmp_path / "v1"), "--variant", "v1", "--uncalibrated", "--no-measure"]
-    refused = CliRunner().invoke(app, arguments)
+    arguments = ["convert", source, tmp_path / "v1", "--variant", "v1", "--uncalibrated", "--no-measure"]
+    refused = run(*arguments)
     assert refused.exit_code == 1 and "(--pad-heads)" in refused.stderr
-    done = CliRunner().invoke(app, [*arguments, "--pad-heads"])
+    done = run(*arguments, "--pad-heads")
     assert done.exit_code == 0, done.stderr
     assert "idle heads: 3 heads on 3 key-value heads become 4 on 4" in done.stdout + done.stderr
 
@@ -153,7 +150,9 @@ def test_adapter_is_carried_over(odd, tmp_path):
 @pytest.mark.parametrize("strict", [False, True])
 def test_cost_with_an_idle_head_is_the_least_squares_of_its_partner_alone(strict):
     torch.manual_seed(0)
-    num_heads, map_dim, num_tokens = 3, 2, 40
+    num_heads = 3
+    map_dim = 2
+    num_tokens = 40
     weight = torch.randn(5, num_heads * map_dim)
     costs = PairCosts(weight, num_heads, num_heads, diff_lambda=0.25, strict=strict)
     maps = torch.randn(num_heads, num_tokens, num_tokens).tril().exp()
@@ -199,9 +198,7 @@ def test_calibration_uses_idle_heads_where_they_lose_least(tmp_path, name):
 
 def test_calibrated_checkpoint_is_written_and_verified(tmp_path):
     source = saved(random_llama(**COUNTS["9 on 3"][0]), tmp_path / "llama")
-    rows = token_ids(length=SMALL["max_position_embeddings"], batch=8, seed=3).tolist()
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    text = write_rows(tmp_path / "text.jsonl", 8, SMALL["max_position_embeddings"])
     options = {"calibration": text, "calibration_tokens": 1024, "stages": ("pairing", "refit")}
     convert_checkpoint(source, tmp_path / "v1", "v1", pad_heads=True, **options)
     report = verify_checkpoint(tmp_path / "v1", against=source)

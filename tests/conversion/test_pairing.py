@@ -66,15 +66,21 @@ def test_matching_pairs_eight_kv_heads_as_planted():
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_cost_is_the_residual_of_least_squares(num_kv_heads, strict):
     torch.manual_seed(0)
-    heads, tokens, width, hidden, diff_lambda = 4, 40, 3, 10, 0.1
+    heads = 4
+    tokens = 40
+    width = 3
+    hidden = 10
+    diff_lambda = 0.1
     output_weight = torch.randn(hidden, heads * width)
     maps = torch.randn(heads, tokens, tokens).tril().softmax(-1)
-    values, token_weights = torch.randn(num_kv_heads, tokens, width), torch.rand(tokens) + 0.5
+    values = torch.randn(num_kv_heads, tokens, width)
+    token_weights = torch.rand(tokens) + 0.5
     gathered = PairCosts(output_weight, heads, num_kv_heads, diff_lambda, strict)
     gathered.add(maps, values, token_weights)
     costs = gathered.costs(ridge=1e-12)
 
-    i, j = 1, 2
+    i = 1
+    j = 2
     kv = (i * num_kv_heads // heads, j * num_kv_heads // heads)
     both_values = torch.cat((values[kv[0]], values[kv[1]]), dim=-1)
     offered = (maps[i] - diff_lambda * maps[j]) @ both_values

@@ -32,7 +32,8 @@ def test_solution_in_chunks_is_that_of_all_tokens(problem):
 
 def test_ridge_is_that_of_the_augmented_system(problem):
     features, targets, weights = problem
-    sums, prior = gathered(features, targets, weights), torch.randn(5, 3)
+    sums = gathered(features, targets, weights)
+    prior = torch.randn(5, 3)
     strength = (0.3 * sums.gram.diagonal()).sqrt()[:, None]
     root = weights.double().sqrt()[:, None]
     rows = torch.cat((root * features.double(), strength * torch.eye(5)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from random_llamas import random_llama, saved
+from random_llamas import random_llama
 from safetensors.torch import load_file
 
 from conversion import ConversionError, convert_checkpoint
@@ -13,11 +13,6 @@ from conversion.calibration.self_text import sample
 
 
 TOKENS = 16 * 128
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
 
 
 def convert(llama, output, **options):

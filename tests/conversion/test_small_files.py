@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from random_llamas import random_llama, saved
+from random_llamas import edit_json, random_llama, saved
 from saved_checkpoints import read_refusal
 
 from conversion import ConversionError, convert_checkpoint
@@ -29,19 +29,11 @@ SMALLEST = min(limit for _, limit in LIMITS)
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk=\n"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return saved(random_llama(), tmp_path_factory.mktemp("source") / "llama")
-
-
 @pytest.fixture
-def source(llama, tmp_path):
-    """A LLaMA to spoil: its weights linked, its config copied."""
-    folder = tmp_path / "llama"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
-    os.link(llama / "model.safetensors", folder / "model.safetensors")
-    return folder
+def source(llama):
+    """A LLaMA to spoil: a config and weights."""
+    (llama / "generation_config.json").unlink()
+    return llama
 
 
 def sparse(path: Path, size: int) -> None:
@@ -63,9 +55,17 @@ def convert(source):
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "LICENSE", "NOTICE.txt", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
-     "tokenizer.model", "chat_template.jinja"],
-)  # fmt: skip
+    [
+        "config.json",
+        "LICENSE",
+        "NOTICE.txt",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ],
+)
 def test_file_far_too_large_is_refused_before_it_is_read(source, name):
     """20 GB that take no room on the disk: read whole, they would end the process."""
     sparse(source / name, 20 << 30)
@@ -175,8 +175,7 @@ def test_shape_of_a_million_numbers_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_field_that_nobody_reads_may_be_no_number(source, value):
     """As Python writes it and transformers reads it: left out with a note."""
-    config = json.loads((source / "config.json").read_text()) | {"loss_at_the_end": value}
-    (source / "config.json").write_text(json.dumps(config))
+    edit_json(source / "config.json", loss_at_the_end=value)
     (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": value}))
     assert "config.json: loss_at_the_end is not kept" in convert(source).notes
 
@@ -276,7 +275,7 @@ def test_lack_of_memory_is_known_in_every_library_s_words(error, lacking):
     assert found is None or (str(found).startswith("x: not enough memory") and "\n" not in str(found))
 
 
-def test_lack_of_memory_in_torch_s_own_words():
+def test_lack_of_memory_is_recognized_in_torchs_own_words():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
     assert memory_error(caught.value, "x")

@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from random_llamas import SMALL, random_llama, saved
+from random_llamas import SMALL, edit_json, random_llama, saved
 from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError, convert_checkpoint
@@ -13,8 +13,13 @@ from conversion.source import location as source
 
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def folder_with(tmp_path, files):
@@ -33,7 +38,7 @@ def assert_refused(folder, message, **options):
     assert not (folder.parent / "output").exists()
 
 
-def test_missing_folder_and_file(tmp_path):
+def test_missing_folder_and_plain_file_are_refused(tmp_path):
     assert_refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_text("x")
     assert_refused(tmp_path / "file", "is a file")
@@ -107,15 +112,14 @@ def test_config_that_is_no_llama(tmp_path, changes, message):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
     ],
 )
-def test_rotary_settings_that_make_no_sense(tmp_path, changes, message):
+def test_contradictory_rotary_settings_are_refused(tmp_path, changes, message):
     assert_refused(folder_with(tmp_path, {"config.json": CONFIG | changes}), message)
 
 
 def test_rotary_settings_said_twice_alike_are_fine(tmp_path):
     llama = saved(random_llama(), tmp_path / "llama")
-    config = json.loads((llama / "config.json").read_text())
-    config |= {"rope_theta": 10000, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}
-    (llama / "config.json").write_text(json.dumps(config))
+    both = {"rope_theta": 10000, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}
+    edit_json(llama / "config.json", **both)
     convert_checkpoint(llama, tmp_path / "output", "v1", uncalibrated=True, dry_run=True)
 
 
@@ -130,10 +134,9 @@ def test_rotary_settings_said_twice_alike_are_fine(tmp_path):
         ({"num_key_value_heads": 4}, "k_proj.weight has shape"),
     ],
 )
-def test_weights_that_deny_the_config(tmp_path, changes, message):
+def test_weights_that_contradict_the_config_are_refused(tmp_path, changes, message):
     folder = saved(random_llama(), tmp_path / "source")
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", **changes)
     assert_refused(folder, message)
 
 
@@ -147,9 +150,7 @@ def test_quantized_tensors_are_refused(tmp_path):
 
 def test_code_of_the_source_is_neither_run_nor_kept(tmp_path):
     folder = saved(random_llama(), tmp_path / "source")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     report = convert_checkpoint(folder, tmp_path / "output", "v1", uncalibrated=True)
     assert any(note.startswith("config.json names model code of its own (auto_map)") for note in report.notes)
@@ -179,7 +180,8 @@ def test_hub_id_is_converted_from_its_snapshot(tmp_path, monkeypatch):
     """What is asked of the Hub: weights and texts and no code; what is recorded: the id and the commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = saved(random_llama(), tmp_path / "models--owner--name" / "snapshots" / commit)
-    asked, patterns = [], set()
+    asked = []
+    patterns = set()
 
     def download(hub_id, **options):
         asked.append((hub_id, options["revision"]))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from random_llamas import SMALL, random_llama, saved, token_ids
+from random_llamas import SMALL, edit_json, random_llama, saved, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -112,8 +112,7 @@ def test_mlp_biases_of_some_projections_only_are_zeros_elsewhere(tmp_path):
 def test_biases_without_their_flag_lead_to_a_config_that_converts(tmp_path):
     source = source_with(tmp_path, biased, {"attention_bias": False})
     assert "set attention_bias to true" in refusal(source, tmp_path)
-    config = json.loads((source / "config.json").read_text()) | {"attention_bias": True}
-    (source / "config.json").write_text(json.dumps(config))
+    edit_json(source / "config.json", attention_bias=True)
     assert_converted_as_loaded(source, tmp_path / "v2")
 
 

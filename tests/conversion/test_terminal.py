@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from random_llamas import random_llama, saved
 from rich.progress import Progress
 
 from conversion.console import terminal
@@ -16,11 +15,6 @@ from conversion.console import terminal
 ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
 
 
 def run(*arguments, shell="", **environment):

@@ -6,8 +6,7 @@ import random
 import pytest
 from healing_toys import TOY
 from random_llamas import random_llama, saved
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizers import word_tokenizer
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.heal import heal_checkpoint
@@ -20,10 +19,8 @@ WORDS = 110
 
 def save_tokenizer(folder, **special_tokens):
     """Words w0 to w109 with their numbers; words that it does not know are w0."""
-    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", model_max_length=16, **special_tokens)
-    tokenizer.save_pretrained(folder)
+    words = [f"w{number}" for number in range(WORDS)]
+    word_tokenizer(words, "w0", unk_token="w0", model_max_length=16, **special_tokens).save_pretrained(folder)
     return folder
 
 

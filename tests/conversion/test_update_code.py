@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 import pytest
-from random_llamas import random_diffllama, random_llama, saved
-from test_kill import PROCESSES, no_sync
-from typer.testing import CliRunner
+from command_line import run
+from killed_processes import die_at_step, no_sync, run_victim
+from random_llamas import edit_json, random_diffllama, random_llama, saved
+from saved_checkpoints import snapshot
 
 from conversion import (
     ConversionError,
@@ -21,7 +21,6 @@ from conversion import (
     verify_checkpoint,
 )
 from conversion.checkpoint.output_folder import locked
-from conversion.cli import app
 from conversion.describe import describe_checkpoint
 from conversion.hub import bundle
 from conversion.hub.bundle import code_files
@@ -52,22 +51,10 @@ def old(converted, tmp_path):
     return with_old_code(converted, tmp_path / "old")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def identities(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
     """Inode and time of change, by name: equal only for a file that nobody wrote."""
     stats = {path.name: path.stat() for path in folder.glob(pattern)}
     return {name: (stat.st_ino, stat.st_ctime_ns) for name, stat in stats.items()}
-
-
-def edit_json(path: Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300", "TERM": "dumb"})
 
 
 def test_update_leaves_the_folder_as_a_conversion_of_today(old, converted, llama):
@@ -75,7 +62,7 @@ def test_update_leaves_the_folder_as_a_conversion_of_today(old, converted, llama
     assert len(weights) > 2
     result = run("update-code", old)
     assert result.exit_code == 0, result.stderr
-    assert contents(old) == contents(converted)
+    assert snapshot(old) == snapshot(converted)
     assert identities(old, "*.safetensors") == weights
     assert verify_checkpoint(old, against=llama).passed
     assert "older than diff-llama's" in result.stdout and "importing modeling_diff" in result.stdout
@@ -159,14 +146,14 @@ def test_files_that_today_s_code_lacks_are_removed_and_others_stay(old, monkeypa
 def test_edited_code_is_refused_by_name_and_replaced_when_asked(old):
     with (old / "diff_attention.py").open("a") as file:
         file.write("# mine\n")
-    before = contents(old)
+    before = snapshot(old)
     refused = run("update-code", old)
     assert refused.exit_code == 1 and refused.stderr.count("\n") == 1
     assert f"{old / 'diff_attention.py'}: not as any diff-llama wrote it" in refused.stderr
     assert "--force" in refused.stderr
     with pytest.raises(ConversionError, match="force=True"):
         update_checkpoint_code(old)
-    assert contents(old) == before
+    assert snapshot(old) == before
     report = update_checkpoint_code(old, force=True)
     assert "diff_attention.py was edited, and is replaced" in report.notes
     assert b"# mine" not in (old / "diff_attention.py").read_bytes()
@@ -210,10 +197,10 @@ def linked(folder: Path) -> None:
 )
 def test_what_is_not_ours_is_refused_and_left_alone(old, change, told, force):
     change(old)
-    before = contents(old)
+    before = snapshot(old)
     result = run("update-code", old, *(["--force"] if force else []))
     assert result.exit_code == 1 and told in result.stderr and result.stderr.count("\n") == 1, result.stderr
-    assert contents(old) == before
+    assert snapshot(old) == before
 
 
 def test_other_folders_are_refused_in_one_line(llama, tmp_path):
@@ -228,10 +215,10 @@ def test_other_folders_are_refused_in_one_line(llama, tmp_path):
 
 
 def test_two_updates_at_once_are_one(old):
-    before = contents(old)
+    before = snapshot(old)
     with locked(old / ".update-code"), pytest.raises(FilesError, match="another run is writing"):
         update_checkpoint_code(old)
-    assert contents(old) == before
+    assert snapshot(old) == before
 
 
 def test_card_names_the_releases_that_the_code_beside_it_needs(old, converted):
@@ -279,40 +266,24 @@ def test_every_file_of_old_and_of_former_code_is_known():
 
 def victim(folder, kill_at):
     """Updates in a process of its own, which dies at step `kill_at`: before a sync, a rename, a removal."""
-    steps = 0
-
-    def counted(function):
-        def call(*args, **kwargs):
-            nonlocal steps
-            steps += 1
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync = counted(no_sync)
-    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, counted(getattr(os, name)))
+    os.fsync = no_sync
+    die_at_step(kill_at, *((os, name) for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")))
     update_checkpoint_code(folder)
 
 
 def test_killed_at_every_step_is_old_new_or_does_not_load_and_a_rerun_ends_right(old, tmp_path, monkeypatch):
     """A load needs config.json: wherever it is, all code is of one version."""
     monkeypatch.setattr(os, "fsync", no_sync)
-    before = contents(old)
+    before = snapshot(old)
     new = shutil.copytree(old, tmp_path / "new")
     update_checkpoint_code(new)
-    after = contents(new)
+    after = snapshot(new)
     assert before.keys() - after.keys() and after.keys() - before.keys()  # files are added, and removed
     seen = set()
     for step in range(1, 200):
         folder = shutil.copytree(old, tmp_path / str(step))
-        process = PROCESSES.Process(target=victim, args=(folder, step))
-        process.start()
-        process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL)
-        found = {name: content for name, content in contents(folder).items() if not name.startswith(".update-code")}
+        code = run_victim(victim, folder, step)
+        found = {name: content for name, content in snapshot(folder).items() if not name.startswith(".update-code")}
         if "config.json" in found:
             assert found in (before, after)
         else:
@@ -320,9 +291,9 @@ def test_killed_at_every_step_is_old_new_or_does_not_load_and_a_rerun_ends_right
             assert result.exit_code == 1 and "interrupted" in result.stderr and "update-code" in result.stderr
         seen.add("old" if found == before else "new" if found == after else "neither")
         update_checkpoint_code(folder)
-        assert contents(folder) == after
+        assert snapshot(folder) == after
         shutil.rmtree(folder)
-        if process.exitcode == 0:
+        if code == 0:
             break
     assert seen == {"old", "new", "neither"} and 30 < step < 199
 
@@ -330,7 +301,8 @@ def test_killed_at_every_step_is_old_new_or_does_not_load_and_a_rerun_ends_right
 @pytest.mark.parametrize("signal_error", [KeyboardInterrupt, SystemExit])
 def test_interrupted_while_files_move_is_completed_first(old, converted, monkeypatch, signal_error):
     """Nothing half done is left, as the command line says."""
-    replace, calls = os.replace, []
+    replace = os.replace
+    calls = []
 
     def interrupted(*paths):
         calls.append(paths)
@@ -341,4 +313,4 @@ def test_interrupted_while_files_move_is_completed_first(old, converted, monkeyp
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(signal_error):
         update_checkpoint_code(old)
-    assert contents(old) == contents(converted)
+    assert snapshot(old) == snapshot(converted)

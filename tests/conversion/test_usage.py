@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 import typer
-from random_llamas import random_llama, saved
-from typer.testing import CliRunner
+from command_line import run
 
 from conversion import ConversionError, convert_checkpoint
 from conversion.cli import app
@@ -16,16 +15,6 @@ from conversion.options import chosen_dtype, parse_size
 
 
 COMMANDS = ["convert", "verify", "export", "inspect", "push", "heal"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Four heads in two layers, float32."""
-    return str(saved(random_llama(), tmp_path_factory.mktemp("sources") / "llama"))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 def refusal(*arguments) -> str:

@@ -2,15 +2,10 @@
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from random_llamas import random_diffllama, random_llama, saved
+from random_llamas import random_diffllama, saved
 
 from conversion import ConversionError, convert_checkpoint
 from conversion.source import location as source
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +29,7 @@ def test_llama_without_a_choice_is_refused(tmp_path, llama, options, message):
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "v1"}])
-def test_import_needs_no_choice(tmp_path, options):
+def test_import_of_a_diffllama_needs_no_choice_of_variant(tmp_path, options):
     report = convert_checkpoint(saved(random_diffllama(), tmp_path / "theirs"), tmp_path / "ours", **options)
     assert report.record["promise"]["kind"] == "equal"
     assert not [note for note in report.notes if "uncalibrated" in note]

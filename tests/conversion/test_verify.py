@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from random_llamas import FLAVOURS, random_diffllama, random_llama, saved
+from random_llamas import FLAVOURS, edit_json, random_diffllama, random_llama, saved
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
@@ -16,11 +16,6 @@ from conversion.record import read_record, read_report
 
 def outcomes(report):
     return {check.name: check.outcome for check in report.checks}
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(random_llama(), tmp_path / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +96,7 @@ def test_changed_bytes_and_lost_files_are_found(tmp_path, llama):
 
 def edited(name, **fields):
     """A change of a JSON file."""
-
-    def edit(folder):
-        found = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(found | fields))
-
-    return edit
+    return lambda folder: edit_json(folder / name, **fields)
 
 
 @pytest.mark.parametrize(

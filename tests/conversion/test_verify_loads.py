@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from random_llamas import LONGROPE, SMALL, random_llama, saved
+from random_llamas import LONGROPE, SMALL, edit_json, random_llama, saved
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.evaluation.behavior import cache_difference, cacheable_length, compare_logits
@@ -20,7 +20,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 def edit(folder, **fields):
     """Changes config.json, and where it is recorded its checksum with it."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    edit_json(path, **fields)
     if (folder / "conversion.json").exists():
         record = json.loads((folder / "conversion.json").read_text())
         record["sha256"]["config.json"] = hashlib.sha256(path.read_bytes()).hexdigest()

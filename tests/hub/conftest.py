@@ -5,14 +5,15 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-import transformers
-from hub_models import HEADS, LICENCE_TEXT, VARIANTS, greedy_tokens, head_output
+from hub_models import HEADS, LICENSE_TEXT, VARIANTS, greedy_tokens, head_output
 from loopback_hub import TOKEN
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_tokenizers import word_tokenizer
 
 import modeling_diff
 from conversion import convert_checkpoint
@@ -21,39 +22,18 @@ from conversion import convert_checkpoint
 HERE = Path(__file__).parent
 TIMEOUT_S = 560
 
-TINY = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-    "lambda_init_std": 0.3,
-}
+TINY = {"vocab_size": 48, "pad_token_id": 0, "initializer_range": 0.2}
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """`tiny_config(variant, **changes)`"""
-
-    def build(variant: str, **changes) -> modeling_diff.DiffLlamaConfig:
-        return modeling_diff.DiffLlamaConfig(**(TINY | {"variant": variant} | changes))
-
-    return build
+    return partial(tiny_models.tiny_config, **TINY, lambda_init_std=0.3)
 
 
 def save_tokenizer(folder: Path) -> None:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, TINY["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, TINY["vocab_size"]))]
+    tokenizer = word_tokenizer(words, "<pad>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -129,12 +109,9 @@ def put_in_hub_cache():
 def llama(tmp_path_factory) -> Path:
     """A tiny random LLaMA under a license of Meta's, with tokenizer, license files and card."""
     folder = tmp_path_factory.mktemp("sources") / "Llama-tiny"
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in TINY.items() if key != "lambda_init_std"}
-    config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, rms_norm_eps=1e-5)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_models.tiny_model("llama", **TINY, max_position_embeddings=64, rms_norm_eps=1e-5).save_pretrained(folder)
     save_tokenizer(folder)
-    (folder / "LICENSE.txt").write_text(LICENCE_TEXT)
+    (folder / "LICENSE.txt").write_text(LICENSE_TEXT)
     (folder / "USE_POLICY.md").write_text("policy")
     (folder / "README.md").write_text("---\nlicense: llama3.2\nlanguage: en\n---\nA model.\n")
     return folder

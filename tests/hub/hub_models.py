@@ -14,7 +14,7 @@ HEADS = {
 VARIANTS = ("v1", "v2")
 TOKENS = torch.tensor([[1, 5, 9, 13, 2], [1, 3, 3, 21, 30]])  # (B, T)
 PROMPT = "w5 w9 w13"
-LICENCE_TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n"
+LICENSE_TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nterms\n"
 
 
 @torch.no_grad()

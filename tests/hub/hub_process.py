@@ -63,9 +63,16 @@ def train_and_push(checkpoint: str, repo: str, output_dir: str) -> dict:
     model = load_model(checkpoint)
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     arguments = transformers.TrainingArguments(
-        output_dir, max_steps=1, learning_rate=0.01, report_to=[], save_strategy="no", use_cpu=True, hub_model_id=repo,
-        push_to_hub=True, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir,
+        max_steps=1,
+        learning_rate=0.01,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        hub_model_id=repo,
+        push_to_hub=True,
+        disable_tqdm=True,
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()

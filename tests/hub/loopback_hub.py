@@ -407,11 +407,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(404, "Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
         etag = file.sha256 if file.lfs else file.blob_id
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
-        content, status = file.content, 200
+        content = file.content
+        status = 200
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(match[1]), int(match[2] or len(content) - 1)
+            first = int(match[1])
+            last = int(match[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            content, status = content[first : last + 1], 206
+            content = content[first : last + 1]
+            status = 206
         self.reply(content, status, headers | {"Content-Type": "application/octet-stream"})
 
 

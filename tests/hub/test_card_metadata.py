@@ -61,7 +61,7 @@ def test_plain_words_stay_unquoted():
     "text",
     ["two\nlines", "---", "...", "#x", "a: b", "a #b", "'", '"', "\\x", "{x}", "*x", "&x", "!x", "%x", "x ", " "],
 )
-def test_block_holds_any_text(text):
+def test_metadata_block_holds_any_text(text):
     """What is not printable is escaped, and nothing ends the block."""
     block = metadata_block(ModelCardData(license=text, license_name="x"))
     assert ModelCard(block + "\n# x\n").data.to_dict()["license"] == text.replace("\n", "\\n")

@@ -36,8 +36,12 @@ def adapt(tiny_config, variant, tmp_path):
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         process = subprocess.run(
             [sys.executable, HERE / "adapter_process.py", checkpoint, *arguments],
-            cwd=tmp_path, env=inherited | home, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=inherited | home,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert process.returncode == 0, process.stderr[-6000:]
         return json.loads(process.stdout.splitlines()[-1])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hub_models import HEADS, VARIANTS, head_output
+from tiny_models import SIZES, tiny_model
 from transformers.models.diffllama import DiffLlamaConfig as BuiltInConfig
 from transformers.models.diffllama import DiffLlamaForCausalLM as BuiltInForCausalLM
 
@@ -15,14 +16,6 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 AUTO_MAP = {"AutoConfig": "configuration_diff_llama.DiffLlamaConfig"} | {
     auto_class: f"modeling_diff_llama.{class_name}" for auto_class, class_name in HEADS.items()
-}
-# Sizes for the configs that are not ours, small enough to build.
-SMALL = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
 }
 
 
@@ -76,7 +69,7 @@ def test_no_other_auto_class_builds_transformers_namesake_from_our_config(tiny_c
 
 
 def test_registration_leaves_transformers_own_diffllama_alone(tmp_path):
-    built_in = BuiltInConfig(**SMALL)
+    built_in = BuiltInConfig(**SIZES)
     assert type(transformers.AutoModelForCausalLM.from_config(built_in)) is BuiltInForCausalLM
     built_in.save_pretrained(tmp_path)
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is BuiltInConfig
@@ -135,7 +128,7 @@ def test_saved_config_holds_no_plan(saved, case):
 
 
 def test_transformers_own_diffllama_folder_is_refused_by_name(tmp_path):
-    BuiltInConfig(**SMALL).save_pretrained(tmp_path)
+    BuiltInConfig(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lambda_std_dev|model_type='diffllama'"):
         DiffLlamaConfig.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lambda_std_dev|model_type='diffllama'"):
@@ -144,7 +137,7 @@ def test_transformers_own_diffllama_folder_is_refused_by_name(tmp_path):
 
 def test_llama_folder_is_refused_by_name(tmp_path):
     """Its weights have the shapes of a V1 model: without an error LLaMA would be loaded as a model it is not."""
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
     for load in (DiffLlamaConfig.from_pretrained, DiffLlamaForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=r"model_type='llama'.*diff-llama convert"):
             load(tmp_path)

@@ -97,7 +97,8 @@ def test_no_import_is_hidden_from_the_copier(tree):
 
 
 def reached_from(entry: str) -> set[str]:
-    reached, waiting = set(), {entry}
+    reached = set()
+    waiting = {entry}
     while waiting:
         name = waiting.pop()
         reached.add(name)

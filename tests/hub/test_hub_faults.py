@@ -142,7 +142,7 @@ def test_traceback_is_shown_when_asked_for(reports):
     assert "Traceback" in reports["verbose", "first"]["stderr"]
 
 
-def test_no_token_in_any_output(reports):
+def test_token_is_in_no_output(reports):
     for key, report in reports.items():
         assert TOKEN not in report["stdout"] + report["stderr"], key
         for content in visible(report).values():

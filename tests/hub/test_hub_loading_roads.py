@@ -77,7 +77,7 @@ def test_head_backbone_and_config_are_the_bundles_own(report, case):
     assert report["config_module"].endswith(".configuration_diff_llama")
 
 
-def test_output_equals_the_packages(report, case, expected):
+def test_output_equals_that_of_the_package(report, case, expected):
     torch.testing.assert_close(report["output"], expected[case]["output"], rtol=0, atol=0)
 
 
@@ -111,7 +111,8 @@ def test_code_is_not_run_and_nothing_else_built_without_trust(reports, road):
 
 @pytest.mark.parametrize("road", ["folder", "hub"])
 def test_saving_again_keeps_auto_map_weights_and_every_file_of_code(reports, saved, resaved, road, case):
-    original, again = saved[case], resaved(road, *case)
+    original = saved[case]
+    again = resaved(road, *case)
     written = {file.name for file in original.iterdir() if "token" not in file.name}
     assert {file.name for file in again.iterdir()} == written
     for file in original.glob("*.py"):

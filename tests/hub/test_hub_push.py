@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hub_models import LICENCE_TEXT
+from hub_models import LICENSE_TEXT
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
 from safetensors.torch import load_file, save_file
@@ -223,7 +223,7 @@ def test_measured_numbers_reach_card_and_model_index(reports, folders):
 def test_export_goes_up_without_code_and_is_the_same_function(reports, converted, tmp_path):
     for name, content in uploaded(reports["exported"]).items():
         (tmp_path / name).write_bytes(content)
-    assert not list(tmp_path.glob("*.py")) and (tmp_path / "LICENSE.txt").read_text() == LICENCE_TEXT
+    assert not list(tmp_path.glob("*.py")) and (tmp_path / "LICENSE.txt").read_text() == LICENSE_TEXT
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs).__module__ == "transformers.models.diffllama.modeling_diffllama"
     ours = modeling_diff.DiffLlamaForCausalLM.from_pretrained(converted["v1"])

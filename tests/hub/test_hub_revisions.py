@@ -12,7 +12,8 @@ from modeling_diff import modeling_diff_llama
 
 CASE = ("v1", "AutoModelForCausalLM")
 REPO = "someone/diff"
-CURRENT, OLDER = "1" * 40, "2" * 40
+CURRENT = "1" * 40
+OLDER = "2" * 40
 # An older revision of the code, as if it had computed lambda differently.
 OLDER_CODE = """
 

@@ -208,7 +208,8 @@ def test_quantized_load_is_near(downloads, plain, road, variant, method):
 
 
 def test_adapter_comes_down_with_its_lambda(uploads, downloads, road, variant):
-    up, down = uploads[f"adapter-{variant}"], downloads[f"adapter-{road}-{variant}"]
+    up = uploads[f"adapter-{variant}"]
+    down = downloads[f"adapter-{road}-{variant}"]
     assert (up["output"] - up["base"]).abs().max() > 1e-2, "the adapter does something"
     assert_foreign_code(down)
     # float32; the base is the same to the bit, the sum of base and adapter is not always in one order

@@ -27,13 +27,22 @@ def index(*names: str) -> bytes:
 LAYOUTS = {
     "single": ({"model.safetensors": b"x", "model-v2.safetensors": b"y"}, ["model.safetensors"]),
     "odd names": (
-        {"model.safetensors.index.json": index("pytorch_model-1.safetensors", "w[1]*.safetensors"),
-         "pytorch_model-1.safetensors": b"x", "w[1]*.safetensors": b"y", "w1.safetensors": b"z", "model.bin": b"z"},
+        {
+            "model.safetensors.index.json": index("pytorch_model-1.safetensors", "w[1]*.safetensors"),
+            "pytorch_model-1.safetensors": b"x",
+            "w[1]*.safetensors": b"y",
+            "w1.safetensors": b"z",
+            "model.bin": b"z",
+        },
         ["model.safetensors.index.json", "pytorch_model-1.safetensors", "w[1]*.safetensors"],
     ),
     "folder": (
-        {"model.safetensors.index.json": index("weights/a.safetensors"), "weights/a.safetensors": b"x",
-         "a.safetensors": b"y", "onnx/config.json": b"{}"},
+        {
+            "model.safetensors.index.json": index("weights/a.safetensors"),
+            "weights/a.safetensors": b"x",
+            "a.safetensors": b"y",
+            "onnx/config.json": b"{}",
+        },
         ["model.safetensors.index.json", "weights/a.safetensors"],
     ),
     "index and single": (
@@ -51,7 +60,7 @@ LAYOUTS = {
     "Meta's": ({"consolidated.00.pth": b"x", "params.json": b"{}"}, None),
     "no index": ({"model-00001-of-00002.safetensors": b"x"}, None),
     "nothing": ({}, None),
-}  # fmt: skip
+}
 OTHER = {"config.json": b"{}", "model.safetensors": b"other"}
 ADDRESSES = {  # all of the repository with a revision of its own, "v2/x"
     "me/revisions@v2/x": "v2/x",
@@ -74,9 +83,13 @@ def located(tmp_path_factory):
     settings = {"home": str(folder / "home"), "reports": str(reports), "repositories": repositories, "steps": steps}
     job.write_bytes(pickle.dumps(settings))
     process = subprocess.run(
-        [sys.executable, HERE / "source_process.py", job], cwd=HERE.parents[1], capture_output=True, text=True,
-        timeout=300, env={"PYTHONPATH": str(HERE.parents[1]), "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1"},
-    )  # fmt: skip
+        [sys.executable, HERE / "source_process.py", job],
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": str(HERE.parents[1]), "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1"},
+    )
     assert process.returncode == 0, process.stderr[-4000:]
     commits, found = pickle.loads(reports.read_bytes())
     keys = [*LAYOUTS, "allowed pickle", "allowed pickles", *ADDRESSES]
@@ -136,7 +149,7 @@ def test_address_is_read_at_its_revision(located, address):
         ("owner/na me@x", None),
     ],
 )
-def test_addresses(text, expected):
+def test_address_is_parsed_as_the_hub_writes_it(text, expected):
     assert parse_address(text) == (expected and HubAddress(*expected))
 
 

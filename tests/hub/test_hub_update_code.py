@@ -108,7 +108,8 @@ def test_updated_code_alone_computes_right_tokens(stories, right, road, variant)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update_on_the_hub_is_one_commit_of_code_and_record(hub, stories, variant):
-    before, after = stories["before"][variant], hub.files(f"me/old-{variant}")
+    before = stories["before"][variant]
+    after = hub.files(f"me/old-{variant}")
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     today = {name: path.read_bytes() for name, path in code_files().items()}
     assert {name: content for name, content in after.items() if name.endswith(".py")} == today

@@ -68,7 +68,7 @@ def test_gated_bases_are_private_with_a_reason(metadata, base):
 
 
 @pytest.mark.parametrize("metadata", [{"license": "apache-2.0"}, {"license": "mit"}, {}])
-def test_open_bases_are_not(metadata):
+def test_open_bases_are_not_private(metadata):
     assert private_reason(metadata, llama_terms(metadata), "someone/model") is None
 
 

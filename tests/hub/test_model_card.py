@@ -154,7 +154,7 @@ def test_nothing_is_loaded_from_elsewhere(card):
 
 # peft 0.21 asks for it.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_snippets_run(card, converted, variant):
+def test_snippets_of_the_card_run(card, converted, variant):
     """As they stand, with the folder for the repository's name; the adapter trains lambda."""
     pytest.importorskip("peft")
     load, fine_tune = python_blocks(card)

@@ -11,7 +11,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    variant: str = "v1"  # "v1": one key a map; "v2": shared keys, lambda a row; "one_map": plain attention
+    variant: str = "v1"  # "v1": one key a map; "v2": shared keys, lambda per row; "one_map": plain attention
     B: int = 1
     H: int = 2
     K: int = 1
@@ -90,7 +90,8 @@ class Case:
             length = self.key_length[b] if isinstance(self.key_length, tuple) else self.key_length
             length = self.S if length is None else length
             start = 0 if self.key_start is None else self.key_start[b]
-            t, s = torch.arange(self.T)[:, None], torch.arange(self.S)[None, :]
+            t = torch.arange(self.T)[:, None]
+            s = torch.arange(self.S)[None, :]
             position = t + length - self.T
             seen = ((s >= start) & (s < length)).expand(self.T, self.S).clone()
             if self.is_causal:
@@ -152,7 +153,8 @@ def errors(case, attention, device="cpu", poison=False):
 
     With `poison`, keys and values that no query sees are NaN for `attention`, and only for it.
     """
-    tensors, gradient = case.tensors(device), case.gradient(device)
+    tensors = case.tensors(device)
+    gradient = case.gradient(device)
     want, sizes = expected(case, tensors, gradient)
     given = dict(tensors)
     if poison:

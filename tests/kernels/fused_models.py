@@ -1,20 +1,17 @@
 """Small models for the kernels, on two paths side by side, and which paths their calls took."""
 
-import torch
+from functools import partial
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
+from tiny_models import tiny_model
+
 from modeling_diff.diff_attention_auto import fastest_path
 
 
-# float32 against float32 sums in another order: a few times 2^-24 of the largest value a layer.
+# float32 against float32 sums in another order: a few times 2^-24 of the largest value per layer.
 TOLERANCE = 5e-5
 
 
-def build_model(variant, **settings):
-    """Seeded, in evaluation mode, with a vocabulary of 96; two heads of one key-value head if not said otherwise."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return DiffLlamaForCausalLM(DiffLlamaConfig(variant=variant, **sizes | settings)).eval()
+build_model = partial(tiny_model, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
 
 
 def with_eager(model, implementation, function):

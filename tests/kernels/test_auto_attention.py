@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 if not INTERPRETED:
 
-    def test_default_path_in_an_interpreter_process():
+    def test_default_path_passes_in_an_interpreter_process():
         assert_passes_interpreted(__file__)
 
 else:
@@ -47,8 +47,7 @@ else:
     @pytest.fixture(params=["v1", "v2"])
     def model(request):
         """One differential layer and one that kept LLaMA's attention."""
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.3}
-        return build_model(request.param, differential_layers=[1], **sizes)
+        return build_model(request.param, differential_layers=[1])
 
     @pytest.fixture
     def ids():
@@ -104,13 +103,13 @@ else:
         assert_equals_eager(model, lambda: [model(ids, attention_mask=mask).logits[mask.bool()]])
         assert paths() == {"sdpa"}
 
-    def test_bidirectional_attention_by_the_kernels(model, ids, paths, monkeypatch):
+    def test_bidirectional_attention_of_the_kernels_equals_eager(model, ids, paths, monkeypatch):
         monkeypatch.setattr(model.config, "is_causal", False, raising=False)
         for mask in (torch.ones_like(ids), left_padding(ids), left_padding(ids).flip(-1)):
             assert_equals_eager(model, lambda mask=mask: [model(ids, attention_mask=mask).logits[mask.bool()]])
         assert paths() == {"diff_triton"}
 
-    def test_generation_over_a_static_cache(model, ids):
+    def test_generation_over_a_static_cache_equals_eager(model, ids):
         settings = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
         assert_equals_eager(model, lambda: [model.generate(ids, attention_mask=left_padding(ids), **settings)])
 
@@ -124,7 +123,7 @@ else:
         holes[0, 6] = 0
         assert_equals_eager(model, lambda: [compiled(ids, attention_mask=holes, use_cache=False).logits[:, 7:]])
 
-    def test_first_step_under_checkpointing_and_inference_mode(model, ids, unchecked):
+    def test_kernels_are_checked_under_checkpointing_and_inference_mode(model, ids, unchecked):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
         model.train()
@@ -203,7 +202,7 @@ else:
             (states(5, 5, dtype=torch.float16), None, "sdpa"),
         ],
     )
-    def test_path_of_a_call(inputs, mask, path):
+    def test_call_takes_the_fastest_path_that_can_run_it(inputs, mask, path):
         assert auto.fastest_path(None, *inputs, mask, 2, True)[0] == path
         with torch.autocast("cpu", dtype=torch.float16):
             assert auto.fastest_path(None, *inputs, mask, 2, True)[0] == "sdpa"  # the table here has float32 alone

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
-from modeling_diff import DiffLlamaConfig
 from modeling_diff.diff_attention_triton_interface import fused_attention_mask, mask_of_key_ranges
 from modeling_diff.diff_transformers_compat import cache_argument
 
 
-SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 PADDING = {
     "none": None,
     "ones": [[1] * 9, [1] * 9],
@@ -25,7 +25,7 @@ PADDING = {
 
 
 def config(is_causal=True):
-    config = DiffLlamaConfig(**SHAPE, attn_implementation="diff_triton")
+    config = tiny_config("v1", **HEADS, num_hidden_layers=1, attn_implementation="diff_triton")
     config.is_causal = is_causal
     return config
 

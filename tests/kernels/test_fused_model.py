@@ -17,13 +17,13 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 if not INTERPRETED:
 
-    def test_fused_models_in_an_interpreter_process():
+    def test_fused_models_pass_in_an_interpreter_process():
         assert_passes_interpreted(__file__)
 
     def test_diff_triton_without_a_gpu_raises_by_name():
         if torch.cuda.is_available():
             pytest.skip("there is a GPU, where diff_triton runs")
-        model = build_model("v1", hidden_size=32)
+        model = build_model("v1")
         with pytest.raises(ImportError, match=r'attn_implementation="diff_triton" cannot run here: .*CUDA'):
             model.set_attn_implementation("diff_triton")
 
@@ -35,7 +35,7 @@ if not INTERPRETED:
     def test_default_takes_the_standard_call_where_triton_cannot_run(monkeypatch, caplog):
         monkeypatch.setitem(diff_attention_auto.FASTEST, "cpu", "diff_triton")
         monkeypatch.setattr(diff_attention_auto, "FUSED_DTYPES", (torch.float32,))
-        model = build_model("v1", hidden_size=32)
+        model = build_model("v1")
         logits = model(torch.arange(9)[None]).logits
         model.set_attn_implementation("sdpa")
         assert torch.equal(logits, model(torch.arange(9)[None]).logits)
@@ -43,10 +43,10 @@ if not INTERPRETED:
 
 else:
     VARIANTS = {
-        "v1": {"variant": "v1"},
-        "v2": {"variant": "v2"},
-        "v1 with a LLaMA layer": {"variant": "v1", "differential_layers": [1]},
-        "v2 with a LLaMA layer": {"variant": "v2", "differential_layers": [0]},
+        "v1": {"kind": "v1"},
+        "v2": {"kind": "v2"},
+        "v1 with a LLaMA layer": {"kind": "v1", "differential_layers": [1]},
+        "v2 with a LLaMA layer": {"kind": "v2", "differential_layers": [0]},
     }
 
     @pytest.fixture(params=VARIANTS)
@@ -88,7 +88,7 @@ else:
     @pytest.mark.parametrize("kind", ["padded on the left", "packed"])
     @pytest.mark.parametrize("variant", ["v1", "v2"])
     def test_cancelled_share_is_measured_under_the_kernels_masks(variant, kind, inputs):
-        model = build_model(variant, hidden_size=64, initializer_range=0.3).train()
+        model = build_model(variant, hidden_size=64).train()
         if kind == "packed":
             positions = torch.cat((torch.arange(9), torch.arange(8)))[None]
             inputs = {"input_ids": inputs["input_ids"][:1], "position_ids": positions}

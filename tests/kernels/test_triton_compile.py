@@ -26,7 +26,8 @@ MAX_REGISTERS = 255
 # KiB of shared memory that one program may ask for; sm_86 has sm_89's, and the same instructions.
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 # Spilled stores outside the innermost loops. With one accumulator the epilogue of fwd holds both maps' outputs once.
-MAX_SPILLS, MAX_SPILLS_ONE_ACCUMULATOR = 160, 700
+MAX_SPILLS = 160
+MAX_SPILLS_ONE_ACCUMULATOR = 700
 # And inside them, on sm_90, of the kernels that hold two tiles of scores while exponentials are taken.
 MAX_SPILLS_INSIDE_SM_90 = {"fwd": 12, "dq": 2}
 IN_MODEL_DTYPE = {"q", "k", "v", "out", "o", "o2", "do", "dk", "dv", "dq", "grad", "weight"}
@@ -50,13 +51,25 @@ def compile_kernel(
     flags = {"SHARE_K": share_k, "BLOCK_d": block_d}
     tiles, one_accumulator = tables.choose_tiles(flags, dtype, sm_90=architecture == 90)
     constants = {
-        "MAPS": maps, "SHARE_K": share_k, "LAM_ROW": share_k and maps == 2, "CAUSAL": causal,
-        "LOWER": bool(MASKS - {"length_ptr"} & set(masks)), "d": map_dim,
-        "D": head_dim, "BLOCK_d": block_d, "BLOCK_D": block_D,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "TWO_PASS": one_accumulator and maps == 2,
-        "DK": dk, "DV": dv, "BLOCK_S": 16, "TILES": 8, "BLOCK_M": rows,
-    }  # fmt: skip
-    warps, stages = 4, 3
+        "MAPS": maps,
+        "SHARE_K": share_k,
+        "LAM_ROW": share_k and maps == 2,
+        "CAUSAL": causal,
+        "LOWER": bool(MASKS - {"length_ptr"} & set(masks)),
+        "d": map_dim,
+        "D": head_dim,
+        "BLOCK_d": block_d,
+        "BLOCK_D": block_D,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "TWO_PASS": one_accumulator and maps == 2,
+        "DK": dk,
+        "DV": dv,
+        "BLOCK_S": 16,
+        "TILES": 8,
+        "BLOCK_M": rows,
+    }
+    warps = 4
+    stages = 3
     if name in tiles:
         *blocks, warps, stages = tiles[name]
         constants |= dict(zip(("BLOCK_N", "BLOCK_M"), reversed(blocks), strict=False))
@@ -65,7 +78,9 @@ def compile_kernel(
     absent |= set() if maps == 2 else {"lam_ptr", "o2_ptr"}
     absent |= set() if norm else {"weight_ptr", "rstd_ptr", "dweight_ptr"} | ({"o_ptr"} if name == "fwd" else set())
     absent |= set() if one_accumulator else {"scratch_ptr"}
-    signature, values, attributes = {}, {}, {}
+    signature = {}
+    values = {}
+    attributes = {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants or argument in absent:
             signature[argument], values[argument] = "constexpr", constants.get(argument)

@@ -70,9 +70,13 @@ def test_decode_matches_float64(name, queries):
     want, sizes = expected(case, tensors, case.gradient("cuda"))
     with torch.no_grad():
         output = diff_attention_triton(
-            tensors["query"], tensors["key"], tensors["value"], tensors.get("diff_lambda"),
-            norm_weight=tensors.get("norm_weight"), **case.options("cuda"),
-        )  # fmt: skip
+            tensors["query"],
+            tensors["key"],
+            tensors["value"],
+            tensors.get("diff_lambda"),
+            norm_weight=tensors.get("norm_weight"),
+            **case.options("cuda"),
+        )
     assert (output.double() - want["output"]).norm() <= case.tolerance(TOLERANCE) * sizes["output"]
 
 
@@ -100,9 +104,13 @@ def test_backward_gives_the_same_bits_every_time():
     for _ in range(3):
         tensors = case.tensors("cuda")
         diff_attention_triton(
-            tensors["query"], tensors["key"], tensors["value"], tensors["diff_lambda"],
-            norm_weight=tensors["norm_weight"], **case.options("cuda"),
-        ).backward(case.gradient("cuda"))  # fmt: skip
+            tensors["query"],
+            tensors["key"],
+            tensors["value"],
+            tensors["diff_lambda"],
+            norm_weight=tensors["norm_weight"],
+            **case.options("cuda"),
+        ).backward(case.gradient("cuda"))
         runs.append([tensor.grad for tensor in tensors.values()])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
@@ -133,7 +141,8 @@ def test_a_captured_decode_step_follows_the_cache_length():
 
 
 def test_offsets_past_two_to_the_31_elements_are_read_right():
-    keys, width = 2**31 // 256 + 4096, 256
+    keys = 2**31 // 256 + 4096
+    width = 256
     key = torch.zeros(1, 1, keys, width, dtype=torch.bfloat16, device="cuda")
     value = torch.zeros_like(key)
     key[:, :, -300:].normal_()

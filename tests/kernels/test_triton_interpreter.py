@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 if not INTERPRETED:
     __test__ = True
 
-    def test_kernels_in_an_interpreter_process():
+    def test_kernels_pass_in_an_interpreter_process():
         assert_passes_interpreted(__file__)
 
 else:
@@ -32,7 +32,8 @@ else:
     @pytest.fixture(autouse=True)
     def poisoned_memory(monkeypatch):
         """Fresh memory is NaN, so that whatever a kernel leaves unwritten shows."""
-        new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+        new_empty = torch.Tensor.new_empty
+        empty_like = torch.empty_like
 
         def poison(tensor):
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
@@ -140,9 +141,13 @@ else:
         )
         with torch.no_grad():
             output = diff_attention_triton(
-                tensors["query"], tensors["key"], tensors["value"], tensors.get("diff_lambda"),
-                norm_weight=tensors.get("norm_weight"), **case.options(),
-            )  # fmt: skip
+                tensors["query"],
+                tensors["key"],
+                tensors["value"],
+                tensors.get("diff_lambda"),
+                norm_weight=tensors.get("norm_weight"),
+                **case.options(),
+            )
         assert len(splits) == 1
         assert (output.double() - want["output"]).norm() <= case.tolerance(TOLERANCE) * sizes["output"]
 
@@ -150,9 +155,13 @@ else:
         case = Case(B=2, key_start=(0, 19), T=33, S=33, norm=True)
         tensors = case.tensors()
         output = diff_attention_triton(
-            tensors["query"], tensors["key"], tensors["value"], tensors["diff_lambda"],
-            norm_weight=tensors["norm_weight"], **case.options() | {"norm_eps": 0.0},
-        )  # fmt: skip
+            tensors["query"],
+            tensors["key"],
+            tensors["value"],
+            tensors["diff_lambda"],
+            norm_weight=tensors["norm_weight"],
+            **case.options() | {"norm_eps": 0.0},
+        )
         output.backward(case.gradient())
         assert output[1, :19].eq(0).all() and tensors["query"].grad[1, :, :19].eq(0).all()
         assert tensors["key"].grad[1, :, :19].eq(0).all() and tensors["value"].grad[1, :, :19].eq(0).all()

@@ -16,7 +16,8 @@ def attention_by_definition(query, key, value, diff_lambda, scaling, additive_ma
     `diff_lambda` () or (B, T, H); `additive_mask` (B, T, S).
     """
     batch_size, num_maps, num_queries, map_dim = query.shape
-    num_heads, head_dim = num_maps // 2, value.shape[-1]
+    num_heads = num_maps // 2
+    head_dim = value.shape[-1]
     outputs = []
     for b in range(batch_size):
         for t in range(num_queries):
@@ -45,7 +46,8 @@ def rotate(x, positions, theta):
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions[..., None].double() * frequencies
-    first, second = x[..., :half], x[..., half:]
+    first = x[..., :half]
+    second = x[..., half:]
     return torch.cat(
         (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
     )

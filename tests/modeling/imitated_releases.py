@@ -90,9 +90,10 @@ def return_tuples_from_layers(source: str) -> str:
     start, end = source.index("class LlamaDecoderLayer"), source.index("class LlamaPreTrainedModel")
     layer = replace_once(source[start:end], "        return hidden_states\n", "        return (hidden_states,)\n")
     model = replace_once(
-        source[end:], "                **kwargs,\n            )\n\n        hidden_states = self.norm(",
+        source[end:],
+        "                **kwargs,\n            )\n\n        hidden_states = self.norm(",
         "                **kwargs,\n            )[0]\n\n        hidden_states = self.norm(",
-    )  # fmt: skip
+    )
     return source[:start] + layer + model
 
 
@@ -154,20 +155,14 @@ CHANGES["nothing"] = lambda: None
 def decode(variant: str) -> float:
     """Share of greedy tokens, decoded through the cache with left padding, that the definition gives, too."""
     from diff_llama_by_definition import logits_by_definition
+    from tiny_models import tiny_model
 
-    from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = DiffLlamaConfig(
-        variant=variant, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    model = DiffLlamaForCausalLM(config).eval()
+    model = tiny_model(variant, pad_token_id=0, eos_token_id=None)
     input_ids = torch.tensor([[5, 9, 3, 17, 30], [0, 0, 4, 8, 41]])
     visible = (input_ids != 0).long()
     generated = model.generate(input_ids, attention_mask=visible, max_new_tokens=NEW_TOKENS, do_sample=False)
     for _ in range(NEW_TOKENS):
-        logits = logits_by_definition(model.state_dict(), config, input_ids, visible)
+        logits = logits_by_definition(model.state_dict(), model.config, input_ids, visible)
         input_ids = torch.cat((input_ids, logits[:, -1:].argmax(-1)), dim=1)
         visible = torch.nn.functional.pad(visible, (0, 1), value=1)
     return (generated == input_ids)[:, -NEW_TOKENS:].double().mean().item()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import DiffLlamaConfig as HalvesConfig
 from transformers import DiffLlamaForCausalLM as HalvesForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_diff import DiffLlamaForCausalLM
 from modeling_diff.diff_transformers_compat import cache_argument, output_cache
@@ -15,23 +14,12 @@ FLOAT32_ATOL = 2e-5
 
 
 @pytest.fixture
-def llama():
+def llama(tiny_model):
     """Builds a LLaMA of the tiny models' sizes, with `num_attention_heads` heads of its own 32 / heads width."""
 
     def build(num_attention_heads, num_key_value_heads, dtype=torch.float32):
-        torch.manual_seed(1)
-        config = LlamaConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            pad_token_id=0,
-        )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        heads = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads}
+        return tiny_model("llama", seed=1, noise=0, **heads).to(dtype)
 
     return build
 

@@ -4,7 +4,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
+from transformers import modeling_flash_attention_utils
 from transformers.integrations import sdpa_attention
 
 from modeling_diff import AttentionMaps, DiffLlamaForCausalLM, diff_attention
@@ -45,7 +45,8 @@ def test_implementation_that_cannot_run_is_refused_by_name(
 
 
 def test_refused_name_leaves_the_model_as_it_was(tiny_model, variant, random_ids):
-    model, input_ids = tiny_model(variant), random_ids(1, 5)
+    model = tiny_model(variant)
+    input_ids = random_ids(1, 5)
     before = model(input_ids).logits
     implementation = model.config._attn_implementation
     with pytest.raises(ValueError, match="no_such_attention"):
@@ -63,7 +64,8 @@ def test_flex_attention_training_on_the_cpu_is_refused(tiny_model, variant, rand
 
 
 def test_default_on_the_cpu_is_diff_chunked(tiny_model, variant, random_ids):
-    model, input_ids = tiny_model(variant), random_ids(2, 20)
+    model = tiny_model(variant)
+    input_ids = random_ids(2, 20)
     assert model.config._attn_implementation == "diff_auto"
     logits = model(input_ids).logits
     model.set_attn_implementation("diff_chunked")
@@ -71,7 +73,8 @@ def test_default_on_the_cpu_is_diff_chunked(tiny_model, variant, random_ids):
 
 
 def test_implementation_set_at_run_time_is_the_one_that_runs(tiny_model, variant, random_ids):
-    model, input_ids = tiny_model(variant, attn_implementation="sdpa"), random_ids(2, 9)
+    model = tiny_model(variant, attn_implementation="sdpa")
+    input_ids = random_ids(2, 9)
     expected = model(input_ids).logits
     for implementation in ("eager", "diff_chunked", "sdpa"):
         model.set_attn_implementation(implementation)
@@ -152,7 +155,7 @@ def test_attentions_asked_of_a_path_without_maps_are_warned_of_as_in_llama(
 ):
     given = {} if name is None else {"attn_implementation": name}
     model = tiny_model(variant, differential_layers=differential_layers, **given)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1))
+    llama = tiny_model("llama", num_hidden_layers=1)
     expected = llama(random_ids(1, 5), output_attentions=True).attentions
     assert len(warnings_given) == 1  # of LLaMA
     assert model(random_ids(1, 5), output_attentions=True).attentions == expected == ()

@@ -53,7 +53,8 @@ def test_prefill_in_chunks_equals_one_pass(model, random_ids):
 @torch.no_grad()
 def test_sliding_window_cache_equals_a_banded_mask(tiny_model, variant, random_ids, kind):
     """LLaMA masks no window of its own, so that the whole prompt is the window and only decoding slides."""
-    window, num_tokens = 6, 13
+    window = 6
+    num_tokens = 13
     model = tiny_model(variant, num_hidden_layers=1)
     model.config.sliding_window = window
     model.config.layer_types = ["sliding_attention"]
@@ -64,7 +65,8 @@ def test_sliding_window_cache_equals_a_banded_mask(tiny_model, variant, random_i
         last = model(input_ids[:, t : t + 1], **cache_argument(cache)).logits
     assert cache.layers[0].keys.shape[-2] <= window
     model.config.sliding_window = model.config.layer_types = None
-    rows, columns = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None]
+    rows = torch.arange(num_tokens)[:, None]
+    columns = torch.arange(num_tokens)[None]
     visible = (columns <= rows) & (columns > rows - window)
     banded = model(input_ids, attention_mask=visible[None, None].expand(2, 1, -1, -1)).logits
     torch.testing.assert_close(last, banded[:, -1:], rtol=0, atol=FLOAT32_ATOL)

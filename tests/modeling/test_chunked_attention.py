@@ -251,8 +251,9 @@ def trained_inputs(variant, dtype, attended, first_keys):
 
 
 def two_calls(query, key, value, diff_lambda, mask):
-    """One flash call a map and a subtraction: (B, T, H, D)."""
-    map_dim, keys = query.shape[-1], key.repeat_interleave(2, 1)
+    """One flash call per map and a subtraction: (B, T, H, D)."""
+    map_dim = query.shape[-1]
+    keys = key.repeat_interleave(2, 1)
     first, second = (
         nn.functional.scaled_dot_product_attention(
             query[:, number::2], keys[..., start:][..., :map_dim], value.repeat_interleave(2, 1), mask

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 from modeling_diff.diff_transformers_compat import cache_argument
 
@@ -40,7 +41,8 @@ def test_static_cache_decoding_compiles_to_one_graph_once(model, random_ids):
 @pytest.mark.slow
 def test_inductor_decoding_equals_one_pass(tiny_model, random_ids):
     torch._dynamo.reset()
-    model, input_ids = tiny_model("v1", num_hidden_layers=1), random_ids(2, 11)
+    model = tiny_model("v1", num_hidden_layers=1)
+    input_ids = random_ids(2, 11)
     decoded = decode_compiled(model, input_ids, torch.compile(model.forward, fullgraph=True))
     torch.testing.assert_close(decoded, model(input_ids).logits, rtol=0, atol=FLOAT32_ATOL)
 
@@ -74,7 +76,8 @@ def test_training_compiles_to_one_graph_for_all_lengths(tiny_model, variant, imp
 
 
 def export(model, input_ids):
-    batch_size, num_tokens = torch.export.Dim("batch_size"), torch.export.Dim("num_tokens", max=100)
+    batch_size = torch.export.Dim("batch_size")
+    num_tokens = torch.export.Dim("num_tokens", max=100)
     return torch.export.export(
         model,
         (input_ids,),
@@ -87,10 +90,8 @@ def export(model, input_ids):
 @pytest.fixture(scope="module")
 def torch_exports_llama():
     """Skips where LLaMA itself, with grouped queries, cannot be exported for any length: torch 2.11 fixes one."""
-    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
     try:
-        export(LlamaForCausalLM(config).eval(), torch.arange(3, 29).view(2, 13))
+        export(tiny_model("llama"), torch.arange(3, 29).view(2, 13))
     except torch._dynamo.exc.UserError as error:
         pytest.skip(f"torch {torch.__version__} cannot export transformers' own LLaMA either: {str(error)[:80]}")
 

@@ -18,7 +18,8 @@ def test_derived_widths_follow_the_variant(tiny_config):
 
 
 def test_defaults_are_llama_defaults():
-    ours, theirs = DiffLlamaConfig(), LlamaConfig()
+    ours = DiffLlamaConfig()
+    theirs = LlamaConfig()
     shared = set(theirs.to_dict()) - {"model_type", "architectures"}
     assert {name: getattr(ours, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
 
@@ -50,7 +51,9 @@ def test_parameter_shapes_are_those_of_the_design(tiny_model):
         }
         for variant in ("v1", "v2")
     }
-    heads, key_value_heads, hidden_size = 4, 2, 32
+    heads = 4
+    key_value_heads = 2
+    hidden_size = 32
     assert shapes["v1"] == {
         "q_proj.weight": (heads * 2 * 4, hidden_size),
         "k_proj.weight": (key_value_heads * 2 * 4, hidden_size),
@@ -76,7 +79,8 @@ def test_biases_are_where_the_config_asks_for_them(tiny_model):
 
 @pytest.mark.parametrize("settings", [{"sub_norm_eps": [0.5, 0.02]}, {"lambda_init": [0.7, -0.3]}], ids=str)
 def test_values_given_by_layer_reach_their_layers(tiny_model, random_ids, settings):
-    model, input_ids = tiny_model("v1", **settings), random_ids(2, 9)
+    model = tiny_model("v1", **settings)
+    input_ids = random_ids(2, 9)
     expected = logits_by_definition(model.state_dict(), model.config, input_ids)
     # float32 logits of up to about 6.
     torch.testing.assert_close(model(input_ids).logits.double(), expected, rtol=0, atol=2e-5)
@@ -120,7 +124,7 @@ INVALID = {
 @pytest.mark.parametrize(("settings", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_config_says_what_is_wrong(tiny_config, settings, message):
     with pytest.raises(ValueError, match=message):
-        tiny_config(**{"variant": "v1"} | settings)
+        tiny_config("v1", **settings)
 
 
 SET_AFTERWARDS = {
@@ -148,7 +152,8 @@ def test_fields_set_on_a_config_are_checked_where_it_is_used(tiny_model, setting
 
 @pytest.mark.parametrize("settings", [{}, {"sub_norm_eps": [0.5, 0.02], "differential_layers": [0, 1]}], ids=str)
 def test_fewer_layers_are_loaded_with_the_values_of_the_first(tiny_model, settings, random_ids, tmp_path):
-    model, input_ids = tiny_model("v1", **settings), random_ids(1, 9)
+    model = tiny_model("v1", **settings)
+    input_ids = random_ids(1, 9)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
     model.model.layers = model.model.layers[:1]
@@ -158,7 +163,8 @@ def test_fewer_layers_are_loaded_with_the_values_of_the_first(tiny_model, settin
 
 def test_variant_of_weight_files_is_not_taken_for_ours(tiny_model, variant, random_ids, tmp_path):
     """`from_pretrained` has a keyword of our field's name, for files such as model.fp16.safetensors."""
-    model, input_ids = tiny_model(variant), random_ids(1, 9)
+    model = tiny_model(variant)
+    input_ids = random_ids(1, 9)
     model.save_pretrained(tmp_path, variant="fp16")
     for auto_class in (AutoModelForCausalLM, DiffLlamaForCausalLM):
         loaded = auto_class.from_pretrained(tmp_path, variant="fp16")
@@ -176,7 +182,7 @@ def test_variant_given_to_an_auto_config_is_ours(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("rope_parameters", [{"type": "linear", "factor": 2.0, "rope_theta": 500.0}, None], ids=str)
-def test_rope_given_on_loading_may_be_spelt_as_in_a_constructor(
+def test_rope_given_on_loading_may_be_spelled_as_in_a_constructor(
     tiny_model, variant, rope_parameters, random_ids, tmp_path
 ):
     input_ids = random_ids(1, 9)
@@ -206,7 +212,7 @@ def test_bias_of_o_proj_follows_attention_bias_unless_given(tiny_config, variant
 @pytest.mark.parametrize("field", ["variant", "lambda_init", "differential_layers", "lambda_bias", "sub_norm_eps"])
 def test_value_of_a_wrong_type_is_refused_by_field_name(tiny_config, field):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{field}'"):
-        tiny_config(**{"variant": "v1", field: object()})
+        tiny_config("v1", **{field: object()})
 
 
 def test_generation_settings_do_not_leak_into_the_config(tiny_model, variant, tmp_path):

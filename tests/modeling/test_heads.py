@@ -1,4 +1,4 @@
-"""The heads beside language modelling: what they compute, each problem type, and their loss."""
+"""The heads next to language modeling: what they compute, each problem type, and their loss."""
 
 import pytest
 import torch
@@ -114,7 +114,8 @@ def test_question_answering_scores_starts_and_ends(tiny_model, variant, random_i
 
 
 def test_language_model_loss_is_the_shifted_cross_entropy(tiny_model, variant, random_ids):
-    model, input_ids = tiny_model(variant), random_ids(2, 9)
+    model = tiny_model(variant)
+    input_ids = random_ids(2, 9)
     labels = input_ids.clone()
     labels[0, :4] = -100
     output = model(input_ids, labels=labels)

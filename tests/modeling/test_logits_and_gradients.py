@@ -77,7 +77,8 @@ def test_logits_equal_the_definition(model, random_ids, implementation, dtype):
 def test_logits_of_padded_batches_equal_the_definition(model, random_ids, implementation, dtype, padding):
     model = model.to(dtype)
     model.set_attn_implementation(implementation)
-    input_ids, visible = random_ids(2, 13), visible_tokens(2, 13, padding)
+    input_ids = random_ids(2, 13)
+    visible = visible_tokens(2, 13, padding)
     expected = logits_by_definition(model.state_dict(), model.config, input_ids, visible)
     logits = model(input_ids, attention_mask=visible).logits
     kept = visible.bool()
@@ -88,7 +89,8 @@ def test_logits_of_padded_batches_equal_the_definition(model, random_ids, implem
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_flex_attention_logits_equal_the_definition(tiny_model, variant, random_ids, padding):
     model = tiny_model(variant, initializer_range=0.15, attn_implementation="flex_attention")
-    input_ids, visible = random_ids(2, 13), visible_tokens(2, 13, padding)
+    input_ids = random_ids(2, 13)
+    visible = visible_tokens(2, 13, padding)
     expected = logits_by_definition(model.state_dict(), model.config, input_ids, visible)
     with torch.no_grad():  # compiled FlexAttention has no backward on the CPU, and no float64
         logits = model(input_ids, attention_mask=visible).logits

@@ -21,7 +21,8 @@ def pad(sequences, side, pad_token_id=0):
         padding = torch.full((1, length - sequence.shape[1]), pad_token_id)
         parts = (padding, sequence) if side == "left" else (sequence, padding)
         rows.append(torch.cat(parts, dim=1))
-        ones, zeros = torch.ones_like(sequence), torch.zeros_like(padding)
+        ones = torch.ones_like(sequence)
+        zeros = torch.zeros_like(padding)
         masks.append(torch.cat((zeros, ones) if side == "left" else (ones, zeros), dim=1))
     return torch.cat(rows), torch.cat(masks)
 

@@ -26,7 +26,8 @@ from modeling_diff.diff_transformers_compat import (
 
 FOLDER = Path(__file__).parent
 ROOT = Path(modeling_diff.__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FOLDER)]), "OMP_NUM_THREADS": "1"}
+PATHS = os.pathsep.join(map(str, (ROOT, FOLDER, FOLDER.parent)))
+ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 NEXT_RELEASE = "5.99.0"
 
 # Changes after which everything that this code needs still arrives.

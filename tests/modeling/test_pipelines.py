@@ -4,8 +4,8 @@ import json
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, pipeline
+from tiny_tokenizers import word_tokenizer
+from transformers import pipeline
 
 from modeling_diff import DiffLlamaForCausalLM, DiffLlamaForSequenceClassification
 
@@ -19,10 +19,9 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 def tokenizer():
     """One word, one token: 96 of them, as many as the tiny models know."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *(f"w{index}" for index in range(90))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return word_tokenizer(
+        words,
+        "<unk>",
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

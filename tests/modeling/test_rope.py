@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_diff.modeling_diff_llama import DiffLlamaRotaryEmbedding
@@ -47,18 +46,11 @@ def old_spelling(rope_type):
 
 
 @pytest.fixture
-def llama_rotary():
+def llama_rotary(tiny_config):
     """LLaMA's rotary embedding for heads as wide as a map."""
 
     def build(rope_type):
-        config = LlamaConfig(
-            hidden_size=32,
-            num_attention_heads=4,
-            head_dim=MAP_DIM,
-            max_position_embeddings=128,
-            **new_spelling(rope_type),
-        )
-        return LlamaRotaryEmbedding(config)
+        return LlamaRotaryEmbedding(tiny_config("llama", head_dim=MAP_DIM, **new_spelling(rope_type)))
 
     return build
 
@@ -74,7 +66,8 @@ def diff_config(tiny_config, variant):
 @pytest.mark.parametrize("spell", [new_spelling, old_spelling])
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_rotary_angles_equal_llama_heads_of_map_width(diff_config, llama_rotary, tokens_embedded, rope_type, spell):
-    ours, theirs = DiffLlamaRotaryEmbedding(diff_config(**spell(rope_type))), llama_rotary(rope_type)
+    ours = DiffLlamaRotaryEmbedding(diff_config(**spell(rope_type)))
+    theirs = llama_rotary(rope_type)
     assert torch.equal(ours.inv_freq, theirs.inv_freq)
     assert ours.attention_scaling == theirs.attention_scaling
     # 100 tokens are beyond the original 32, where dynamic and longrope compute their frequencies anew.

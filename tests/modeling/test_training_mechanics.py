@@ -19,7 +19,8 @@ def gradients_of(model, input_ids):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_gradients_by_example_equal_each_alone(tiny_model, variant, implementation, random_ids):
-    model, input_ids = tiny_model(variant, attn_implementation=implementation), random_ids(2, 9)
+    model = tiny_model(variant, attn_implementation=implementation)
+    input_ids = random_ids(2, 9)
 
     def loss(parameters, row):
         return torch.func.functional_call(model, parameters, (row,), {"labels": row, "use_cache": False}).loss
@@ -101,7 +102,8 @@ def test_lambda_vectors_are_drawn_with_their_own_deviation(tiny_config):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_model_loads_with_equal_logits(tiny_model, variant, random_ids, tmp_path, tied):
-    model, input_ids = tiny_model(variant, tie_word_embeddings=tied), random_ids(2, 9)
+    model = tiny_model(variant, tie_word_embeddings=tied)
+    input_ids = random_ids(2, 9)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
     loaded, report = DiffLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -112,7 +114,8 @@ def test_saved_model_loads_with_equal_logits(tiny_model, variant, random_ids, tm
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings_keep_old_logits(tiny_model, variant, random_ids, tied):
-    model, input_ids = tiny_model(variant, tie_word_embeddings=tied), random_ids(2, 9)
+    model = tiny_model(variant, tie_word_embeddings=tied)
+    input_ids = random_ids(2, 9)
     expected = model(input_ids).logits
     model.resize_token_embeddings(110)
     logits = model(input_ids).logits
@@ -123,7 +126,8 @@ def test_resized_embeddings_keep_old_logits(tiny_model, variant, random_ids, tie
 
 
 def test_model_on_the_meta_device_loads_weights_by_assignment(tiny_model, tiny_config, variant, random_ids):
-    expected, input_ids = tiny_model(variant), random_ids(2, 9)
+    expected = tiny_model(variant)
+    input_ids = random_ids(2, 9)
     with torch.device("meta"):
         model = DiffLlamaForCausalLM(tiny_config(variant))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -136,7 +140,8 @@ def test_model_on_the_meta_device_loads_weights_by_assignment(tiny_model, tiny_c
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_device_map_loads_equal_logits(tiny_model, variant, random_ids, tmp_path, device_map):
-    model, input_ids = tiny_model(variant), random_ids(2, 9)
+    model = tiny_model(variant)
+    input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path)
     loaded = DiffLlamaForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     logits = loaded(input_ids.to(loaded.device)).logits.cpu()
@@ -145,7 +150,8 @@ def test_device_map_loads_equal_logits(tiny_model, variant, random_ids, tmp_path
 
 
 def test_layers_offloaded_to_disk_give_equal_logits(tiny_model, variant, random_ids, tmp_path):
-    model, input_ids = tiny_model(variant), random_ids(2, 9)
+    model = tiny_model(variant)
+    input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -156,7 +162,8 @@ def test_layers_offloaded_to_disk_give_equal_logits(tiny_model, variant, random_
 
 
 def test_sharded_checkpoint_loads_with_equal_logits(tiny_model, variant, random_ids, tmp_path):
-    model, input_ids = tiny_model(variant), random_ids(2, 9)
+    model = tiny_model(variant)
+    input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert torch.equal(DiffLlamaForCausalLM.from_pretrained(tmp_path)(input_ids).logits, model(input_ids).logits)

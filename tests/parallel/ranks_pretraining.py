@@ -15,9 +15,8 @@ import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from parallel_ranks import join_ranks, pretend_to_be_accelerators
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_tokenizers import word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
 
 from modeling_diff import DiffLlamaForCausalLM
 
@@ -44,10 +43,8 @@ def prepare_checkpoint(source: Path, target: Path) -> None:
         model.config.tie_word_embeddings = True
         model.lm_head.weight = model.model.embed_tokens.weight
     model.save_pretrained(target)
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 48))]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(target)
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 48))]
+    word_tokenizer(words, "<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(target)
 
 
 def write_texts(folder: Path) -> None:
@@ -72,7 +69,8 @@ def figures(log: list[dict]) -> dict[str, list[float]]:
 
 def main(folder: Path) -> None:
     rank = join_ranks(folder)
-    texts, results = folder / "texts", {}
+    texts = folder / "texts"
+    results = {}
     if rank == 0:
         texts.mkdir()
         write_texts(texts)
@@ -84,7 +82,8 @@ def main(folder: Path) -> None:
     sys.path.insert(0, str(EXAMPLES / "scripts"))
     import continue_pretraining as example
 
-    seen, save = {}, example.save
+    seen = {}
+    save = example.save
 
     def save_and_look(trainer, arguments):
         # Of layers alone: what lies outside them stays gathered after a forward pass.

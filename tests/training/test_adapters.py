@@ -212,7 +212,8 @@ def test_new_modules_move_and_come_back_from_disk(variant, tmp_path):
     model = trained(variant)
     model.save_pretrained(tmp_path)
     merged = peft.PeftModel.from_pretrained(tiny_model(variant), tmp_path).merge_and_unload()
-    start, trained_state = tiny_model(variant).state_dict(), model.state_dict()
+    start = tiny_model(variant).state_dict()
+    trained_state = model.state_dict()
     new = [name for name in start if "lambda" in name or "sub_norm" in name]
     assert len(new) == {"v1": 2 * 5, "v2": 2}[variant]
     for name in new:
@@ -244,14 +245,15 @@ def test_adapters_switch_and_can_be_turned_off(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_adapters_stack(variant):
+def test_two_adapters_at_once_add_up(variant):
     """Two LoRAs at once give what the base plus both products gives; peft stacks without modules_to_save alone."""
     model = adapted(variant, modules_to_save=None)
     model.add_adapter("second", lora_config(tiny_model(variant), r=2, modules_to_save=None))
     model.base_model.set_adapter(["default", "second"])
     assert train(model) == []
     expected = tiny_model(variant)
-    state, adapters = expected.state_dict(), model.state_dict()
+    state = expected.state_dict()
+    adapters = model.state_dict()
     for name, weight in state.items():
         for adapter, rank in (("default", 4), ("second", 2)):
             prefix = f"base_model.model.{name.removesuffix('.weight')}"

@@ -1,10 +1,10 @@
 """TRL on converted checkpoints, as its users call it: supervised fine-tuning and preference training with LoRA."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_tokenizers import TINY_LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import convert_checkpoint
@@ -19,7 +19,6 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 # peft 0.21 and TRL 1.16 use names that transformers 5.23 deprecates: TRL switches gradient_checkpointing on itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 SETTINGS = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,
@@ -56,12 +55,18 @@ def test_supervised_fine_tuning_learns(checkpoint, tmp_path):
     class DiffSFTTrainer(DiffTrainerMixin, trl.SFTTrainer):
         pass
 
-    model, words = load(checkpoint), ("ab", "cd", "ef", "gh")
+    model = load(checkpoint)
+    words = ("ab", "cd", "ef", "gh")
     data = datasets.Dataset.from_list([{"prompt": f"upper {w} ->", "completion": f" {w.upper()}"} for w in words])
     trainer = DiffSFTTrainer(
-        model, trl.SFTConfig(str(tmp_path), **SETTINGS), train_dataset=data, peft_config=lora_config(model, r=4),
-        processing_class=AutoTokenizer.from_pretrained(checkpoint), callbacks=[LambdaCallback()], lambda_factor=2.0,
-    )  # fmt: skip
+        model,
+        trl.SFTConfig(str(tmp_path), **SETTINGS),
+        train_dataset=data,
+        peft_config=lora_config(model, r=4),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        callbacks=[LambdaCallback()],
+        lambda_factor=2.0,
+    )
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0] / 2
     assert "lambda/layer_4/mean" in trainer.state.log_history[0]
@@ -82,10 +87,12 @@ def test_guard_of_another_wording_loads():
 
 def test_full_preference_training_takes_a_reference(checkpoint, tmp_path):
     trainer = trl.DPOTrainer(
-        model=load(checkpoint), ref_model=load(checkpoint), train_dataset=PREFERENCES,
+        model=load(checkpoint),
+        ref_model=load(checkpoint),
+        train_dataset=PREFERENCES,
         args=trl.DPOConfig(str(tmp_path), **(SETTINGS | {"max_steps": 1})),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
-    )  # fmt: skip
+    )
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)  # as below
 
@@ -96,10 +103,13 @@ def test_preference_training_starts_at_its_reference_and_learns(checkpoint, tmp_
 
     model = load(checkpoint)
     trainer = DiffDPOTrainer(
-        model=model, args=trl.DPOConfig(str(tmp_path), **SETTINGS), train_dataset=PREFERENCES,
-        processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
+        model=model,
+        args=trl.DPOConfig(str(tmp_path), **SETTINGS),
+        train_dataset=PREFERENCES,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        peft_config=lora_config(model, r=4),
         callbacks=[LambdaCallback()],
-    )  # fmt: skip
+    )
     trainer.train()
     # Policy and reference, the model without its adapter, are one at first: -log sigmoid(0). float32.
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
@@ -117,9 +127,12 @@ def test_quantized_base_keeps_lambda_in_float32(checkpoint, tmp_path):
     quantized = {"quantization_config": four_bit_config(), "dtype": torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **quantized)
     trainer = DiffSFTTrainer(
-        model, trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})), train_dataset=ROWS,
-        processing_class=AutoTokenizer.from_pretrained(checkpoint), peft_config=lora_config(model, r=4),
-    )  # fmt: skip
+        model,
+        trl.SFTConfig(str(tmp_path), **(SETTINGS | {"bf16": True, "max_steps": 2})),
+        train_dataset=ROWS,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        peft_config=lora_config(model, r=4),
+    )
     trainer.train()
     trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and {dtype for name, dtype in trained.items() if "diff_lambda" in name} <= {torch.float32}

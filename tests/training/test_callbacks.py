@@ -50,7 +50,8 @@ def lambda_by_formula(module):
 
 
 def test_v1_log_holds_lambda_and_its_distance(tmp_path):
-    model, reporter = tiny_model("v1"), Reporter()
+    model = tiny_model("v1")
+    reporter = Reporter()
     start = [lambda_by_formula(layer.self_attn.diff_lambda) for layer in model.model.layers]
     trainer = run(model, tmp_path, LambdaCallback(), reporter)
     end = [lambda_by_formula(layer.self_attn.diff_lambda) for layer in model.model.layers]
@@ -142,7 +143,8 @@ def test_cancelled_share_is_the_overlap_of_the_maps(variant, implementation, tmp
     maps = {}
     with torch.no_grad():
         model.eval()(input_ids=row[0]["input_ids"][None], attention_maps_by_layer=maps)
-    positive, negative = maps[1].positive.double(), maps[1].negative.double()
+    positive = maps[1].positive.double()
+    negative = maps[1].negative.double()
     diff_lambda = maps[1].diff_lambda.double()
     diff_lambda = diff_lambda if diff_lambda.dim() == 0 else diff_lambda.transpose(1, 2)[..., None]
     expected = torch.minimum(positive, diff_lambda * negative).sum(-1).mean().item()
@@ -162,8 +164,12 @@ def test_cancelled_share_reads_the_masks_of_flex_attention():
     document = torch.tensor([0, 0, 0, 1, 1, 1])
     mask = create_block_mask(
         lambda batch, head, query, key: (query >= key) & (document[query] == document[key]),
-        B=1, H=1, Q_LEN=6, KV_LEN=6, device="cpu",
-    )  # fmt: skip
+        B=1,
+        H=1,
+        Q_LEN=6,
+        KV_LEN=6,
+        device="cpu",
+    )
     seen = visible(mask, torch.tensor([1, 4]), 6)
     assert seen.tolist() == [[[[True, True, False, False, False, False], [False, False, False, True, True, False]]]]
 
@@ -184,7 +190,8 @@ def test_watching_changes_nothing(variant, use_reentrant, tmp_path):
 
 def test_distance_is_measured_from_the_first_start_after_a_resume(tmp_path):
     for variant in VARIANTS:
-        folder, saving = tmp_path / variant, {"save_strategy": "steps", "save_steps": 2}
+        folder = tmp_path / variant
+        saving = {"save_strategy": "steps", "save_steps": 2}
         whole = run(tiny_model(variant), folder / "whole", LambdaCallback())
         run(tiny_model(variant), folder / "halves", LambdaCallback(), **saving)
         arguments = training_arguments(folder / "halves", **saving)
@@ -204,7 +211,9 @@ def test_restored_callback_reports_or_warns(trainer_class, tmp_path, warnings_of
     """transformers puts a new callback in the place of a restored one, behind those that report."""
     saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
     for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        callback, reporter, arguments = LambdaCallback(), Reporter(), training_arguments(tmp_path, **saving)
+        callback = LambdaCallback()
+        reporter = Reporter()
+        arguments = training_arguments(tmp_path, **saving)
         trainer = trainer_class(
             tiny_model("v1"), arguments, train_dataset=random_rows(), callbacks=[reporter, callback]
         )

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from trainable_models import random_ids, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from modeling_diff import DiffLlamaForCausalLM
 from modeling_diff.training import check_adapter, lora_config
@@ -58,9 +58,7 @@ def set_base(folder, base):
 def saved(tmp_path_factory):
     """A LLaMA whose tensors have V1's shapes, V1 and V2 on disk, and a LoRA of each: (models, adapters) by name."""
     root = tmp_path_factory.mktemp("saved")
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    llama = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     models, adapters = {}, {}
     for name, model in [("llama", llama), *((variant, tiny_model(variant)) for variant in VARIANTS)]:
         models[name], adapters[name] = root / name, root / f"adapter of {name}"

@@ -1,4 +1,4 @@
-"""Optimiser groups: every trainable parameter once, lambda and norms without decay, rates by factors."""
+"""Optimizer groups: every trainable parameter once, lambda and norms without decay, rates by factors."""
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ from modeling_diff.training import DiffTrainer, lora_config, parameter_groups
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 VARIANTS = ("v1", "v2")
-RATE, DECAY, LAMBDA_FACTOR, QUERY_FACTOR = 1e-2, 0.1, 5.0, 1 / 3
+RATE = 1e-2
+DECAY = 0.1
+LAMBDA_FACTOR = 5.0
+QUERY_FACTOR = 1 / 3
 
 
 def groups_of(model):
@@ -66,12 +69,7 @@ def test_decay_shrinks_matrices_alone(variant):
 
 
 def test_llama_is_taken_as_well():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
-    )
-    groups = {group["name"]: len(group["params"]) for group in groups_of(LlamaForCausalLM(config))}
+    groups = {group["name"]: len(group["params"]) for group in groups_of(tiny_model("llama", num_hidden_layers=1))}
     assert groups == {"rest": 9, "rest, no decay": 3}
 
 
@@ -101,9 +99,12 @@ def test_trainer_trains_the_groups(variant, optim, tmp_path):
         tmp_path, optim=optim, weight_decay=DECAY, lr_scheduler_type="constant", max_steps=1
     )
     trainer = DiffTrainer(
-        tiny_model(variant), arguments, train_dataset=random_rows(), lambda_factor=LAMBDA_FACTOR,
+        tiny_model(variant),
+        arguments,
+        train_dataset=random_rows(),
+        lambda_factor=LAMBDA_FACTOR,
         query_factor=QUERY_FACTOR,
-    )  # fmt: skip
+    )
     trainer.train()
     expected = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups_of(trainer.model)}
     assert {g["name"]: (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups} == expected

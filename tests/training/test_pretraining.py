@@ -9,9 +9,9 @@ import pretrain_from_scratch
 import pretraining_measures
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_tokenizers import word_tokenizer
 from trainable_models import tiny_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_diff.training.pretraining_data import IGNORED, PackedRows, dataset_documents, text_files
 
@@ -21,10 +21,8 @@ WORDS = 90
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))]
+    return word_tokenizer(words, "<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture
@@ -38,20 +36,6 @@ def texts(tmp_path):
     return str(tmp_path / "texts" / "*.txt")
 
 
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def build(kind):
-    return llama() if kind == "llama" else tiny_model(kind)
-
-
 @pytest.fixture(params=["llama", "v1", "v2"])
 def kind(request):
     return request.param
@@ -59,7 +43,7 @@ def kind(request):
 
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer, kind):
-    build(kind).save_pretrained(tmp_path / kind)
+    tiny_model(kind).save_pretrained(tmp_path / kind)
     tokenizer.save_pretrained(tmp_path / kind)
     return tmp_path / kind
 
@@ -121,7 +105,7 @@ def test_packed_documents_equal_separate_ones(tokenizer, texts, kind):
     rows = PackedRows(text_files([texts]), tokenizer, max_length=48).first_pass()
     row = max(rows, key=lambda row: len(parts(row)))
     assert len(parts(row)) >= 3
-    model = build(kind)
+    model = tiny_model(kind)
     model.config.use_cache = False
     batch = {name: torch.tensor([values]) for name, values in row.items()}
     model(**batch).loss.backward()
@@ -240,7 +224,9 @@ def test_twins_have_equal_parameters(size, tokenizer):
     size = pretrain_from_scratch.SIZES[size]
 
     class Vocabulary:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+        bos_token_id = 1
+        eos_token_id = 2
+        pad_token_id = 0
 
         def __len__(self):
             return size.vocab_size
@@ -258,7 +244,7 @@ def test_twins_have_equal_parameters(size, tokenizer):
 def test_lambda_by_layer_is_what_the_layers_use():
     v1, v2 = tiny_model("v1"), tiny_model("v2")
     rows = torch.randint(3, 90, (2, 9))
-    assert pretraining_measures.lambda_by_layer(llama(), rows) == []
+    assert pretraining_measures.lambda_by_layer(tiny_model("llama"), rows) == []
     for layer, value in zip(v1.model.layers, pretraining_measures.lambda_by_layer(v1, rows), strict=True):
         vectors = {name: vector.double() for name, vector in layer.self_attn.diff_lambda.named_parameters()}
         first = (vectors["lambda_q1"] @ vectors["lambda_k1"]).exp() - (

@@ -1,32 +1,14 @@
 """Tiny models of both variants for training tests, with rows to train on; half of their layers may be LLaMA's."""
 
+from functools import partial
+
+import tiny_models
 import torch
+from tiny_models import random_ids
 from transformers import TrainingArguments
 
-from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
-
-VOCAB_SIZE = 96
-
-
-def tiny_model(variant, model_class=DiffLlamaForCausalLM, **overrides):
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-    }
-    torch.manual_seed(0)
-    return model_class(DiffLlamaConfig(variant=variant, **(settings | overrides)))
-
-
-def random_ids(batch_size=2, num_tokens=9, seed=0):
-    return torch.randint(3, VOCAB_SIZE, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+tiny_model = partial(tiny_models.tiny_model, max_position_embeddings=64, pad_token_id=0)
 
 
 def random_rows(num_rows=16, num_tokens=9):

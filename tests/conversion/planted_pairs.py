@@ -4,7 +4,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-HEADS, MAP_DIM, HIDDEN, CONTEXT, VOCABULARY = 8, 8, 48, 48, 96
+HEADS = 8
+MAP_DIM = 8
+HIDDEN = 48
+CONTEXT = 48
+VOCABULARY = 96
 
 
 def planted_llama(kind, num_kv_heads, num_layers=2, seed=0, model_class=LlamaForCausalLM, config_class=LlamaConfig):
@@ -17,10 +21,17 @@ def planted_llama(kind, num_kv_heads, num_layers=2, seed=0, model_class=LlamaFor
     """
     torch.manual_seed(seed)
     config = config_class(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=num_layers,
-        num_attention_heads=HEADS, num_key_value_heads=num_kv_heads, head_dim=MAP_DIM, max_position_embeddings=CONTEXT,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=num_kv_heads,
+        head_dim=MAP_DIM,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     model = model_class(config).eval().requires_grad_(False)
     pairs = []
     for layer in model.model.layers:
@@ -64,6 +75,6 @@ def random_tokens(num_rows, seed=1):
 
 @torch.no_grad()
 def kl_nats(llama, converted, tokens):
-    """Mean KL of the converted model's predictions from LLaMA's, in nats a token."""
+    """Mean KL of the converted model's predictions from LLaMA's, in nats/token."""
     ours, theirs = (model(input_ids=tokens).logits.double().log_softmax(-1) for model in (converted, llama))
     return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
