@@ -1,23 +1,15 @@
 """`DiffLlamaConfig.from_llama`: the differential model that a LLaMA or a relative becomes."""
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "rms_norm_eps": 1e-5,
-}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+SIZES = tiny_models.SIZES | HEADS | {"num_hidden_layers": 3, "rms_norm_eps": 1e-5}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 64}
 # Fields of another class that stand in a config, and that it does not read, must not come over.
 SOURCES = {
