@@ -14,6 +14,7 @@ import pytest
 
 import conversion
 import modeling_diff
+import modeling_diff
 
 
 ROOT = Path(__file__).parents[1]
