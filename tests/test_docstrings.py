@@ -14,7 +14,6 @@ import pytest
 
 import conversion
 import modeling_diff
-import modeling_diff
 
 
 ROOT = Path(__file__).parents[1]

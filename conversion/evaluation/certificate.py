@@ -30,10 +30,12 @@ THRESHOLDS = {
     **dict.fromkeys(TASKS, 0.90),
 }
 LEAST_SOURCE = 0.5  # of a task; a source that fails it itself cannot show what its conversion has lost
-PASSAGE_TOKENS, TOLERANCE_NATS = 64, 0.05
+PASSAGE_TOKENS = 64
+TOLERANCE_NATS = 0.05
 # A second run in the same environment repeats every digit that is shown. In another one sums are rounded otherwise,
 # and a near-tie decided otherwise changes all of a continuation that follows.
-SAME, NEAR_SHARE = 1e-6, 0.05
+SAME = 1e-6
+NEAR_SHARE = 0.05
 COMPARED = ("unit", "source", "model", "relative", "threshold", "outcome")
 NEAR = {"held-out loss": 1e-3, "KL": 1e-3, "first divergence": math.inf}
 LITERATURE = [
@@ -73,7 +75,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, of what, on what and with what; `content` is the JSON."""
+    """What was measured, of what, on what and with what.
+
+    Attributes:
+        content: The certificate as JSON.
+    """
 
     content: Mapping[str, Any]
 
@@ -158,8 +164,10 @@ def measures(
 
 def _of_text(metrics: TextMetrics, win_and_tie: float) -> Iterator[Measure]:
     """The geometric mean of what the model gives the tokens of the text, or of the source, in shares of the source."""
-    loss, source_loss = metrics.loss_nats, metrics.source_loss_nats
-    kl, agreement = metrics.kl_nats, metrics.greedy_agreement
+    loss = metrics.loss_nats
+    source_loss = metrics.source_loss_nats
+    kl = metrics.kl_nats
+    agreement = metrics.greedy_agreement
     assert source_loss is not None and kl is not None and agreement is not None
     kept = math.exp(source_loss - loss)
     yield Measure("held-out loss", "nats/token", source=source_loss, model=loss, relative=kept)
@@ -180,7 +188,8 @@ def _of_continuations(source: Performance, model: Performance) -> Iterator[Measu
         relative=middle / NEW_TOKENS,
         details={"min": min(same), "continuations": len(same)},
     )
-    repeats, source_repeats = repeated_line_rate(model.texts), repeated_line_rate(source.texts)
+    repeats = repeated_line_rate(model.texts)
+    source_repeats = repeated_line_rate(source.texts)
     kept = _relative(1 - source_repeats, 1 - repeats)
     yield Measure("repeated lines", "share", source=source_repeats, model=repeats, relative=kept)
 
@@ -212,10 +221,12 @@ def compare_certificates(filed: Mapping[str, Any], found: Mapping[str, Any]) -> 
         filed: The certificate.
         found: A new one, of the same weights and tasks.
     """
-    there, here = filed["environment"], found["environment"]
+    there = filed["environment"]
+    here = found["environment"]
     changed = [f"{name} {there.get(name)}, here {here[name]}" for name in here if there.get(name) != here[name]]
     yield Check("environment", "measured", f"certified with {'; '.join(changed)}" if changed else "as certified")
-    stated, true = _statements(filed), _statements(found)
+    stated = _statements(filed)
+    true = _statements(found)
     wrong = [name for name in stated.keys() | true.keys() if stated.get(name) != true.get(name)]
     detail = f"{min(wrong)} is {stated.get(min(wrong))!r}, found {true.get(min(wrong))!r}" if wrong else "as certified"
     yield Check("statements", "failed" if wrong else "passed", detail)
@@ -245,7 +256,8 @@ def _compared(certified: Mapping[str, Any], measured: Mapping[str, Any], *, near
     )
     for key in sorted(there.keys() | here.keys()):
         if not _equal(there.get(key), here.get(key), slack):
-            found, expected = _shown(here.get(key)), _shown(there.get(key))
+            found = _shown(here.get(key))
+            expected = _shown(there.get(key))
             return Check(name, "failed", f"{key} is {expected} in the certificate, and {found} here")
     return Check(name, "passed", f"as certified: {measure_text(measured)}")
 

@@ -161,7 +161,8 @@ def _changed(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
 
 def _open_subject(output: str | Path, against: str | Path | None) -> Subject:
     folder = Path(output)
-    config, record = read_our_config(folder), read_record(folder)
+    config = read_our_config(folder)
+    record = read_record(folder)
     if config.architectures == ["DiffLlamaModel"]:
         raise ConversionError(f"{folder}: a backbone without a language model head, of which no suite can be run")
     if (record.get("adapter") or {}).get("merged"):
@@ -199,7 +200,8 @@ def _weights(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _measured(subject: Subject, judge: Judge | None, progress: Progress | None) -> Certificate:
-    windows, rounded = subject.suite.held_out.windows, subject.record["options"]["dtype"]
+    windows = subject.suite.held_out.windows
+    rounded = subject.record["options"]["dtype"]
     run = _Run(subject, progress)
     llama = load_in_float32(subject.source.folder, rounded, subject.source_model.config).to(subject.device)
     run.begin("held-out text, source")
@@ -241,7 +243,8 @@ class _Run:
     """One suite on both models, and how much of it is done."""
 
     def __init__(self, subject: Subject, progress: Progress | None):
-        self.subject, self.progress = subject, progress
+        self.subject = subject
+        self.progress = progress
         self.begun = 0
         self.parts = 2 * (4 + len(subject.suite.needles))
 

@@ -19,8 +19,10 @@ from modeling_diff.analysis.needles import read_number, score
 
 Progress = Callable[[str], None]
 BATCH_SIZE = 8
-PROMPT_TOKENS, NEW_TOKENS = 64, 96
-NUMBER_TOKENS, ANSWER_TOKENS = 8, 24
+PROMPT_TOKENS = 64
+NEW_TOKENS = 96
+NUMBER_TOKENS = 8
+ANSWER_TOKENS = 24
 ARTICLES = ("a", "an", "the")
 
 
@@ -119,7 +121,8 @@ def names_fact(answer: str, fact: str) -> bool:
 def repeated_line_rate(texts: Sequence[str]) -> float:
     """Returns the share of lines that are equal to the line before; empty lines and a text's last, cut one are not
     counted."""
-    repeated, lines = 0, 0
+    repeated = 0
+    lines = 0
     for text in texts:
         kept = [line.rstrip() for line in text.split("\n")[:-1] if line.strip()]
         repeated += sum(line == before for before, line in pairwise(kept))

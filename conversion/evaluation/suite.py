@@ -23,8 +23,11 @@ FACTS_TEXT = STANDARD_TEXT.with_name("facts.jsonl")
 MIN_CONTEXT = 512  # of which the longest question takes 300 tokens in the vocabulary of tiny-llama
 NEEDLE_TOKENS = (128, 256, 512, 1024, 2048)
 NEEDLE_ROOM_TOKENS = 64  # the first answer, the second question and its answer
-NEEDLES, ASKED, NEEDLE_PROMPTS = 4, 2, 12
-LOOKUPS, PAIRS = 48, 8
+NEEDLES = 4
+ASKED = 2
+NEEDLE_PROMPTS = 12
+LOOKUPS = 48
+PAIRS = 8
 # One text with two questions, so that a model without chat training sees what an answer is.
 EXAMPLE = (
     "The clock of Ilmen was made by Jonas Reik in 1811. It strikes only at noon.\n"

@@ -42,7 +42,8 @@ def certificate_section(certificate: Mapping[str, Any]) -> str:
 
 def _cells(measure: Mapping[str, Any]) -> list[str]:
     unit = "" if measure["unit"] == "share" else f" ({measure['unit']})"
-    relative, threshold = measure["relative"], measure["threshold"]
+    relative = measure["relative"]
+    threshold = measure["threshold"]
     return [
         markdown(measure["name"] + unit),
         shown_number(measure, "source"),
