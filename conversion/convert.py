@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from conversion.calibration.step import (
     log_estimate,
     prepare_calibration,
     run_calibration,
+    run_choice,
+    with_text,
 )
 from conversion.checkpoint import check_target
 from conversion.checkpoint.output_folder import check_room, record_text, replace_text
@@ -50,6 +53,7 @@ class Settled:
     calibration: Calibration | None
     measurement: Measurement | None
     notes: list[str]
+    plan_with: Callable[[ConversionConfig], tuple[Plan, list[str]]]  # the same conversion with other options
 
 
 def convert_checkpoint(
@@ -101,10 +105,7 @@ def convert_checkpoint(
         before_calibration(calibration)
     with calibration_work(target) if calibration else nullcontext(Path()) as work_folder:
         if calibration:
-            fitted = run_calibration(
-                calibration, settled.source, config, work_folder, config.resume, calibration_progress
-            )
-            settled = replace(settled, plan=calibrated_plan(settled.plan, calibration.text, fitted))
+            settled = _calibrated(settled, calibration, work_folder, calibration_progress)
         settled = replace(settled, plan=_with_card_and_code(settled.source, settled.plan))
         record = write_plan(
             settled.plan,
@@ -170,7 +171,8 @@ def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settl
             allow_nonfinite=config.allow_nonfinite,
         )
         carried = AdapterOutput(lora, merged=text is not None, base=str(output))
-    plan, notes = plan_conversion(opened, config, parse_size(config.max_shard_size), carried)
+    plan_with = partial(plan_conversion, opened, max_shard_bytes=parse_size(config.max_shard_size), adapter=carried)
+    plan, notes = plan_with(config)
     opened = replace(opened, reader=plan.reader)
     calibration = prepare_calibration(opened, config, text) if text else None
     if not calibration and config.variant == "v1" and opened.model.kind == "llama":
@@ -180,8 +182,35 @@ def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settl
     held_out = None if config.held_out is None else Path(config.held_out)
     measurement = plan_measurement(opened, plan, held_out) if config.measure else None
     return Settled(
-        source=opened, config=config, plan=plan, calibration=calibration, measurement=measurement, notes=notes
+        source=opened,
+        config=config,
+        plan=plan,
+        calibration=calibration,
+        measurement=measurement,
+        notes=notes,
+        plan_with=plan_with,
     )
+
+
+def _calibrated(
+    settled: Settled, calibration: Calibration, work_folder: Path, progress: CalibrationProgress
+) -> Settled:
+    """The same with fitted layers in its plan; before that, the layers are chosen if they are to be."""
+    source = settled.source
+    config = settled.config
+    calibration = with_text(calibration, source, config, work_folder, config.resume)
+    choice = None
+    if config.share is not None or config.max_kl is not None:
+        choice = run_choice(calibration, source, config, work_folder, config.resume, progress)
+        config = replace(config, layers=choice.layers, share=None, max_kl=None)
+        plan, _ = settled.plan_with(config)
+        settled = replace(settled, plan=plan, notes=[*settled.notes, choice.note])
+    fitted = run_calibration(calibration, source, config, work_folder, config.resume, progress)
+    plan = calibrated_plan(settled.plan, calibration.text, fitted)
+    if choice:
+        asked = {"share": settled.config.share, "max_kl": settled.config.max_kl}
+        plan = replace(plan, record={**plan.record, "layer_choice": asked | choice.record()})
+    return replace(settled, plan=plan)
 
 
 def _report(settled: Settled, output: Path, record: Mapping[str, Any], notes: list[str]) -> ConversionReport:

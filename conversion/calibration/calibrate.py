@@ -216,7 +216,7 @@ def fit_stages(
     device = problem.llama.device
     num_layers = problem.llama.config.num_hidden_layers
     if done := store.load(problem.index, None, device):
-        return _as_float(done[0])
+        return done[0].as_float()
     weights: LayerWeights | None = None
     residual = float("inf")
     record: dict[str, Any] = {}
@@ -240,9 +240,9 @@ def fit_stages(
     assert weights is not None
     source_dtype = problem.llama.reader.tensors[f"model.layers.{problem.index}.self_attn.q_proj.weight"].dtype
     weights = _rounded(weights, dtype or source_dtype)
-    reached_lambda = problem.diff_layer(_as_float(weights)).get_submodule("self_attn.diff_lambda")()
+    reached_lambda = problem.diff_layer(weights.as_float()).get_submodule("self_attn.diff_lambda")()
     store.save(problem.index, weights, {"stages": record, "lambda": float(reached_lambda)}, None)
-    return _as_float(weights)
+    return weights.as_float()
 
 
 def run_stage(
@@ -349,7 +349,3 @@ def check_enough(config: PreTrainedConfig, num_rows: int, row_tokens: int, stage
 def _rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     narrow = {name: tensor.to(dtype) for name, tensor in weights.tensors.items() if not name.startswith("diff_lambda")}
     return weights.replaced(tensors=narrow)
-
-
-def _as_float(weights: LayerWeights) -> LayerWeights:
-    return weights.replaced(tensors={name: tensor.float() for name, tensor in weights.tensors.items()})

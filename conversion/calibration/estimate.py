@@ -10,6 +10,7 @@ from conversion.calibration.calibrate import DEFAULT_STAGES, VALIDATION_SHARE, S
 from conversion.calibration.candidates import RIDGES
 from conversion.calibration.closed_form import CARRIER_SHARES, LAMBDA_GRID
 from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.layer_choice import CHOICE_STAGES, FITTED_TOKENS, JUDGING_TOKENS
 from conversion.calibration.problem import SAMPLE_TOKENS
 from conversion.calibration.speed import faster_in_bfloat16, product_rate
 from modeling_diff.diff_llama_fields import padded_counts
@@ -160,6 +161,24 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
     return work
 
 
+def choice_work(shape: Shape, num_tokens: int, num_layers: int, vocab_size: int, local: LocalFit) -> Work:
+    """Counts the operations of a choice of layers: each is fitted, and half of the model is run after it.
+
+    Args:
+        shape: Sizes of a layer.
+        num_tokens: Tokens of the text.
+        num_layers: Of the model.
+        vocab_size: Of the model.
+        local: Of the gradient stage, which a choice does without.
+    """
+    sample = min(num_tokens, FITTED_TOKENS + JUDGING_TOKENS)
+    judging = min(num_tokens, JUDGING_TOKENS)
+    layer = shape.attention + 2 * shape.mlp_parameters
+    judged = judging * (num_layers / 2 * layer + 2 * shape.hidden * vocab_size)
+    per_layer = layer_work(shape, sample, CHOICE_STAGES, local) + Work(float32=sample * layer + judged)
+    return per_layer.times(num_layers)
+
+
 def estimate_calibration(
     config: PreTrainedConfig,
     num_tokens: int,
@@ -170,6 +189,7 @@ def estimate_calibration(
     device: torch.device | str = "cpu",
     num_layers: int | None = None,
     written: bool = False,
+    chosen: bool = False,
 ) -> CalibrationEstimate:
     """Returns what a calibration takes: seconds good to a factor of about two, on a machine that does nothing else.
 
@@ -182,6 +202,7 @@ def estimate_calibration(
         device: Where it is to run; a short probe measures its rate.
         num_layers: Number of layers that are calibrated; all by default.
         written: Whether the source writes the text first.
+        chosen: Whether the layers are chosen first.
 
     Returns:
         Operations, seconds, memory and disk.
@@ -205,6 +226,9 @@ def estimate_calibration(
         head = shape.hidden * config.vocab_size
         work += Work(float32=2 * num_tokens * (layers * (shape.attention_parameters + shape.mlp_parameters) + head))
 
+    if chosen:
+        work += choice_work(shape, num_tokens, layers, config.vocab_size, local)
+
     floats = 2 * (shape.attention_parameters + shape.mlp_parameters) + 5 * num_tokens * shape.hidden
     floats += 3 * shape.attention_parameters + 6 * SAMPLE_TOKENS * shape.width
     floats += local.batch_tokens * (12 * shape.hidden + 6 * shape.width + 5 * shape.intermediate)
@@ -214,7 +238,8 @@ def estimate_calibration(
     return CalibrationEstimate(
         work=work,
         memory_bytes=4 * floats + 8 * doubles,
-        disk_bytes=4 * (calibrated + len(stages)) * shape.attention_parameters + 8 * num_tokens * written,
+        disk_bytes=4 * (calibrated + len(stages) + chosen * layers) * shape.attention_parameters
+        + 8 * num_tokens * written,
         seconds=overhead(shape, device) * seconds_of(work, device),
     )
 

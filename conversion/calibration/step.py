@@ -22,6 +22,7 @@ from conversion.calibration.calibrate import (
 )
 from conversion.calibration.estimate import CalibrationEstimate, duration_text, estimate_calibration
 from conversion.calibration.gradient_fit import LocalFit
+from conversion.calibration.layer_choice import LayerChoice, choose_layers, num_chosen
 from conversion.calibration.self_text import SELF_TEXT, check_self_text, has_text, self_text
 from conversion.calibration.store import has_results
 from conversion.checkpoint.companions import read_tokenizer
@@ -99,7 +100,8 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
             "config.json: is_causal is false, and calibration fits causal attention alone; leave it out "
             "(--uncalibrated), or convert to v2, which is exact (--variant v2)"
         )
-    for layer in options.differential_layers(model.sizes.num_layers):
+    layers = options.differential_layers(model.sizes.num_layers)
+    for layer in layers:
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     config = plain_config(model.config)
     row_tokens = min(config.max_position_embeddings, ROW_TOKENS)
@@ -120,15 +122,16 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
     num_rows = asked // row_tokens if rows is None else len(rows)
     check_enough(config, num_rows, row_tokens, _stages(text))
     num_tokens = num_rows * row_tokens
-    layers = len(options.differential_layers(model.sizes.num_layers))
+    chosen = options.share is not None or options.max_kl is not None
     estimate = estimate_calibration(
         config,
         num_tokens,
         row_tokens,
         stages=_stages(text),
         device=_device(),
-        num_layers=layers,
+        num_layers=len(layers) if options.share is None else num_chosen(options.share, len(layers)),
         written=rows is None,
+        chosen=chosen,
     )
     whole = num_tokens < asked // row_tokens * row_tokens
     return Calibration(replace(text, tokens=num_tokens), rows, row_tokens, estimate, whole)
@@ -139,6 +142,53 @@ def log_estimate(calibration: Calibration) -> None:
     logger.info(calibration.note)
 
 
+def with_text(
+    calibration: Calibration, source: Source, options: ConversionOptions, work_folder: Path, resume: bool | None
+) -> Calibration:
+    """Returns the calibration with its token ids: the source writes them now, if it is to.
+
+    Args:
+        calibration: What was checked.
+        source: The LLaMA.
+        options: Choices of the conversion.
+        work_folder: Where the text is kept.
+        resume: What to do with work that is there: `conversion.checkpoint.kept_work`.
+    """
+    if calibration.rows is not None:
+        return calibration
+    num_tokens = calibration.text.tokens or 0
+    rows = self_text(source, work_folder, num_tokens, calibration.row_tokens, options.seed, _device(), resume)
+    return replace(calibration, rows=rows)
+
+
+def run_choice(
+    calibration: Calibration,
+    source: Source,
+    options: ConversionOptions,
+    work_folder: Path,
+    resume: bool | None,
+    progress: Progress,
+) -> LayerChoice:
+    """Chooses the layers to convert, for `share` or `max_kl`. Arguments as for `run_calibration`."""
+    assert calibration.rows is not None
+    return choose_layers(
+        source.reader,
+        source.model.config,
+        calibration.rows,
+        share=options.share,
+        max_kl=options.max_kl,
+        lambda_init=_lambda_choice(options),
+        lambda_floor=calibration.text.lambda_floor,
+        norm=options.norm,
+        dtype=options.torch_dtype,
+        seed=options.seed,
+        device=_device(),
+        work_folder=choice_folder(work_folder),
+        resume=resume,
+        progress=progress,
+    )
+
+
 def run_calibration(
     calibration: Calibration,
     source: Source,
@@ -147,10 +197,10 @@ def run_calibration(
     resume: bool | None,
     progress: Progress,
 ) -> CalibrationResult:
-    """Fits the layers, on a GPU if there is one; first the source writes its text, if it is to.
+    """Fits the layers, on a GPU if there is one.
 
     Args:
-        calibration: What was checked.
+        calibration: What was checked, with its text.
         source: The LLaMA.
         options: Choices of the conversion.
         work_folder: Where finished layers are kept.
@@ -160,15 +210,11 @@ def run_calibration(
     Returns:
         The fitted attention, by layer.
     """
-    rows = calibration.rows
-    if rows is None:
-        rows = self_text(
-            source, work_folder, calibration.text.tokens or 0, calibration.row_tokens, options.seed, _device(), resume
-        )
+    assert calibration.rows is not None
     return calibrate(
         source.reader,
         source.model.config,
-        rows,
+        calibration.rows,
         stages=_stages(calibration.text),
         lambda_init=_lambda_choice(options),
         norm=options.norm,
@@ -239,12 +285,17 @@ def calibration_work(output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException as error:
-            if has_results(folder) or has_text(folder):
+            if has_results(folder) or has_results(choice_folder(folder)) or has_text(folder):
                 keep_note(error, folder)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def choice_folder(work_folder: Path) -> Path:
+    """Returns where a choice of layers keeps what it has fitted."""
+    return work_folder / "choice"
 
 
 def _stages(text: CalibrationText) -> tuple[Stage, ...]:

@@ -52,6 +52,10 @@ class LayerWeights:
         """Returns a copy with some tensors replaced, and the fields in `changes`."""
         return replace(self, tensors={**self.tensors, **tensors}, **changes)
 
+    def as_float(self) -> "LayerWeights":
+        """Returns a copy with float32 tensors."""
+        return self.replaced({name: tensor.float() for name, tensor in self.tensors.items()})
+
 
 class LlamaLayers:
     """A checkpoint of a LLaMA or a relative, of which one layer is in memory at a time, in float32.
@@ -284,4 +288,9 @@ class Streams:
         with torch.no_grad():
             for rows in chunks(*self.converted.shape[:2]):
                 self.converted[rows] = llama.run(converted_layer, self.converted[rows])
+        self.original, self.after_layer = self.after_layer, self.original
+
+    def stay_original(self) -> None:
+        """Moves both models' hidden states to the next layer, with this layer left as it is."""
+        self.converted.copy_(self.after_layer)
         self.original, self.after_layer = self.after_layer, self.original

@@ -67,6 +67,8 @@ SETTLED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "layers": (lambda given: sorted(set(map(operator.index, given))), "indices of layers"),
     "lambda_init": (_plain_lambda, "'paper', a number, or one for each layer"),
     "lambda_start": (float, "a number between 0 and 1, as a sigmoid"),
+    "share": (float, "a number above 0 and at most 1"),
+    "max_kl": (float, "a number above 0, in nats per token"),
     "pairings": (lambda given: {operator.index(layer): pair for layer, pair in given.items()}, "pairings by layer"),
     "seed": (_plain_seed, f"a whole number from 0 to {2**32 - 1}"),
 }
@@ -87,6 +89,14 @@ class ConversionOptions:
     )
     layers: Sequence[int] | None = option(
         help="Layers to make differential, counted from 0. All by default.", parse=parse_layers, metavar="0,4-7"
+    )
+    share: float | None = option(
+        help="v1, calibrated: share of the heads to make differential, such as 0.5, in whole layers: those that "
+        "change the model least, by KL measured at its end.",
+    )
+    max_kl: float | None = option(
+        help="v1, calibrated: as many layers as change the model by at most this KL (nats/token) before the last "
+        "stages of the calibration, those that change it least first.",
     )
     lambda_init: Literal["paper"] | float | Sequence[float] | None = option(
         help="v1: lambda at the start, one number for all layers or one per layer. 0.05 by default.",
@@ -129,12 +139,32 @@ class ConversionOptions:
             raise ConversionError(
                 f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
             )
-        v1_only = {"lambda_init": None, "norm": "strict", "pairings": None, "pad_heads": False}
+        self._check_amount()
+        v1_only: dict[str, Any] = {
+            "share": None,
+            "max_kl": None,
+            "lambda_init": None,
+            "norm": "strict",
+            "pairings": None,
+        }
+        v1_only["pad_heads"] = False
         given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
         if self.variant == "v2" and given:
             raise ConversionError(f"{typed(given[0])} belongs to variant v1; leave it out for v2")
         if self.variant == "v1" and self.lambda_start != 0.5:
             raise ConversionError(f"{typed('lambda_start')} belongs to variant v2; use {typed('lambda_init')} for v1")
+
+    def _check_amount(self) -> None:
+        """Checks how much is to be differential: given in one way, and possible."""
+        given = [field for field in ("layers", "share", "max_kl") if getattr(self, field) is not None]
+        if len(given) > 1:
+            raise ConversionError(
+                f"{typed(given[0])} and {typed(given[1])} both say which layers become differential; give one of them"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConversionError(f"{typed('share')} is {self.share}, expected a number above 0 and at most 1")
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise ConversionError(f"{typed('max_kl')} is {self.max_kl}, expected a number above 0, in nats per token")
 
     def _settle(self) -> None:
         """Turns every value into the kind of number that `recorded` can write, whatever kind was given."""
@@ -327,7 +357,7 @@ class ConversionConfig(ConversionOptions):
             path = None if self.calibration == SELF else Path(self.calibration)
             return CalibrationText(path, self.calibration_tokens, stages=self.stages, lambda_floor=self.lambda_floor)
         for field in fields(ConversionConfig):
-            belongs = field.name in ("stages", "calibration_tokens", "lambda_floor")
+            belongs = field.name in ("share", "max_kl", "stages", "calibration_tokens", "lambda_floor")
             if belongs and getattr(self, field.name) != field.default:
                 raise ConversionError(
                     f"{typed(field.name)} needs text to calibrate on; give it ({typed('calibration')})"

@@ -63,7 +63,8 @@ def rules_and_fields(
     """Returns the tensors' rules and the config fields that LLaMA does not have."""
     if model.kind == "llama":
         return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
-    plain = replace(options, variant="v1", layers=None, lambda_init=None, norm="strict", pairings=None)
+    nothing: dict[str, Any] = dict.fromkeys(("layers", "share", "max_kl", "lambda_init", "pairings"))
+    plain = replace(options, variant="v1", norm="strict", **nothing)
     if options.recorded() != plain.recorded():
         raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, unchanged")
     config = model.config
