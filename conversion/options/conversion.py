@@ -140,14 +140,8 @@ class ConversionOptions:
                 f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
             )
         self._check_amount()
-        v1_only: dict[str, Any] = {
-            "share": None,
-            "max_kl": None,
-            "lambda_init": None,
-            "norm": "strict",
-            "pairings": None,
-        }
-        v1_only["pad_heads"] = False
+        unset = dict.fromkeys(("share", "max_kl", "lambda_init", "pairings"))
+        v1_only: dict[str, Any] = unset | {"norm": "strict", "pad_heads": False}
         given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
         if self.variant == "v2" and given:
             raise ConversionError(f"{typed(given[0])} belongs to variant v1; leave it out for v2")
