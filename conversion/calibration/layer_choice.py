@@ -29,8 +29,8 @@ from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.output_folder import replace_text
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.errors import ConversionError, typed
-from conversion.mapping.heads import padded_counts
 from conversion.source.architectures import plain_config
+from modeling_diff.diff_llama_fields import padded_counts
 
 
 logger = logging.getLogger(__name__)
@@ -76,31 +76,13 @@ def num_chosen(share: float, num_layers: int) -> int:
     return max(1, int(share * num_layers + 0.5))
 
 
-def choose_layers(
-    reader: CheckpointReader,
-    config: PreTrainedConfig,
-    tokens: torch.Tensor,
-    *,
-    share: float | None = None,
-    max_kl: float | None = None,
-    lambda_init: Literal["grid", "paper"] | float | Sequence[float] = "grid",
-    lambda_floor: float = LocalFit.lambda_floor,
-    norm: Norm = "strict",
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    work_folder: Path,
-    resume: bool | None = None,
-    progress: Progress = lambda layer, num_layers, stage, done: None,
-) -> LayerChoice:
-    """Chooses the layers to convert to V1 by what each costs in KL.
+class LayerTrials:
+    """Every layer of a LLaMA, fitted alone by the quick stages, and what it costs to convert it.
 
     Args:
         reader: The LLaMA's weights.
         config: Its config.
         tokens: Token ids (R, T) of the calibration, of which a part is used.
-        share: How much of all layers to choose, those that cost least. One of `share` and `max_kl` is given.
-        max_kl: KL in nats per token that the chosen layers may cost together; as many are chosen as that allows.
         lambda_init: As for `calibrate`.
         lambda_floor: Lowest lambda of any layer.
         norm: As for `calibrate`.
@@ -111,43 +93,151 @@ def choose_layers(
         resume: As for `calibrate`.
         progress: As for `calibrate`.
 
-    Returns:
-        The choice.
+    Attributes:
+        costs: KL in nats per token per layer, with that layer alone converted.
+        tokens: Number of tokens that were judged.
 
     Raises:
-        ConversionError: The cheapest layer alone costs more than `max_kl`, or activations are not finite.
+        ConversionError: Activations are not finite.
         FilesError: The work folder cannot be used.
     """
-    config = plain_config(config)
-    sample, num_judging = _sample(tokens, config)
-    local = LocalFit(lambda_floor=lambda_floor)
-    options = {"choice": CHOICE_STAGES, "lambda": [lambda_init, lambda_floor], "norm": norm, "seed": seed}
-    identity = run_identity(reader, config, sample, options | {"dtype": dtype, "device": str(device)})
-    store = CalibrationStore(work_folder, identity, resume)
-    llama = LlamaLayers(reader, config, torch.device(device))
-    costs = _kept_costs(store)
-    if costs is None:
-        num_layers = config.num_hidden_layers
-        lambdas = [lambdas_to_try(lambda_init, index, lambda_floor) for index in range(num_layers)]
-        costs = _measure_costs(llama, sample, num_judging, lambdas, (norm, seed, dtype), local, store, progress)
-        replace_text(store.folder / COSTS, json.dumps({"fingerprint": store.fingerprint, "costs": costs}))
-    judging = sample[:num_judging]
-    original = _end(llama, judging, store, ())
-    order = sorted(range(len(costs)), key=lambda index: costs[index])
 
-    def together(count: int) -> float:
-        """Returns the KL with the `count` cheapest layers converted."""
-        return Head(llama).divergences(original, [_end(llama, judging, store, order[:count])])[0]
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        config: PreTrainedConfig,
+        tokens: torch.Tensor,
+        *,
+        lambda_init: Literal["grid", "paper"] | float | Sequence[float] = "grid",
+        lambda_floor: float = LocalFit.lambda_floor,
+        norm: Norm = "strict",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        work_folder: Path,
+        resume: bool | None = None,
+        progress: Progress = lambda layer, num_layers, stage, done: None,
+    ):
+        config = plain_config(config)
+        sample, num_judging = _sample(tokens, config)
+        options = {"choice": CHOICE_STAGES, "lambda": [lambda_init, lambda_floor], "norm": norm, "seed": seed}
+        identity = run_identity(reader, config, sample, options | {"dtype": dtype, "device": str(device)})
+        self.store = CalibrationStore(work_folder, identity, resume)
+        self.llama = LlamaLayers(reader, config, torch.device(device))
+        self._judging = sample[:num_judging]
+        self._head = Head(self.llama)
+        self.tokens = self._judging.numel()
+        path = self.store.folder / COSTS
+        if (costs := _kept_costs(path, self.store.fingerprint)) is None:
+            lambdas = [lambdas_to_try(lambda_init, index, lambda_floor) for index in range(config.num_hidden_layers)]
+            costs = self._measure(sample, lambdas, norm, seed, dtype, LocalFit(lambda_floor=lambda_floor), progress)
+            replace_text(path, json.dumps({"fingerprint": self.store.fingerprint, "costs": costs}))
+        self.costs = costs
+        self._original = self._end(())
 
+    @property
+    def cheapest_first(self) -> list[int]:
+        """Returns the layers by what they cost."""
+        return sorted(range(len(self.costs)), key=lambda index: self.costs[index])
+
+    def together(self, layers: Collection[int]) -> float:
+        """Returns the KL in nats per token with all of `layers` converted, each as it was fitted alone."""
+        return self._head.divergences(self._original, [self._end(layers)])[0]
+
+    def _measure(
+        self,
+        sample: torch.Tensor,
+        lambdas: Sequence[tuple[float, ...]],
+        norm: Norm,
+        seed: int,
+        dtype: torch.dtype | None,
+        local: LocalFit,
+        progress: Progress,
+    ) -> list[float]:
+        """One walk through LLaMA, on which the models with one converted layer each are computed side by side."""
+        llama = self.llama
+        num_judging = len(self._judging)
+        streams = Streams.start(llama.embed(sample))
+        ends: list[torch.Tensor] = []  # (R, T, C) of the judging sequences, per model
+        for index, values in enumerate(lambdas):
+            tensors = llama.tensors(index)
+            layer = llama.layer(index, tensors)
+            streams.look_ahead(llama, layer, index)
+            problem = LayerProblem(index, llama, tensors, layer, streams, seed, norm, values, num_judging)
+            weights = fit_stages(problem, CHOICE_STAGES, local, self.store, dtype, progress)
+            with torch.no_grad():
+                ends = [llama.run(layer, states) for states in ends]
+                ends.append(llama.run(problem.diff_layer(weights), streams.original[:num_judging]))
+            streams.stay_original()
+        return self._head.divergences(streams.original[:num_judging], ends)
+
+    @torch.no_grad()
+    def _end(self, converted: Collection[int]) -> torch.Tensor:
+        """The states (R, T, C) after the last layer, with the kept weights in the layers of `converted`."""
+        llama = self.llama
+        states = llama.embed(self._judging)
+        for index in range(llama.config.num_hidden_layers):
+            tensors = llama.tensors(index)
+            layer: nn.Module = llama.layer(index, tensors)
+            if index in converted:
+                kept = self.store.load(index, None, llama.device)
+                assert kept is not None  # its cost has been measured
+                layer = llama.diff_layer(index, tensors, kept[0].as_float())
+            states = torch.cat([llama.run(layer, states[rows]) for rows in chunks(*states.shape[:2])])
+        return states
+
+
+def choose_layers(trials: LayerTrials, *, share: float | None = None, max_kl: float | None = None) -> LayerChoice:
+    """Chooses the layers to convert, those that cost least.
+
+    Args:
+        trials: What the layers cost.
+        share: How much of all layers to choose. One of `share` and `max_kl` is given.
+        max_kl: KL in nats per token that the chosen layers may cost together; as many are chosen as that allows.
+
+    Raises:
+        ConversionError: The cheapest layer alone costs more than `max_kl`.
+    """
+    order = trials.cheapest_first
     if share is not None:
-        count = num_chosen(share, len(costs))
-        kl = together(count)
+        count = num_chosen(share, len(order))
+        kl = trials.together(order[:count])
     else:
         assert max_kl is not None
-        count, kl = _largest(together, costs[order[0]], max_kl, order)
-    choice = LayerChoice(tuple(sorted(order[:count])), tuple(costs), kl, judging.numel())
+        count, kl = _largest(lambda count: trials.together(order[:count]), len(order), max_kl)
+        if not count:
+            raise ConversionError(
+                f"{typed('max_kl')} is {max_kl:g}, and the layer that costs least, {order[0]}, alone costs "
+                f"{trials.costs[order[0]]:.2g}; allow more, choose {typed('share')} or {typed('layers')}, or convert "
+                "to v2, which is exact"
+            )
+    choice = LayerChoice(tuple(sorted(order[:count])), tuple(trials.costs), kl, trials.tokens)
     logger.info(choice.note)
     return choice
+
+
+def _largest(together: Callable[[int], float], num_layers: int, max_kl: float) -> tuple[int, float]:
+    """How many of the cheapest layers cost at most `max_kl` together, by halving, and their KL."""
+    fits = 0
+    kl = 0.0
+    above = num_layers + 1
+    while above - fits > 1:
+        count = (fits + above) // 2
+        reached = together(count)
+        if reached <= max_kl:
+            fits = count
+            kl = reached
+        else:
+            above = count
+    return fits, kl
+
+
+def _kept_costs(path: Path, fingerprint: str) -> list[float] | None:
+    """What an earlier run of the same identity has measured."""
+    if not path.is_file():
+        return None
+    kept = read_json(path)
+    return kept["costs"] if kept.get("fingerprint") == fingerprint else None
 
 
 def _sample(tokens: torch.Tensor, config: Any) -> tuple[torch.Tensor, int]:
@@ -157,78 +247,6 @@ def _sample(tokens: torch.Tensor, config: Any) -> tuple[torch.Tensor, int]:
     num_judging = min(max(1, JUDGING_TOKENS // row_tokens), max(1, len(tokens) // 4))
     num_fitted = -(-max(FITTED_TOKENS, 2 * columns) // row_tokens)
     return tokens[: num_judging + num_fitted], num_judging
-
-
-def _kept_costs(store: CalibrationStore) -> list[float] | None:
-    """What an earlier run of the same identity has measured."""
-    path = store.folder / COSTS
-    if not path.is_file():
-        return None
-    kept = read_json(path)
-    return kept["costs"] if kept.get("fingerprint") == store.fingerprint else None
-
-
-def _measure_costs(
-    llama: LlamaLayers,
-    sample: torch.Tensor,
-    num_judging: int,
-    lambdas: Sequence[tuple[float, ...]],
-    choices: tuple[Norm, int, torch.dtype | None],
-    local: LocalFit,
-    store: CalibrationStore,
-    progress: Progress,
-) -> list[float]:
-    """KL per layer of the model with that layer alone converted: one walk through LLaMA, all models side by side."""
-    norm, seed, dtype = choices
-    streams = Streams.start(llama.embed(sample))
-    ends: list[torch.Tensor] = []  # (R, T, C) of the judging sequences, per model
-    for index, values in enumerate(lambdas):
-        tensors = llama.tensors(index)
-        layer = llama.layer(index, tensors)
-        streams.look_ahead(llama, layer, index)
-        problem = LayerProblem(index, llama, tensors, layer, streams, seed, norm, values, num_judging)
-        weights = fit_stages(problem, CHOICE_STAGES, local, store, dtype, progress)
-        with torch.no_grad():
-            ends = [llama.run(layer, states) for states in ends]
-            ends.append(llama.run(problem.diff_layer(weights), streams.original[:num_judging]))
-        streams.stay_original()
-    return Head(llama).divergences(streams.original[:num_judging], ends)
-
-
-@torch.no_grad()
-def _end(
-    llama: LlamaLayers, tokens: torch.Tensor, store: CalibrationStore, converted: Collection[int]
-) -> torch.Tensor:
-    """The states (R, T, C) after the last layer, with the kept weights in the layers of `converted`."""
-    states = llama.embed(tokens)
-    for index in range(llama.config.num_hidden_layers):
-        tensors = llama.tensors(index)
-        layer: nn.Module = llama.layer(index, tensors)
-        if index in converted:
-            kept = store.load(index, None, llama.device)
-            assert kept is not None  # its costs have been measured
-            layer = llama.diff_layer(index, tensors, kept[0].as_float())
-        states = torch.cat([llama.run(layer, states[rows]) for rows in chunks(*states.shape[:2])])
-    return states
-
-
-def _largest(together: Callable[[int], float], least: float, max_kl: float, order: Sequence[int]) -> tuple[int, float]:
-    """How many of the cheapest layers cost at most `max_kl` together, by halving, and their KL."""
-    fits, kl = 0, 0.0
-    above = len(order) + 1
-    while above - fits > 1:
-        count = (fits + above) // 2
-        reached = together(count)
-        if reached <= max_kl:
-            fits, kl = count, reached
-        else:
-            above = count
-    if not fits:
-        raise ConversionError(
-            f"{typed('max_kl')} is {max_kl:g}, and the layer that costs least, {order[0]}, alone costs {least:.2g}; "
-            f"allow more, choose {typed('share')} or {typed('layers')}, or convert to v2, which is exact"
-        )
-    return fits, kl
 
 
 class Head:

@@ -22,7 +22,7 @@ from conversion.calibration.calibrate import (
 )
 from conversion.calibration.estimate import CalibrationEstimate, duration_text, estimate_calibration
 from conversion.calibration.gradient_fit import LocalFit
-from conversion.calibration.layer_choice import LayerChoice, choose_layers, num_chosen
+from conversion.calibration.layer_choice import LayerChoice, LayerTrials, choose_layers, num_chosen
 from conversion.calibration.self_text import SELF_TEXT, check_self_text, has_text, self_text
 from conversion.calibration.store import has_results
 from conversion.checkpoint.companions import read_tokenizer
@@ -171,12 +171,10 @@ def run_choice(
 ) -> LayerChoice:
     """Chooses the layers to convert, for `share` or `max_kl`. Arguments as for `run_calibration`."""
     assert calibration.rows is not None
-    return choose_layers(
+    trials = LayerTrials(
         source.reader,
         source.model.config,
         calibration.rows,
-        share=options.share,
-        max_kl=options.max_kl,
         lambda_init=_lambda_choice(options),
         lambda_floor=calibration.text.lambda_floor,
         norm=options.norm,
@@ -187,6 +185,7 @@ def run_choice(
         resume=resume,
         progress=progress,
     )
+    return choose_layers(trials, share=options.share, max_kl=options.max_kl)
 
 
 def run_calibration(

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
-from conversion.calibration.layer_choice import _largest, choose_layers, num_chosen
+from conversion.calibration.layer_choice import LayerTrials, _largest, num_chosen
 from conversion.checkpoint.reader import CheckpointReader
 from modeling_diff import DiffLlamaForCausalLM
 
@@ -59,8 +59,8 @@ def test_cost_of_a_layer_is_the_kl_of_the_model_with_it_alone_converted(llama, t
     tokens = token_ids(length=ROW_TOKENS, batch=NUM_ROWS, seed=3)
     work = tmp_path / "work"
     source = LlamaForCausalLM.from_pretrained(llama)
-    choice = choose_layers(CheckpointReader(llama), source.config, tokens, share=0.5, work_folder=work)
-    judging = tokens[: choice.tokens // ROW_TOKENS]
+    trials = LayerTrials(CheckpointReader(llama), source.config, tokens, work_folder=work)
+    judging = tokens[: trials.tokens // ROW_TOKENS]
     for layer in range(4):
         folder = tmp_path / str(layer)
         convert_checkpoint(llama, folder, "v1", layers=[layer], uncalibrated=True, measure=False)
@@ -71,10 +71,10 @@ def test_cost_of_a_layer_is_the_kl_of_the_model_with_it_alone_converted(llama, t
             attention.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             attention.diff_lambda.lambda_init = json.loads(file.metadata()["calibration"])["lambda_init"]
         # float32: logits of two ways through the same layers differ by 1e-5
-        assert choice.costs[layer] == pytest.approx(kl_nats(source, model, judging), abs=1e-4)
-        assert choice.costs[layer] < copied, "it was fitted, on what this layer reads"
-    assert min(choice.costs) == choice.costs[QUIET_LAYER]
-    assert choice.costs[QUIET_LAYER] < 0.1 * max(choice.costs)
+        assert trials.costs[layer] == pytest.approx(kl_nats(source, model, judging), abs=1e-4)
+        assert trials.costs[layer] < copied, "it was fitted, on what this layer reads"
+    assert min(trials.costs) == trials.costs[QUIET_LAYER]
+    assert trials.costs[QUIET_LAYER] < 0.1 * max(trials.costs)
 
 
 @pytest.mark.parametrize(("share", "layers", "count"), [(0.5, 30, 15), (0.01, 30, 1), (1.0, 30, 30), (0.5, 5, 3)])
@@ -87,7 +87,7 @@ def test_budget_is_used_up_by_as_many_layers_as_fit(budget):
     costs = [0.01, 0.02, 0.08, 0.2, 0.5, 1.1]
     together = [sum(costs[:count]) for count in range(len(costs) + 1)]
     expected = max(count for count, cost in enumerate(together) if cost <= budget)
-    assert _largest(together.__getitem__, costs[0], budget, range(6)) == (expected, together[expected])
+    assert _largest(together.__getitem__, 6, budget) == (expected, together[expected])
 
 
 def test_share_converts_the_cheapest_layers_as_layers_does(llama, text, tmp_path):
