@@ -129,6 +129,17 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
 
 
+def test_choose_layers_finds_the_cheapest_choice_no_dearer_than_the_others(tmp_path):
+    run_example(tmp_path, "studies/choose_layers.py", "--smoke", "--output", "out")
+    found = json.loads((tmp_path / "out/layers.json").read_text())
+    assert len(found["costs"]) == 5 and all(cost > 0 for cost in found["costs"])
+    rows = {row["layers"]: row["kl"] for row in found["choices"]}
+    assert rows[1]["cheapest"] == pytest.approx(min(found["costs"]), rel=1e-3)  # float32: the same layers run again
+    assert all(kl["cheapest"] <= 1.01 * min(kl.values()) for kl in rows.values())
+    assert rows[5]["cheapest"] == rows[5]["even"] == rows[5]["last"]
+    assert (tmp_path / "out/layers.png").stat().st_size > 1000
+
+
 def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     llama = EXAMPLES / "assets" / "tiny-llama"
     convert_checkpoint(llama, tmp_path / "v2", "v2", measure=False)
