@@ -140,6 +140,16 @@ def test_choose_layers_finds_the_cheapest_choice_no_dearer_than_the_others(tmp_p
     assert (tmp_path / "out/layers.png").stat().st_size > 1000
 
 
+def test_refusal_of_a_conversion_ends_an_example_in_one_line(tmp_path):
+    import choose_layers
+
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(SystemExit, match=r"^choose_layers: .*short\.txt: .*10,?240") as ended:
+        choose_layers.main(["--model", str(EXAMPLES / "assets/tiny-llama"), "--text", str(short)])
+    assert "\n" not in str(ended.value)
+
+
 def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     llama = EXAMPLES / "assets" / "tiny-llama"
     convert_checkpoint(llama, tmp_path / "v2", "v2", measure=False)

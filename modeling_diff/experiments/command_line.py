@@ -58,9 +58,12 @@ def one_line_errors(script: str) -> Iterator[None]:
         script: The script's `__file__`; its name begins the line.
 
     Raises:
-        SystemExit: A `ValueError`, `OSError` or `ImportError` was raised inside.
+        SystemExit: A `ValueError`, `OSError` or `ImportError` was raised inside, or an error with an exit code, as
+            those of conversion/ are.
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, ImportError | OSError | ValueError) and not hasattr(error, "exit_code"):
+            raise
         sys.exit(f"{Path(script).stem}: {error}")
