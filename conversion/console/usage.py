@@ -1,5 +1,6 @@
 """How the command line reads what a user typed: plain usage lines, and usage errors in one line like all others."""
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -17,10 +18,20 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 # What was typed: the program, the command, its arguments.
 command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
 EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
+# In the words of click, by which typer below 0.29 reads values.
+CLICK_EXPECTED = {"a valid integer": "a whole number", "a valid float": "a number"}
 
 
 class PlainCommand(TyperCommand):
     """A command whose help shows SOURCE for `{source}` and no type for a flag, and whose errors name its options."""
+
+    def __init__(self, name: str | None, *, callback: Callable[..., Any], **settings: Any) -> None:
+        super().__init__(name, callback=callback, **settings)
+        written = inspect.signature(callback).parameters
+        for param in self.params:
+            # typer below 0.26 loses it to click 8.5, which has a help of its own.
+            if param.param_type_name == "argument" and not param.help:  # type: ignore[attr-defined]
+                param.help = written[param.name].annotation.__metadata__[0].help  # type: ignore[attr-defined]
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Returns all parameters, as `--help` is to show them."""
@@ -40,7 +51,10 @@ class PlainCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the arguments; whatever goes wrong is said in the words of the command line."""
         with typed_as(self._options(ctx)):
-            return super().parse_args(ctx, args)
+            try:
+                return super().parse_args(ctx, args)
+            except UnicodeEncodeError as error:  # typer below 0.29 looks for a file of that name
+                raise UsageError(f"{error.object!r}: no name of a file ({error.reason})") from error
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; whatever goes wrong is said in the words of the command line."""
@@ -104,6 +118,8 @@ def usage_message(error: Any) -> str:
         fault = cause.errors()[0]
         if expected := EXPECTED.get(fault["type"]):
             message = f"{fault['input']!r} is not {expected}"
+    for said, expected in CLICK_EXPECTED.items():
+        message = message.replace(f"is not {said}", f"is not {expected}")
     name = error.param.metavar if error.param.param_type_name == "argument" else error.param.opts[0]
     return f"{name}: {message}{where}"
 
