@@ -92,7 +92,11 @@ def memory_error(error: BaseException, what: object) -> MemoryLimitError | None:
     said = isinstance(error, RuntimeError) and re.search(
         r"out of memory|(can't|cannot) allocate memory", str(error), re.I
     )
-    if not lacking and not said:
+    # Of a library that is loaded when memory is short: ctypes and an import each pass on the dynamic linker's words.
+    linked = isinstance(error, (ImportError, OSError)) and re.search(
+        r"failed to map segment from shared object|cannot map zero-fill pages", str(error)
+    )
+    if not lacking and not said and not linked:
         return None
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return MemoryLimitError(
@@ -106,7 +110,7 @@ def memory_errors(what: object) -> Iterator[None]:
     """Turns a lack of memory into a MemoryLimitError that begins with `what`."""
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
         if lacking := memory_error(error, what):
             raise lacking from error
         raise

@@ -234,6 +234,7 @@ def test_secret_in_any_text_stops_a_push(source, secret, name):
 LITTLE_MEMORY = """
 import resource, sys
 import conversion.cli as cli
+import conversion.convert  # with torch, whose libraries need more than is left
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -265,6 +266,9 @@ def test_address_space_below_a_shard_is_called_a_lack_of_memory(tmp_path, pickle
         (MemoryError(), True),
         (OSError(12, "Cannot allocate memory"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore"), True),
+        (OSError("libgomp.so.1: failed to map segment from shared object"), True),
+        (ImportError("libtorch_cpu.so: cannot map zero-fill pages"), True),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), False),
         (RuntimeError("shapes differ"), False),
         (OSError(2, "No such file"), False),
     ],
