@@ -48,7 +48,7 @@ COMMITTED = {"answer_lost", "wrong_object_id", "comparison_fails"}
 # The client tries these again by itself.
 PASSING = {
     "upload_fails_twice": {"endpoint": "put", "status": 500, "times": 2},
-    "upload_rate_limited": {"endpoint": "put", "status": 429, "headers": {"Retry_After": "7"}, "times": 1},
+    "upload_rate_limited": {"endpoint": "put", "status": 429, "headers": {"RateLimit": '"api";r=0;t=7'}, "times": 1},
     "upload_dropped_once": {"endpoint": "put", "action": "drop", "times": 1},
 }
 
