@@ -52,6 +52,7 @@ def test_losses_equal_one_process(ranks, name, tmp_path):
             assert rank[name]["whole"][what] == pytest.approx(expected[what], rel=RELATIVE), what
 
 
+@pytest.mark.accelerate(since="1.13", reason="it begins again with an empty optimizer under FSDP2")
 def test_resumed_from_a_sharded_checkpoint_equals_uninterrupted(ranks, name):
     folder, results, _ = ranks
     assert list((folder / f"continued-{name}" / "checkpoint-2").glob("pytorch_model_fsdp_0/*.distcp"))
