@@ -27,6 +27,8 @@ OFFLINE = [
     # checkpoint, road, ranks, options
     *((name, "native", 1, {}) for name in ("v1_fresh", "v2_fresh", "v1_random", "v2_random", "v1_mixed", "v2_mixed")),
     *((name, "transformers", 1, {}) for name in ("v1_fresh", "v2_fresh", "v1_random", "v2_random", "v1_mixed")),
+    ("v1_fresh_pushed", "transformers", 1, {}),
+    ("v2_fresh_pushed", "transformers", 1, {}),
     *((name, "native", 2, {}) for name in ("v1_random", "v2_random", "v2_mixed")),
     *((name, "transformers", 2, {}) for name in ("v1_random", "v2_random")),
     *((name, "native", 1, {"adapter": f"{name}_lora"}) for name in ("v1_random", "v2_random")),

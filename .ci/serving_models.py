@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_diff
+from conversion import push_checkpoint
 
 
 SOURCE = Path(__file__).parents[1] / "examples/assets/tiny-llama"
@@ -81,6 +83,15 @@ def write_adapter(folder: Path, base: str) -> None:
     write_expected(folder, f"{base}_lora", model.eval())
 
 
+def write_pushed(folder: Path, name: str) -> None:
+    """A copy of the files that `push --dry-run` lists, and of no others."""
+    pushed = folder / f"{name}_pushed"
+    pushed.mkdir()
+    for file in push_checkpoint(folder / name, "someone/pushed", dry_run=True).files:
+        shutil.copy(folder / name / file, pushed / file)
+    shutil.copy(folder / f"{name}.json", folder / f"{name}_pushed.json")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     llama = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32)
@@ -91,6 +102,7 @@ def main() -> None:
         subprocess.run([*command, "--variant", variant, "--dtype", "float32"], check=True)
         model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / fresh, dtype=torch.float32)
         write_expected(folder, fresh, model.eval())
+        write_pushed(folder, fresh)
         save(folder, f"{variant}_random", randomize(model))
         extras = {"differential_layers": [1, 3], "attention_bias": True, "attention_out_bias": False}
         config = modeling_diff.DiffLlamaConfig(**{**model.config.to_diff_dict(), **extras, "use_qk_norm": True})
