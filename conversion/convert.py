@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conversion.calibration.calibrate import Progress as CalibrationProgress
+from conversion.calibration.layer_choice import num_chosen
 from conversion.calibration.step import (
     Calibration,
     calibrated_plan,
@@ -36,7 +37,7 @@ from conversion.planning.adapt_converted import adapt_converted, check_nothing_e
 from conversion.planning.adapter_output import AdapterOutput
 from conversion.planning.plan import plan_conversion
 from conversion.planning.variants import UNCALIBRATED, check_uncalibrated, variant_of_import
-from conversion.record import RECORD, ConversionReport
+from conversion.record import CALIBRATED, RECORD, ConversionReport
 from conversion.source import Source, open_source
 from conversion.source.adapter import read_adapter
 from conversion.source.config import check_pairs, read_source_model
@@ -98,8 +99,7 @@ def convert_checkpoint(
         return _adapt(Path(source), target, config)
     settled = _settle(source, target, config)
     if config.dry_run:
-        notes = settled.notes + ([settled.calibration.note] if settled.calibration else [])
-        return _report(settled, target, settled.plan.record, notes)
+        return _dry_report(settled, target)
     calibration = settled.calibration
     if calibration:
         before_calibration(calibration)
@@ -139,6 +139,7 @@ def _adapt(source: Path, output: Path, config: ConversionConfig) -> ConversionRe
 def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settled:
     """Finds and checks the source, the target and every choice; reads no weights and writes nothing."""
     check_uncalibrated(config)
+    text = config.calibration_text
     if config.variant != "v2":
         # A Hub source is asked for its config alone, before gigabytes come down.
         described = locate_source(source, config.revision, config_only=True)
@@ -148,7 +149,6 @@ def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settl
             config = replace(config, variant=variant_of_import(found.kind, config.variant))
         if not config.pad_heads:
             check_pairs(found.sizes.num_heads, found.sizes.num_kv_heads)
-    text = config.calibration_text
     opened = open_source(
         source,
         revision=config.revision,
@@ -215,6 +215,21 @@ def _calibrated(
 
 def _report(settled: Settled, output: Path, record: Mapping[str, Any], notes: list[str]) -> ConversionReport:
     return ConversionReport(output, record, notes + _warnings(settled.source, settled.plan), settled.plan.num_bytes)
+
+
+def _dry_report(settled: Settled, output: Path) -> ConversionReport:
+    """What would be written, and what a calibration would take."""
+    if settled.calibration is None:
+        return _report(settled, output, settled.plan.record, settled.notes)
+    record = settled.plan.record
+    record = {**record, "promise": {**record["promise"], "text": CALIBRATED}}
+    notes = [*settled.notes, settled.calibration.note]
+    if (share := settled.config.share) is not None:
+        num_layers = settled.source.model.sizes.num_layers
+        notes.append(
+            f"{num_chosen(share, num_layers)} of {num_layers} layers would become differential, those that cost least"
+        )
+    return _report(settled, output, record, notes)
 
 
 def _with_card_and_code(source: Source, plan: Plan) -> Plan:

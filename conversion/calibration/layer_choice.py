@@ -207,9 +207,9 @@ def choose_layers(trials: LayerTrials, *, share: float | None = None, max_kl: fl
         count, kl = _largest(lambda count: trials.together(order[:count]), len(order), max_kl)
         if not count:
             raise ConversionError(
-                f"{typed('max_kl')} is {max_kl:g}, and the layer that costs least, {order[0]}, alone costs "
-                f"{trials.costs[order[0]]:.2g}; allow more, choose {typed('share')} or {typed('layers')}, or convert "
-                "to v2, which is exact"
+                f"{typed('max_kl')} is {max_kl:g}, and layer {order[0]}, which costs least, alone costs "
+                f"{trials.costs[order[0]]:.2g} nats per token; allow more, choose {typed('share')} or "
+                f"{typed('layers')}, or convert to v2, which is exact"
             )
     choice = LayerChoice(tuple(sorted(order[:count])), tuple(trials.costs), kl, trials.tokens)
     logger.info(choice.note)

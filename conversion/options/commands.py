@@ -24,10 +24,12 @@ class VerifyConfig:
     against: str | None = option(help="Folder or Hub id of the LLaMA it was converted from, to compare with.")
     held_out: str | Path | None = held_out_option()
     certificate: str | Path | None = option(
-        help="Run a fixed suite on both models and write its results to this JSON file. As certificate.json in the "
-        "checkpoint's folder, `push` uploads it and shows it on the model card."
+        help="Run a fixed suite on both models and write its results to this JSON file. Needs --against. As "
+        "certificate.json in the checkpoint's folder, `push` uploads it and shows it on the model card."
     )
-    check: str | Path | None = option(help="Run the suite of this certificate again and say what differs.")
+    check: str | Path | None = option(
+        help="Run the suite of this certificate again and say what differs. Needs --against."
+    )
     overwrite: bool = option(False, help="Replace an earlier certificate.")
 
 

@@ -109,7 +109,7 @@ def test_max_kl_takes_what_the_budget_allows(llama, text, tmp_path):
     little = convert(llama, tmp_path / "little", text, max_kl=1.01 * min(measured["costs"])).record["layer_choice"]
     assert little["layers"] == [QUIET_LAYER]
     assert little["kl"] <= little["max_kl"]
-    with pytest.raises(ConversionError, match=r"max_kl is 1e-09, and the layer that costs least, 2, alone costs"):
+    with pytest.raises(ConversionError, match=r"max_kl is 1e-09, and layer 2, which costs least, alone costs"):
         convert(llama, tmp_path / "none", text, max_kl=1e-9)
     assert not (tmp_path / "none").exists()
 
@@ -158,6 +158,19 @@ def test_a_stopped_choice_is_continued(llama, text, tmp_path, stop_at):
 def test_impossible_amounts_are_refused(llama, text, tmp_path, options, message):
     with pytest.raises(ConversionError, match=message):
         convert(llama, tmp_path / "v1", text, **options)
+
+
+def test_dry_run_says_how_many_layers_and_promises_what_a_calibration_does(llama, text, tmp_path):
+    report = convert(llama, tmp_path / "half", text, share=0.5, dry_run=True)
+    assert "2 of 4 layers would become differential, those that cost least" in report.notes
+    written = convert(llama, tmp_path / "half", text, share=0.5)
+    assert report.record["promise"] == written.record["promise"]
+
+
+def test_share_without_a_text_is_told_of_the_text_alone(llama, tmp_path):
+    with pytest.raises(ConversionError, match="share needs text to calibrate on") as refused:
+        convert_checkpoint(llama, tmp_path / "half", "v1", share=0.5)
+    assert "uncalibrated" not in str(refused.value)
 
 
 def test_v2_has_no_share(llama, tmp_path):
