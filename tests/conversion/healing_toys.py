@@ -1,9 +1,8 @@
 """A random LLaMA, its conversions and rows to train on: what the tests of healing share. Not a test module."""
 
-import json
 from pathlib import Path
 
-from random_llamas import random_llama, saved, token_ids
+from random_llamas import random_llama, saved, write_rows
 from safetensors.torch import load_file
 
 from conversion import convert_checkpoint
@@ -23,10 +22,8 @@ TOY = {
 }
 
 
-def write_rows(path: Path, num_rows: int = 40, seed: int = 3) -> Path:
-    rows = token_ids(length=CONTEXT, batch=num_rows, seed=seed).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
+def write_training_rows(path: Path, num_rows: int = 40, seed: int = 3) -> Path:
+    return write_rows(path, num_rows, CONTEXT, seed)
 
 
 def make_toys(folder: Path) -> Path:
@@ -35,7 +32,7 @@ def make_toys(folder: Path) -> Path:
     convert_checkpoint(folder / "llama", folder / "v1", "v1", uncalibrated=True)
     convert_checkpoint(folder / "llama", folder / "v1-neutral", "v1", uncalibrated=True, norm="neutral")
     convert_checkpoint(folder / "llama", folder / "v2", "v2")
-    write_rows(folder / "data.jsonl")
+    write_training_rows(folder / "data.jsonl")
     return folder
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from healing_toys import TOY, write_rows
+from healing_toys import TOY, write_training_rows
 from planted_pairs import CONTEXT, kl_nats, planted_llama, random_tokens
-from random_llamas import RELATIVES, random_relative, saved, token_ids
+from random_llamas import RELATIVES, random_relative, saved, token_ids, write_rows
 from test_convert_adapter import LINEAR, make_adapter
 
 from conversion import convert_checkpoint, verify_checkpoint
@@ -110,7 +110,7 @@ def test_recommended_lora_trains_and_comes_back(converted, tmp_path, variant):
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_healing_trains_every_new_tensor(converted, source, tmp_path, variant):
-    data = write_rows(tmp_path / "data.jsonl")
+    data = write_training_rows(tmp_path / "data.jsonl")
     options = HealingOptions(**TOY)
     report = heal_checkpoint(converted / variant, tmp_path / "healed", options, data=data, teacher=source)
     before, after = (

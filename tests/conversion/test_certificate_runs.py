@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from conversion import ConversionError, certify, convert_checkpoint, verify_checkpoint
 from conversion.cli import app
+from conversion.console import terminal
 from conversion.evaluation import certificate, certification, performance, suite
 
 
@@ -44,9 +45,15 @@ def short_suite(monkeypatch):
         monkeypatch.setattr(module, "NEW_TOKENS", 16)
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """The console takes its width when it is first imported, which may have been in any test."""
+    for console in (terminal.out, terminal.err):
+        monkeypatch.setattr(console, "_width", 300)
+
+
 def run(*arguments):
-    environment = {"COLUMNS": "300", "TERM": "dumb"}
-    return CliRunner().invoke(app, ["verify", *map(str, arguments)], env=environment)
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)], env={"TERM": "dumb"})
 
 
 def edited(path, change):

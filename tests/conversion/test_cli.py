@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import run
-from healing_toys import CONTEXT, write_rows
+from healing_toys import CONTEXT, write_training_rows
 from random_llamas import random_diffllama, saved
 
 from conversion.calibration.estimate import CalibrationEstimate, Work
@@ -109,8 +109,8 @@ def test_bad_input_exits_1_and_target_faults_exit_3_in_one_line(tmp_path, llama)
 
 def test_heal_trains_reports_and_goes_on(tmp_path, llama):
     run("convert", llama, tmp_path / "v1", *V1)
-    data = write_rows(tmp_path / "rows.jsonl")
-    held_out = write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
+    data = write_training_rows(tmp_path / "rows.jsonl")
+    held_out = write_training_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)
     command = ["heal", tmp_path / "v1", tmp_path / "healed", "--teacher", llama, "--data", data]
     command += ["--held-out", held_out, "--max-length", CONTEXT, "--per-device-train-batch-size", 4]
     command += ["--max-steps", 3, "--lambda-floor", 0.04]
@@ -128,7 +128,7 @@ def test_heal_trains_reports_and_goes_on(tmp_path, llama):
 
 def test_heal_refuses_in_one_line(tmp_path, llama):
     run("convert", llama, tmp_path / "v1", *V1)
-    data = write_rows(tmp_path / "rows.jsonl")
+    data = write_training_rows(tmp_path / "rows.jsonl")
     result = run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--max-length", CONTEXT)
     assert result.exit_code == 1 and "learns from a teacher" in result.stderr and result.stderr.count("\n") == 1
     assert run("heal", tmp_path / "v1", tmp_path / "healed", "--data", data, "--lambda", "high").exit_code == 2
@@ -180,7 +180,7 @@ def test_interrupt_exits_130_and_names_what_stays(tmp_path, monkeypatch, command
 def test_long_calibration_is_asked_about_on_a_terminal_alone(
     tmp_path, llama, monkeypatch, seconds, terminal, options, asked
 ):
-    rows = write_rows(tmp_path / "rows.jsonl", num_rows=32)
+    rows = write_training_rows(tmp_path / "rows.jsonl", num_rows=32)
     estimate = CalibrationEstimate(work=Work(), memory_bytes=1, disk_bytes=1, seconds=seconds)
     monkeypatch.setattr("conversion.calibration.step.estimate_calibration", lambda *arguments, **options: estimate)
     monkeypatch.setattr(

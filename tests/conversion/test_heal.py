@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from healing_toys import CONTEXT, heal, make_toys, weights, write_rows
+from healing_toys import CONTEXT, heal, make_toys, weights, write_training_rows
 from random_llamas import SMALL, token_ids
 from saved_checkpoints import names, snapshot
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -333,7 +333,7 @@ def test_rows_held_out_scale_with_the_run_and_leave_it_all_it_asked_for(train_ro
     ],
 )
 def test_short_runs_heal_and_say_how_many_rows_they_measured_on(toys, tmp_path, options, num_rows, held_out_rows):
-    data = write_rows(tmp_path / "data.jsonl", num_rows)
+    data = write_training_rows(tmp_path / "data.jsonl", num_rows)
     report = heal(toys, tmp_path / "out", **({"held_out_rows": None} | options), arguments={"data": data})
     expected = {"text": "first rows of the data", "rows": held_out_rows}
     assert report.record["healing"][0]["held_out"] == expected

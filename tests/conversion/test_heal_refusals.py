@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from healing_toys import heal, make_toys, weights, write_rows
+from healing_toys import heal, make_toys, weights, write_training_rows
 from random_llamas import edit_json, random_diffllama, random_llama, saved
 from safetensors.torch import save_file
 from saved_checkpoints import names, refusal, snapshot
@@ -189,7 +189,7 @@ def test_data_of_no_use_are_refused(toys, tmp_path):
             heal(toys, tmp_path / "out", arguments={"data": tmp_path / f"{name}.jsonl"})
         assert not [left for left in names(tmp_path) if "out" in left]
     with pytest.raises(ConversionError, match="leave 3 sequences of 16 tokens to train on, and a step takes 4"):
-        heal(toys, tmp_path / "out", arguments={"data": write_rows(tmp_path / "few.jsonl", 7)})
+        heal(toys, tmp_path / "out", arguments={"data": write_training_rows(tmp_path / "few.jsonl", 7)})
 
 
 def test_a_used_target_and_a_foreign_source_are_refused(toys, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from healing_toys import heal, make_toys, weights, write_rows
+from healing_toys import heal, make_toys, weights, write_training_rows
 from random_llamas import edit_json
 from saved_checkpoints import names
 from transformers import TrainerCallback
@@ -137,7 +137,7 @@ def test_work_is_another_runs_by_content_whatever_size_and_time_say(toys, tmp_pa
     for name in ("llama", "v1"):
         shutil.copytree(toys / name, tmp_path / name)
     shutil.copy(toys / "data.jsonl", tmp_path)
-    arguments = {"held_out": write_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)}
+    arguments = {"held_out": write_training_rows(tmp_path / "held_out.jsonl", num_rows=4, seed=8)}
     with pytest.raises(KeyboardInterrupt):
         heal(tmp_path, tmp_path / "out", arguments=arguments | {"callbacks": [Stop(3)]})
     if file.endswith("config.json"):
