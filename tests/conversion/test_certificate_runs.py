@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from random_llamas import random_llama, saved
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from conversion import ConversionError, certify, convert_checkpoint, verify_checkpoint
-from conversion.cli import app
-from conversion.console import terminal
 from conversion.evaluation import certificate, certification, performance, suite
 
 
@@ -45,15 +43,8 @@ def short_suite(monkeypatch):
         monkeypatch.setattr(module, "NEW_TOKENS", 16)
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    """The console takes its width when it is first imported, which may have been in any test."""
-    for console in (terminal.out, terminal.err):
-        monkeypatch.setattr(console, "_width", 300)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["verify", *map(str, arguments)], env={"TERM": "dumb"})
+def verify(*arguments):
+    return run("verify", *arguments)
 
 
 def edited(path, change):
@@ -65,7 +56,7 @@ def edited(path, change):
 @pytest.mark.slow
 def test_exact_conversion_keeps_everything_and_a_fresh_process_finds_the_same(folders, tmp_path):
     path = tmp_path / "v2.json"
-    result = run(folders / "v2", "--against", LLAMA, "--certificate", path)
+    result = verify(folders / "v2", "--against", LLAMA, "--certificate", path)
     assert result.exit_code == 0, result.output
     found = json.loads(path.read_text())
     assert found["passed"] and {measure["relative"] for measure in found["measures"]} == {1.0}
@@ -92,14 +83,14 @@ def test_exact_conversion_keeps_everything_and_a_fresh_process_finds_the_same(fo
 
 def test_plain_copy_fails_by_name_and_its_certificate_checks_out(folders, tmp_path, short_suite):
     path = tmp_path / "v1.json"
-    result = run(folders / "v1", "--against", LLAMA, "--certificate", path)
+    result = verify(folders / "v1", "--against", LLAMA, "--certificate", path)
     assert result.exit_code == 1 and "relative 15.3% (at least 95%)" in result.stdout
     found = json.loads(path.read_text())
     assert not found["passed"] and {"held-out loss", "KL", "greedy agreement", "needles"} <= set(found["failed"])
     assert "98.3% (arXiv:2505.03005)" in result.stdout
-    assert run(folders / "v1", "--against", LLAMA, "--check", path).exit_code == 0
+    assert verify(folders / "v1", "--against", LLAMA, "--check", path).exit_code == 0
     edited(path, lambda filed: filed["measures"][1].update(model=0.01))
-    result = run(folders / "v1", "--against", LLAMA, "--check", path)
+    result = verify(folders / "v1", "--against", LLAMA, "--check", path)
     assert result.exit_code == 1 and "model is 0.01 in the certificate, and 1.85277 here" in result.stdout
 
 
@@ -121,7 +112,7 @@ def test_changed_weights_and_texts_are_named(folders, tmp_path, short_suite, mon
     monkeypatch.setattr(certification, "load_in_float32", None)
 
     def refusal():
-        result = run(output, "--against", source, "--check", path)
+        result = verify(output, "--against", source, "--check", path)
         assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
         return result.stderr
 
@@ -175,7 +166,7 @@ def test_nothing_is_written_where_no_certificate_can_be_made(folders, tmp_path):
         ((folders / "v2", "--against", LLAMA, "--check", path), "missing; make it with"),
     ]
     for arguments, message in cases:
-        result = run(*arguments)
+        result = verify(*arguments)
         assert result.exit_code in (1, 3) and message in result.stderr and result.stderr.count("\n") == 1, message
     assert not path.exists() and not (LLAMA / "new.json").exists()
 
