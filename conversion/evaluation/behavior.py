@@ -83,17 +83,29 @@ def observe(model: Any, inputs: Sequence[torch.Tensor]) -> Behavior:
     continuations = []
     for ids in inputs:
         logits.append(model(ids).logits[0].float())
-        generated = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-        )
-        continuations.append(generated[0, ids.shape[1] :].tolist())
+        continuations += greedy_continuations(model, ids, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     return Behavior(logits, continuations)
+
+
+def greedy_continuations(model: Any, ids: torch.Tensor, num_tokens: int, **settings: Any) -> list[list[int]]:
+    """Returns the tokens that a model appends to each sequence, the most likely one each time.
+
+    Args:
+        model: A causal language model.
+        ids: Token ids (B, T), without padding.
+        num_tokens: Number of tokens to append at most.
+        settings: Others of `generate`.
+    """
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+        **settings,
+    )
+    return generated[:, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def measures(
         found.append(_task(f"needles, {length} tokens", share, model.needles[length]))
     found.append(_task("facts", _share(source.facts), _share(model.facts), answers=len(model.facts)))
     if judged:
-        found.append(_task("facts, judged", *judged, answers=len(model.facts)))
+        found.append(_task(JUDGED, *judged, answers=len(model.facts)))
     return [replace(measure, threshold=_threshold(measure, exact)) for measure in found]
 
 

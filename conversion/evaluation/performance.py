@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from conversion.evaluation.behavior import greedy_continuations
 from conversion.evaluation.suite import ASKED, Question, Suite
 from modeling_diff.analysis.needle_runs import answer_prompts, generate_replies
 from modeling_diff.analysis.needles import read_number, score
@@ -81,21 +82,9 @@ def perform(model: Any, tokenizer: Any, suite: Suite, progress: Progress) -> Per
     )
 
 
-@torch.no_grad()
 def _continuations(model: Any, suite: Suite) -> list[list[int]]:
-    heads = torch.cat([ids[:, :PROMPT_TOKENS] for ids in suite.held_out.windows])  # (B, T)
-    continued = []
-    for ids in heads.to(model.device).split(BATCH_SIZE):
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-        )
-        continued += output[:, ids.shape[1] :].tolist()
-    return continued
+    heads = torch.cat([ids[:, :PROMPT_TOKENS] for ids in suite.held_out.windows]).to(model.device)  # (B, T)
+    return [tokens for ids in heads.split(BATCH_SIZE) for tokens in greedy_continuations(model, ids, NEW_TOKENS)]
 
 
 def _replies(model: Any, tokenizer: Any, tasks: Sequence[Question], max_new_tokens: int) -> list[str]:
