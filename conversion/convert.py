@@ -17,6 +17,7 @@ from conversion.calibration.step import (
     prepare_calibration,
     run_calibration,
     run_choice,
+    with_calibrated_promise,
     with_text,
 )
 from conversion.checkpoint import check_target
@@ -37,7 +38,7 @@ from conversion.planning.adapt_converted import adapt_converted, check_nothing_e
 from conversion.planning.adapter_output import AdapterOutput
 from conversion.planning.plan import plan_conversion
 from conversion.planning.variants import UNCALIBRATED, check_uncalibrated, variant_of_import
-from conversion.record import CALIBRATED, RECORD, ConversionReport
+from conversion.record import RECORD, ConversionReport
 from conversion.source import Source, open_source
 from conversion.source.adapter import read_adapter
 from conversion.source.config import check_pairs, read_source_model
@@ -221,15 +222,13 @@ def _dry_report(settled: Settled, output: Path) -> ConversionReport:
     """What would be written, and what a calibration would take."""
     if settled.calibration is None:
         return _report(settled, output, settled.plan.record, settled.notes)
-    record = settled.plan.record
-    record = {**record, "promise": {**record["promise"], "text": CALIBRATED}}
     notes = [*settled.notes, settled.calibration.note]
     if (share := settled.config.share) is not None:
         num_layers = settled.source.model.sizes.num_layers
         notes.append(
             f"{num_chosen(share, num_layers)} of {num_layers} layers would become differential, those that cost least"
         )
-    return _report(settled, output, record, notes)
+    return _report(settled, output, with_calibrated_promise(settled.plan.record), notes)
 
 
 def _with_card_and_code(source: Source, plan: Plan) -> Plan:

@@ -269,8 +269,9 @@ class Head:
         for number, part in enumerate(parts):
             expected = self._log_probabilities(part)
             for model, split in enumerate(other_parts):
-                difference = expected - self._log_probabilities(split[number])
-                sums[model] += float((expected.exp() * difference).sum(dtype=torch.float64))
+                found = self._log_probabilities(split[number])
+                terms = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
+                sums[model] += float(terms.sum(dtype=torch.float64))
         # Of rounding alone a sum may come out below 0, which no divergence is.
         return [max(0.0, total) / original[..., 0].numel() for total in sums]
 

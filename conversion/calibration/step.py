@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,15 +175,11 @@ def run_choice(
         source.reader,
         source.model.config,
         calibration.rows,
-        lambda_init=_lambda_choice(options),
         lambda_floor=calibration.text.lambda_floor,
-        norm=options.norm,
-        dtype=options.torch_dtype,
-        seed=options.seed,
-        device=_device(),
         work_folder=choice_folder(work_folder),
         resume=resume,
         progress=progress,
+        **_fit_choices(options),
     )
     return choose_layers(trials, share=options.share, max_kl=options.max_kl)
 
@@ -215,17 +211,13 @@ def run_calibration(
         source.model.config,
         calibration.rows,
         stages=_stages(calibration.text),
-        lambda_init=_lambda_choice(options),
-        norm=options.norm,
         layers=options.differential_layers(source.model.sizes.num_layers),
-        dtype=options.torch_dtype,
         pad_heads=options.pad_heads,
-        seed=options.seed,
-        device=_device(),
         local=LocalFit(lambda_floor=calibration.text.lambda_floor),
         work_folder=work_folder,
         resume=resume,
         progress=progress,
+        **_fit_choices(options),
     )
 
 
@@ -245,12 +237,16 @@ def calibrated_plan(plan: Plan, text: CalibrationText, result: CalibrationResult
     config.lambda_init = list(result.lambda_init)
     config.sub_norm_eps = list(result.sub_norm_eps)
     record = {
-        **plan.record,
+        **with_calibrated_promise(plan.record),
         "pairing": "calibrated",
         "calibration": calibration_record(text, result),
-        "promise": {**plan.record["promise"], "text": CALIBRATED},
     }
     return replace(plan, rules=rules, texts={**plan.texts, "config.json": config.to_json_string()}, record=record)
+
+
+def with_calibrated_promise(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record of a plan with what is promised of a calibrated conversion."""
+    return {**record, "promise": {**record["promise"], "text": CALIBRATED}}
 
 
 def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict[str, Any]:
@@ -299,6 +295,17 @@ def choice_folder(work_folder: Path) -> Path:
 
 def _stages(text: CalibrationText) -> tuple[Stage, ...]:
     return DEFAULT_STAGES if text.stages is None else tuple(Stage(stage) for stage in text.stages)
+
+
+def _fit_choices(options: ConversionOptions) -> dict[str, Any]:
+    """What a choice of layers and the calibration that follows have to agree on."""
+    return {
+        "lambda_init": _lambda_choice(options),
+        "norm": options.norm,
+        "dtype": options.torch_dtype,
+        "seed": options.seed,
+        "device": _device(),
+    }
 
 
 def _lambda_choice(options: ConversionOptions) -> Any:
