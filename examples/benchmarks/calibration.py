@@ -138,7 +138,7 @@ def loss_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Runs every checkout in every round, prints the table, and returns the record."""
+    """Runs every checkout in every round, and returns the record."""
     source = arguments.model
     if arguments.random_layers:
         shape = SMOKE_SHAPE if arguments.smoke else SHAPE

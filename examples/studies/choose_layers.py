@@ -18,16 +18,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 from transformers.utils import logging
 
 from conversion.calibration.layer_choice import LayerTrials, num_chosen
+from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.text import read_calibration
 from conversion.source import open_source
 from conversion.source.config import check_pairs
 from modeling_diff.experiments.command_line import add_device, one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
-from modeling_diff.experiments.loading import load_tokenizer
 from modeling_diff.experiments.output_files import add_output, output_folder
 from modeling_diff.experiments.plots import pyplot_for
 
@@ -49,12 +48,13 @@ def choices(count: int, order: Sequence[int]) -> dict[str, list[int]]:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = open_source(arguments.model)
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = source.model.config
     if not arguments.pad_heads:
         check_pairs(config.num_attention_heads, config.num_key_value_heads)
     length = min(config.max_position_embeddings, arguments.length)
-    tokenizer = load_tokenizer(arguments.model)
-    tokens = read_calibration(arguments.text, tokenizer, arguments.tokens, length, config.vocab_size)
+    tokens = read_calibration(
+        arguments.text, read_tokenizer(source.folder), arguments.tokens, length, config.vocab_size
+    )
     trials = LayerTrials(source.reader, config, tokens, device=arguments.device, work_folder=folder)
     order = trials.cheapest_first
     rows = []
