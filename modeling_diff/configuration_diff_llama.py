@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig  # noqa: E402
 
 from .diff_adapters import MODEL_TYPE, register_with_peft  # noqa: E402
 from .diff_engines import register_with_vllm  # noqa: E402
-from .diff_llama_fields import head_fields, shared_fields  # noqa: E402
+from .diff_llama_fields import check_differential_heads, head_fields, shared_fields  # noqa: E402
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -65,6 +65,8 @@ class DiffLlamaConfig(LlamaConfig):
         lambda_bias: Whether `lambda_proj` has a bias (V2).
         differential_layers: The layers with differential attention. Defaults to all. The others keep LLaMA's
             attention, in the same weight and cache shapes; with V1 their heads are stored in pairs as well.
+        differential_heads: The differential heads of each layer, one ascending list per layer (V1), instead of
+            `differential_layers`. The others hold a pair of LLaMA's heads; with `[]` the whole layer does.
         attention_out_bias: Whether `o_proj` has a bias; `attention_bias` is then for queries, keys and values only, as
             in Qwen2. Defaults to `attention_bias`.
         use_qk_norm: Whether the queries and keys of each map are normalized before the rotary embedding, as in Qwen3:
@@ -92,6 +94,7 @@ class DiffLlamaConfig(LlamaConfig):
     sub_norm_eps: float | list[float] | None = None
     lambda_bias: bool = False
     differential_layers: list[int] | None = None
+    differential_heads: list[list[int]] | None = None
     attention_out_bias: bool | None = None
     use_qk_norm: bool = False
 
@@ -166,7 +169,7 @@ class DiffLlamaConfig(LlamaConfig):
     def _first_layers(config_dict: dict[str, Any]) -> dict[str, Any]:
         """Cuts lists with one value per layer to `num_hidden_layers`."""
         num_layers = config_dict["num_hidden_layers"]
-        lists = {name: config_dict.get(name) for name in ("lambda_init", "sub_norm_eps")}
+        lists = {name: config_dict.get(name) for name in ("lambda_init", "sub_norm_eps", "differential_heads")}
         cut = {name: values[:num_layers] for name, values in lists.items() if isinstance(values, list)}
         if (layers := config_dict.get("differential_layers")) is not None:
             cut["differential_layers"] = [layer for layer in layers if layer < num_layers]
@@ -180,7 +183,7 @@ class DiffLlamaConfig(LlamaConfig):
         """Raises `ValueError` for a combination of fields that has no meaning."""
         self._check_variant()
         self._check_heads()
-        self._check_layers()
+        check_differential_heads(self)
         if self.variant == "v1":
             self._check_v1()
         else:
@@ -198,8 +201,19 @@ class DiffLlamaConfig(LlamaConfig):
         return self.head_dim // 2 if self.variant == "v1" else self.head_dim
 
     def is_differential(self, layer_idx: int) -> bool:
-        """Returns whether the layer subtracts a negative map; else it keeps LLaMA's attention."""
-        return self.differential_layers is None or layer_idx in self.differential_layers
+        """Returns whether a head of the layer subtracts a negative map; else the layer keeps LLaMA's attention."""
+        return bool(self.differential_heads_of(layer_idx))
+
+    def is_mixed(self, layer_idx: int) -> bool:
+        """Returns whether some heads of the layer are differential and some are not (V1)."""
+        return 0 < len(self.differential_heads_of(layer_idx)) < self.num_attention_heads
+
+    def differential_heads_of(self, layer_idx: int) -> list[int]:
+        """Returns the heads of the layer that subtract a negative map, in ascending order."""
+        if self.differential_heads is not None:
+            return list(self.differential_heads[layer_idx])
+        is_differential = self.differential_layers is None or layer_idx in self.differential_layers
+        return list(range(self.num_attention_heads)) if is_differential else []
 
     def layer_sub_norm_eps(self, layer_idx: int) -> float:
         """Returns the epsilon of one layer's norm over heads (V1)."""
@@ -250,16 +264,6 @@ class DiffLlamaConfig(LlamaConfig):
             raise ValueError(
                 f"head_dim={self.head_dim} gives maps {self.map_dim} wide, and rotary embedding rotates pairs of "
                 f"components: use a head_dim that is a multiple of {4 if self.variant == 'v1' else 2}."
-            )
-
-    def _check_layers(self) -> None:
-        if self.differential_layers is None:
-            return
-        layers = self.differential_layers
-        if sorted(set(layers)) != list(layers) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
-            raise ValueError(
-                f"differential_layers={layers}: list each layer once, in ascending order, counted from 0 and below "
-                f"num_hidden_layers={self.num_hidden_layers}; leave it out for all layers."
             )
 
     def _fill_v1(self) -> None:

@@ -7,7 +7,9 @@ maps of a head read the same key and D = d.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -204,3 +206,37 @@ def subtract_maps(attn_output: torch.Tensor, diff_lambda: torch.Tensor) -> torch
     wide = attn_output.to(torch.promote_types(attn_output.dtype, torch.float32))
     positive, negative = wide.unflatten(2, (-1, 2)).unbind(3)
     return torch.addcmul(positive, diff_lambda[..., None], negative, value=-1)
+
+
+def own_halves(attn_output: torch.Tensor, map_dim: int) -> torch.Tensor:
+    """
+    Takes what V1's heads that are not differential give, from the outputs of both maps: (B, T, 2H, D) -> (B, T, H, D).
+
+    Such a head holds two of LLaMA's side by side: each map weighs its own half of the value.
+    """
+    left, right = attn_output.unflatten(2, (-1, 2)).unbind(3)
+    return torch.cat((left[..., :map_dim], right[..., map_dim:]), dim=-1)
+
+
+def runs_of_heads(is_differential: Sequence[bool]) -> list[tuple[int, bool]]:
+    """Returns how many neighboring heads are alike, and whether they are differential, from the first head on."""
+    return [(len(list(run)), differential) for differential, run in groupby(is_differential)]
+
+
+def mix_heads(difference: torch.Tensor, halves: torch.Tensor, runs: Sequence[tuple[int, bool]]) -> torch.Tensor:
+    """
+    Joins heads that are differential with those that are not.
+
+    Args:
+        difference: All heads as differential ones, normalized, (B, T, H, D).
+        halves: All heads as `own_halves` gives them, (B, T, H, D).
+        runs: Which of them to take, of `runs_of_heads`.
+
+    Returns:
+        Outputs of heads, (B, T, H, D), in the dtype of `difference`.
+    """
+    sizes = [size for size, _ in runs]
+    pairs = zip(difference.split(sizes, dim=2), halves.to(difference.dtype).split(sizes, dim=2), runs, strict=True)
+    pieces = [subtracted if differential else kept for subtracted, kept, (_, differential) in pairs]
+    # A rank without differential heads takes part in the sum of lambda's gradient over ranks as well.
+    return torch.cat((*pieces, difference[:, :, :0]), dim=2)

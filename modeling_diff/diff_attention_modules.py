@@ -17,7 +17,15 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_diff_llama import DiffLlamaConfig
-from .diff_attention import eager_attention_forward, is_exporting, place_queries, subtract_maps
+from .diff_attention import (
+    eager_attention_forward,
+    is_exporting,
+    mix_heads,
+    own_halves,
+    place_queries,
+    runs_of_heads,
+    subtract_maps,
+)
 from .diff_attention_auto import auto_attention_forward, auto_attention_mask, fastest_path
 from .diff_attention_chunked import chunked_attention_forward
 from .diff_attention_triton_interface import fused_attention_forward, fused_attention_mask
@@ -277,5 +285,37 @@ class PairedLlamaAttention(DiffLlamaAttention):
 
     def combine(self, attn_output, attn_weights, hidden_states):
         """Takes from each map the half of the value that it weighs."""
-        left, right = attn_output.unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, D) each
-        return torch.cat((left[..., : self.map_dim], right[..., self.map_dim :]), dim=-1), attn_weights
+        return own_halves(attn_output, self.map_dim), attn_weights
+
+
+class MixedAttention(DiffLlamaAttention):
+    """
+    V1's attention where some heads are differential; the others hold LLaMA's heads, as in `PairedLlamaAttention`.
+
+    Which ones are is a plain attribute, not a buffer, which loading on meta devices or casts could leave unset.
+    """
+
+    differential_functions = {}
+    choose_implementation = PairedLlamaAttention.choose_implementation
+
+    def __init__(self, config: DiffLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads = config.differential_heads_of(layer_idx)
+        self.is_differential_head = [head in heads for head in range(config.num_attention_heads)]
+
+    def keep_heads_of_rank(self, rank: int, num_ranks: int) -> None:
+        """Keeps the heads that a rank of tensor parallelism holds, before its weights are sharded."""
+        num_heads = len(self.is_differential_head) // num_ranks
+        self.is_differential_head = self.is_differential_head[rank * num_heads : (rank + 1) * num_heads]
+
+    def combine(self, attn_output, attn_weights, hidden_states):
+        """Takes the normalized difference of differential heads, and both halves of the others."""
+        difference, _ = super().combine(attn_output, attn_weights, hidden_states)
+        if difference.shape[2] != len(self.is_differential_head):
+            raise ValueError(
+                f"differential_heads: layer {self.layer_idx} holds {difference.shape[2]} heads and knows of "
+                f"{len(self.is_differential_head)} whether they are differential: ranks that share heads have to be "
+                'those of transformers (tp_plan="auto"), or of the vLLM model that `pip install diff-llama` brings.'
+            )
+        runs = runs_of_heads(self.is_differential_head)
+        return mix_heads(difference, own_halves(attn_output, self.map_dim), runs), attn_weights

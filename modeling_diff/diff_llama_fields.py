@@ -1,4 +1,7 @@
-"""What the config of a LLaMA or a relative becomes: the fields that are kept, and the heads that its heads make."""
+"""
+Fields of a config of ours: what those of a LLaMA or a relative become, the heads that its heads make, and the check of
+which heads are differential.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -123,3 +126,48 @@ def head_fields(config: Any, variant: str, *, pad_heads: bool) -> dict[str, int]
         "num_key_value_heads": num_kv_heads // paired,
         "head_dim": paired * map_dim,
     }
+
+
+def check_differential_heads(config: Any) -> None:
+    """
+    Checks the fields that say which layers, or which heads of each layer, are differential.
+
+    Args:
+        config: A config of ours, with checked counts of layers and heads.
+
+    Raises:
+        ValueError: They do not fit the counts, the variant or each other; names the field and the way out.
+    """
+    layers = config.differential_layers
+    if layers is not None and not _ascends(layers, config.num_hidden_layers):
+        raise ValueError(
+            f"differential_layers={layers}: list each layer once, in ascending order, counted from 0 and below "
+            f"num_hidden_layers={config.num_hidden_layers}; leave it out for all layers."
+        )
+    if config.differential_heads is None:
+        return
+    if config.variant == "v2":
+        raise ValueError(
+            "differential_heads: V2 computes its LLaMA exactly with all heads differential, so that none has to be "
+            'left out; use variant="v1", or differential_layers.'
+        )
+    if layers is not None:
+        raise ValueError(
+            f"differential_layers={layers} next to differential_heads, which says the same of every head: give one of "
+            "them, and None for the other."
+        )
+    if len(config.differential_heads) != config.num_hidden_layers:
+        raise ValueError(
+            f"differential_heads has {len(config.differential_heads)} lists for "
+            f"num_hidden_layers={config.num_hidden_layers}: give one per layer, [] where no head is differential."
+        )
+    for layer_idx, heads in enumerate(config.differential_heads):
+        if not _ascends(heads, config.num_attention_heads):
+            raise ValueError(
+                f"differential_heads[{layer_idx}]={heads}: list each head once, in ascending order, counted from 0 "
+                f"and below num_attention_heads={config.num_attention_heads}."
+            )
+
+
+def _ascends(indices: list[int], count: int) -> bool:
+    return sorted(set(indices)) == list(indices) and all(0 <= index < count for index in indices)

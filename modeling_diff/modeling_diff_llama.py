@@ -40,6 +40,7 @@ from .diff_attention_modules import (
     DEFAULT_ATTENTION,
     DiffLambda,
     DiffLlamaAttention,
+    MixedAttention,
     PairedLlamaAttention,
     PlainAttention,
     PlainNormedAttention,
@@ -85,7 +86,9 @@ class DiffLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DiffLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         attention_class: type[PlainAttention]
-        if config.is_differential(layer_idx):
+        if config.is_mixed(layer_idx):
+            attention_class = MixedAttention
+        elif config.is_differential(layer_idx):
             attention_class = DiffLlamaAttention
         elif config.variant == "v1":
             attention_class = PairedLlamaAttention

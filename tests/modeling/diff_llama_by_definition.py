@@ -57,7 +57,8 @@ def differential_heads(x, weights, config, layer_idx, positions, additive_mask):
     """
     The concatenated heads of one layer, (B, T, C) -> (B, T, H D), from LLaMA's names for its weights.
 
-    A layer without lambda is plain: head h reads key h // G, in V1's order of keys and values.
+    A layer without lambda is plain: head h reads key h // G, in V1's order of keys and values. So are heads that
+    `differential_heads` leaves out.
     """
     is_v1 = config.variant == "v1"
     head_dim = config.head_dim
@@ -99,6 +100,9 @@ def differential_heads(x, weights, config, layer_idx, positions, additive_mask):
             maps.append(attend(2 * i + m, 2 * group + m if is_v1 else group))
         if not is_v1:
             diff_lambda = project("lambda_proj", i, 1).sigmoid()
+        if config.differential_heads is not None and i not in config.differential_heads[layer_idx]:
+            heads += [maps[m] @ project("v_proj", 2 * group + m, map_dim) for m in range(2)]
+            continue
         head = (maps[0] - diff_lambda * maps[1]) @ project("v_proj", group, head_dim)
         if is_v1:
             eps = config.sub_norm_eps[layer_idx] if isinstance(config.sub_norm_eps, list) else config.sub_norm_eps

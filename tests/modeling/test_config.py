@@ -103,6 +103,16 @@ INVALID = {
     "layer_negative": ({"differential_layers": [-1]}, r"differential_layers=\[-1\].*counted from 0"),
     "layers_unsorted": ({"differential_layers": [1, 0]}, r"differential_layers=\[1, 0\].*ascending"),
     "layer_twice": ({"differential_layers": [1, 1]}, r"differential_layers=\[1, 1\].*once"),
+    "heads_short": ({"differential_heads": [[0]]}, r"differential_heads has 1 lists for num_hidden_layers=2: .* \[\]"),
+    "head_beyond": ({"differential_heads": [[0], [4]]}, r"differential_heads\[1\]=\[4\].*num_attention_heads=4"),
+    "head_negative": ({"differential_heads": [[-1], []]}, r"differential_heads\[0\]=\[-1\].*counted from 0"),
+    "heads_unsorted": ({"differential_heads": [[], [1, 0]]}, r"differential_heads\[1\]=\[1, 0\].*ascending"),
+    "head_twice": ({"differential_heads": [[2, 2], []]}, r"differential_heads\[0\]=\[2, 2\].*once"),
+    "heads_v2": ({"variant": "v2", "differential_heads": [[0], [1]]}, 'differential_heads: V2 .* variant="v1"'),
+    "heads_and_layers": (
+        {"differential_heads": [[0], [1]], "differential_layers": [0, 1]},
+        r"differential_layers=\[0, 1\] next to differential_heads.* one of them",
+    ),
     "lambda_init_short": ({"lambda_init": [0.2]}, "lambda_init has 1 values for num_hidden_layers=2"),
     "lambda_init_nan": ({"lambda_init": [0.2, math.nan]}, r"lambda_init\[1\]=nan: must be finite"),
     "lambda_init_infinite": ({"lambda_init": [-math.inf, 0.2]}, r"lambda_init\[0\]=-inf: must be finite"),
@@ -131,6 +141,7 @@ SET_AFTERWARDS = {
     "more_layers": ({"num_hidden_layers": 4}, "lambda_init has 2 values for num_hidden_layers=4"),
     "lambda_init_short": ({"lambda_init": [0.2]}, "lambda_init has 1 values"),
     "layer_beyond": ({"differential_layers": [99]}, r"differential_layers=\[99\]"),
+    "head_beyond": ({"differential_heads": [[0], [99]]}, r"differential_heads\[1\]=\[99\]"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1: the paper defines no dropout"),
 }
 
@@ -150,7 +161,14 @@ def test_fields_set_on_a_config_are_checked_where_it_is_used(tiny_model, setting
     assert not list(tmp_path.glob("again/*.safetensors"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"sub_norm_eps": [0.5, 0.02], "differential_layers": [0, 1]}], ids=str)
+PER_LAYER = [
+    {},
+    {"sub_norm_eps": [0.5, 0.02], "differential_layers": [0, 1]},
+    {"differential_heads": [[1, 2], [0]]},
+]
+
+
+@pytest.mark.parametrize("settings", PER_LAYER, ids=str)
 def test_fewer_layers_are_loaded_with_the_values_of_the_first(tiny_model, settings, random_ids, tmp_path):
     model = tiny_model("v1", **settings)
     input_ids = random_ids(1, 9)
@@ -209,7 +227,10 @@ def test_bias_of_o_proj_follows_attention_bias_unless_given(tiny_config, variant
     assert tiny_config(variant, attention_bias=True, attention_out_bias=False).attention_out_bias is False
 
 
-@pytest.mark.parametrize("field", ["variant", "lambda_init", "differential_layers", "lambda_bias", "sub_norm_eps"])
+FIELDS = ["variant", "lambda_init", "differential_layers", "differential_heads", "lambda_bias", "sub_norm_eps"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_value_of_a_wrong_type_is_refused_by_field_name(tiny_config, field):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{field}'"):
         tiny_config("v1", **{field: object()})

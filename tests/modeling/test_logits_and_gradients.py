@@ -38,9 +38,27 @@ SHAPES = {
 }
 
 
+# The variant, and which heads are differential; all, unless V1 leaves some out.
+HEADS = {
+    "v1": {"variant": "v1"},
+    "v2": {"variant": "v2"},
+    "v1, some heads": {"variant": "v1", "differential_heads": [[0, 3], [1]]},
+}
+
+
 @pytest.fixture(params=SHAPES)
-def model(request, tiny_model, variant):
-    return tiny_model(variant, **({"num_key_value_heads": 4} | SHAPES[request.param]), initializer_range=0.15)
+def shape(request):
+    return {"num_key_value_heads": 4} | SHAPES[request.param]
+
+
+@pytest.fixture(params=HEADS)
+def heads(request):
+    return {"kind": HEADS[request.param]["variant"]} | HEADS[request.param]
+
+
+@pytest.fixture
+def model(tiny_model, shape, heads):
+    return tiny_model(**heads, **shape, initializer_range=0.15)
 
 
 def visible_tokens(batch_size, num_tokens, padding):
@@ -68,13 +86,16 @@ def test_logits_equal_the_definition(model, random_ids, implementation, dtype):
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=LOGITS_ATOL[dtype])
 
 
-# LLaMA's eager softmax is float32 throughout: float64's lowest number overflows in it where all keys are padding.
+# LLaMA's eager softmax, which layers with LLaMA's heads call, is float32 throughout: float64's lowest number overflows
+# in it where all keys are padding.
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [("eager", torch.float64), ("sdpa", torch.float64), ("diff_chunked", torch.float64), (STANDARD, torch.float32)],
 )
 def test_logits_of_padded_batches_equal_the_definition(model, random_ids, implementation, dtype, padding):
+    if implementation == "eager" and model.config.differential_heads is not None:
+        dtype = torch.float32
     model = model.to(dtype)
     model.set_attn_implementation(implementation)
     input_ids = random_ids(2, 13)
@@ -87,8 +108,8 @@ def test_logits_of_padded_batches_equal_the_definition(model, random_ids, implem
 
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_flex_attention_logits_equal_the_definition(tiny_model, variant, random_ids, padding):
-    model = tiny_model(variant, initializer_range=0.15, attn_implementation="flex_attention")
+def test_flex_attention_logits_equal_the_definition(tiny_model, heads, random_ids, padding):
+    model = tiny_model(**heads, initializer_range=0.15, attn_implementation="flex_attention")
     input_ids = random_ids(2, 13)
     visible = visible_tokens(2, 13, padding)
     expected = logits_by_definition(model.state_dict(), model.config, input_ids, visible)
