@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quickstart
+import torch
 
 from conversion import convert_checkpoint
 
@@ -169,6 +172,29 @@ def test_compare_precision_sees_equal_bits_and_rounding(tmp_path):
     assert rows["v2", "float32", "sdpa"]["from float64"]["greedy_agreement"] == 1
 
 
+def test_trace_loss_measures_the_conversion_that_is_written(tmp_path, monkeypatch):
+    import trace_loss
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    all_cases = trace_loss.cases
+    monkeypatch.setattr(trace_loss, "cases", lambda arguments: islice(all_cases(arguments), 1, 3))
+    trace_loss.main(["--smoke", "--output", str(tmp_path / "out")])
+    without_floor, default = json.loads((tmp_path / "out/trace.json").read_text())["rows"]
+    assert without_floor["kl_nats"] < default["kl_nats"] < 1
+    tiny_llama = EXAMPLES / "assets/tiny-llama"
+    converted = tmp_path / "v1"
+    text = tiny_llama / "calibration.txt"
+    options = {"stages": ["pairing", "refit"], "calibration_tokens": 2048, "measure": False}
+    convert_checkpoint(tiny_llama, converted, "v1", calibration=text, **options)
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tiny_llama)((tiny_llama / "heldout.txt").read_text(), add_special_tokens=False)
+    windows = torch.tensor(ids["input_ids"][: 2 * 511]).view(2, 511)
+    windows = torch.cat((torch.full((2, 1), model.config.bos_token_id), windows), dim=1)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    torch.testing.assert_close(default["loss_nats"], loss.item(), rtol=1e-5, atol=0)  # float32 means of 1,022 losses
+
+
 def test_published_llama_says_what_to_install(tmp_path):
     script = EXAMPLES / "studies" / "published_llama.py"
     hidden = "import importlib.metadata as m, runpy, sys\ndef files(name): raise m.PackageNotFoundError(name)\n"
@@ -190,3 +216,16 @@ def test_published_llama_asks_about_public_functions_with_docstrings(monkeypatch
         {"role": "user", "content": "What does `least(values, *, key=None)` of the Python module numbers do?"},
         {"role": "assistant", "content": "Return the smallest of the values, which must be numbers."},
     ]
+
+
+def test_published_llama_holds_text_of_every_kind_back(tmp_path):
+    from published_llama import PART_LETTERS, mixed_text, write_texts
+
+    assert mixed_text(["a" * 5000, "b" * 9000], 7000) == "\n".join(letter * PART_LETTERS for letter in "abab") + "\n"
+    asked = {name: [{"messages": f"question {name}"}] * 9 for name in ("chat.jsonl", "eval.jsonl")}
+    write_texts(tmp_path, asked, SimpleNamespace(apply_chat_template=lambda messages, tokenize: messages))
+    texts = {name: (tmp_path / f"{name}.txt").read_text() for name in ("calibration", "heldout")}
+    assert "question chat.jsonl" in texts["calibration"] and "question eval.jsonl" in texts["heldout"]
+    lines = {name: {line for line in text.splitlines() if len(line) > 60} for name, text in texts.items()}
+    assert len(lines["heldout"]) > 50
+    assert len(lines["heldout"] & lines["calibration"]) < 0.05 * len(lines["heldout"])  # such as rules of hyphens

@@ -38,7 +38,7 @@ RECORD_FIELDS = {
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke") / "model"
-    command = [sys.executable, SCRIPT, "--smoke", "--kv-heads", "4", "--output", folder]
+    command = [sys.executable, SCRIPT, "--smoke", "--kv-heads", "4", "--layers", "1", "--output", folder]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
     assert done.returncode == 0, done.stderr
     return folder
@@ -62,6 +62,7 @@ def test_smoke_output_loads_with_the_auto_classes(smoke):
     tokenizer = AutoTokenizer.from_pretrained(smoke)
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
     assert model.config.num_key_value_heads == model.config.num_attention_heads == 4
+    assert model.config.num_hidden_layers == 1
     assert model.config.tie_word_embeddings and len(tokenizer) == model.config.vocab_size
     text = "def naïve(x):\n\treturn x + 1234  # \u2603\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
@@ -90,6 +91,7 @@ def test_smoke_output_names_no_folder_of_this_machine(smoke):
         (["--kv-heads", "3"], "--kv-heads 3 must divide the 8 query heads"),
         (["--recall-share", "1.5"], "--recall-share 1.5 must lie between 0 and 0.9"),
         (["--max-steps", "0"], "must be positive"),
+        (["--layers", "0"], "--layers, "),
         (["--max-steps", "5", "--minutes", "1"], "not allowed with"),
     ],
 )

@@ -270,6 +270,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Size]:
     add("--size", choices=["tiny", "large"], default="tiny", help="shape, text and length of the run")
     add("--smoke", action="store_true", help="a toy of a model in seconds, instead of --size")
     add("--kv-heads", type=int, help="key-value heads; as many as query heads is MHA (default: the size's, GQA)")
+    add("--layers", type=int, help="number of layers (default: the size's)")
     add("--init", type=Path, help="folder of an earlier run of the same size to continue from")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--max-steps", type=int, help="optimizer steps; the same seed gives the same run")
@@ -282,15 +283,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Size]:
     add("--seed", type=int, default=0, help="seed of the weights and of the order of the text")
     args = parser.parse_args(argv)
     size = SIZES["smoke" if args.smoke else args.size]
-    given = {"kv_heads": args.kv_heads, "steps": args.max_steps, "learning_rate": args.learning_rate}
+    given = {"kv_heads": args.kv_heads, "layers": args.layers, "steps": args.max_steps}
+    given["learning_rate"] = args.learning_rate
     given["batch"] = args.per_device_train_batch_size
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     if size.kv_heads < 1 or size.heads % size.kv_heads:
         parser.error(f"--kv-heads {size.kv_heads} must divide the {size.heads} query heads")
     if not 0 <= args.recall_share <= 0.9:
         parser.error(f"--recall-share {args.recall_share} must lie between 0 and 0.9")
-    if min(size.batch, size.steps, size.learning_rate, 1 if args.minutes is None else args.minutes) <= 0:
-        parser.error("--per-device-train-batch-size, --max-steps, --minutes and --learning-rate must be positive")
+    minutes = 1 if args.minutes is None else args.minutes
+    if min(size.layers, size.batch, size.steps, size.learning_rate, minutes) <= 0:
+        positive = "--layers, --per-device-train-batch-size, --max-steps, --minutes and --learning-rate"
+        parser.error(f"{positive} must be positive")
     args.command = typed_command(__file__, argv)
     return args, size
 
