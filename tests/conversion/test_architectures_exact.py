@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from random_llamas import RELATIVES, edit_json, random_llama, random_relative, saved, token_ids
+from random_llamas import LONGROPE, RELATIVES, edit_json, random_llama, random_relative, saved, token_ids
 from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
@@ -18,8 +18,17 @@ SHAPES = {
     "gqa": {},
     "mha, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FLAVORS = {
     **{f"{name}, {shape}": (name, changes) for name in RELATIVES for shape, changes in SHAPES.items()},
+    **{f"{name}, mha, yarn": (name, {"num_key_value_heads": 4, "rope_parameters": YARN}) for name in RELATIVES},
+    "mistral, rope of llama3": ("mistral", {"rope_parameters": LLAMA3}),
+    "qwen2, linear rope": ("qwen2", {"rope_parameters": YARN | {"rope_type": "linear"}}),
+    "qwen3, longrope": (
+        "qwen3",
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+    ),
     "mistral, window as long as the text": ("mistral", {"sliding_window": 128}),
     "qwen2, windows from a layer that is not there": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     "qwen3, heads that do not divide the hidden size": ("qwen3", {"num_attention_heads": 6, "head_dim": 8}),
