@@ -16,7 +16,7 @@ from conversion.source.config import read_config, read_source_model
 from conversion.source.converted import read_our_config
 
 
-CALIBRATION_FIELDS = ("text", "tokens", "stages", "lambda_floor")  # what of its record fits on a line
+CALIBRATION_FIELDS = ("text", "tokens", "effort", "stages", "lambda_floor")  # what of its record fits on a line
 
 
 def calibration_summary(calibration: Any) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ RECORD_FORM: Mapping[str, Any] = {
     },
     "promise": {"kind": set(PROMISES), "text": str},
     "pairing": Maybe(str),
-    "calibration": Maybe({"text": str, "tokens": int, "stages": [str]}),
+    "calibration": Maybe({"text": str, "tokens": int, "effort": Maybe(str), "stages": [str]}),
     "measured": Maybe(
         {
             "not_measured": Maybe(str),

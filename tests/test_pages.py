@@ -27,6 +27,7 @@ BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(bash|python)\n(.*?)^`
 LLAMA = ROOT / "examples" / "assets" / "tiny-llama"
 # What is appended so that a command takes seconds: as few tokens as it takes.
 SHORTER = {
+    r"diff-llama convert .*--effort ": "--calibration-tokens 2048 --no-measure",
     r"diff-llama convert .*--calibration ": "--calibration-tokens 2048 --stages pairing --no-measure",
     r"diff-llama convert (?!.*--calibration ).*--variant": "--no-measure",
     r"python examples/scripts/(finetune_lora|continue_pretraining).py --model": "--max-steps 2 --max-length 128",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from conversion.calibration.calibrate import (
-    DEFAULT_STAGES,
     CalibrationResult,
     Progress,
     Stage,
@@ -31,7 +30,7 @@ from conversion.checkpoint.output_folder import locked, parents_made
 from conversion.data.text import read_calibration
 from conversion.errors import ConversionError
 from conversion.mapping.stream import Plan, planned_config
-from conversion.options import CALIBRATION_TOKENS, CalibrationText, ConversionOptions
+from conversion.options import CalibrationText, ConversionOptions
 from conversion.record import CALIBRATED
 from conversion.source import Source
 from conversion.source.architectures import plain_config
@@ -50,7 +49,7 @@ class Calibration:
         rows: Its token ids (R, T); None if the source is to write them.
         row_tokens: T, tokens per sequence.
         estimate: What the calibration takes.
-        whole: Whether all of the text is read, as it is shorter than the default.
+        whole: Whether all of the text is read, as it is shorter than the effort asks for.
     """
 
     text: CalibrationText
@@ -68,9 +67,10 @@ class Calibration:
             of = " (all of the text)"
         elif self.rows is None:
             of = " that the source writes"
+        effort = f", effort {self.text.effort}" if self.text.effort else ""
         return (
-            f"calibration on {self.text.tokens:,} tokens{of}: about {duration_text(self.estimate.seconds)} on this "
-            f"machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
+            f"calibration on {self.text.tokens:,} tokens{of}{effort}: about {duration_text(self.estimate.seconds)} on "
+            f"this machine's {_device()}, {self.estimate.memory_bytes / gigabyte:.1f} GB of memory, "
             f"{self.estimate.disk_bytes / gigabyte:.1f} GB of disk"
         )
 
@@ -105,7 +105,7 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
     config = plain_config(model.config)
     row_tokens = min(config.max_position_embeddings, ROW_TOKENS)
-    asked = text.tokens or CALIBRATION_TOKENS
+    asked = text.recipe.tokens
     rows = None
     if text.path is None:
         check_self_text(source)
@@ -128,6 +128,7 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         num_tokens,
         row_tokens,
         stages=_stages(text),
+        local=_local(text),
         device=_device(),
         num_layers=len(layers) if options.share is None else num_chosen(options.share, len(layers)),
         written=rows is None,
@@ -213,7 +214,7 @@ def run_calibration(
         stages=_stages(calibration.text),
         layers=options.differential_layers(source.model.sizes.num_layers),
         pad_heads=options.pad_heads,
-        local=LocalFit(lambda_floor=calibration.text.lambda_floor),
+        local=_local(calibration.text),
         work_folder=work_folder,
         resume=resume,
         progress=progress,
@@ -254,6 +255,7 @@ def calibration_record(text: CalibrationText, result: CalibrationResult) -> dict
     return {
         "text": SELF_TEXT if text.path is None else text.path.name,
         "tokens": text.tokens,
+        "effort": text.effort,
         "lambda_floor": text.lambda_floor,
         "stages": [str(stage) for stage in _stages(text)],
         "pairings": [
@@ -294,7 +296,11 @@ def choice_folder(work_folder: Path) -> Path:
 
 
 def _stages(text: CalibrationText) -> tuple[Stage, ...]:
-    return DEFAULT_STAGES if text.stages is None else tuple(Stage(stage) for stage in text.stages)
+    return tuple(Stage(stage) for stage in text.recipe.stages)
+
+
+def _local(text: CalibrationText) -> LocalFit:
+    return LocalFit(steps=text.recipe.steps, lambda_floor=text.lambda_floor)
 
 
 def _fit_choices(options: ConversionOptions) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def ask_before_calibration(agreed: bool) -> Callable[["Calibration"], None]:
             return
         if not typer.confirm("Start it?", default=True, err=True):
             raise ConversionError(
-                "not started, and nothing was written; --calibration-tokens and --stages make it shorter, and a GPU "
-                "is used where there is one"
+                "not started, and nothing was written; --effort quick and --calibration-tokens make it shorter, and a "
+                "GPU is used where there is one"
             )
 
     return ask

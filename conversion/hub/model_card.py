@@ -266,7 +266,8 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
         stages = markdown(", ".join(map(str, calibration["stages"])))
         text = code_span(calibration["text"])
         floor = f", λ at least {markdown(calibration['lambda_floor'])}" if calibration.get("lambda_floor") else ""
-        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}: {stages}{floor}.")
+        effort = f", effort {markdown(calibration['effort'])}" if calibration.get("effort") else ""
+        lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}{effort}: {stages}{floor}.")
     for stage in record.get("healing") or []:
         lines.append(f"- Healed, {markdown(stage.get('stage', 'one stage'))}: {markdown(_healing(stage))}.")
     count = config.num_hidden_layers

@@ -1,6 +1,7 @@
 """What a user can ask: one config per command, from which the command line is derived. Imports neither torch nor
 transformers."""
 
+from conversion.options.calibration import EFFORTS, LAMBDA_FLOOR, STAGES, CalibrationText, parse_stages
 from conversion.options.commands import (
     ExportConfig,
     HealFilesConfig,
@@ -9,17 +10,7 @@ from conversion.options.commands import (
     UpdateCodeConfig,
     VerifyConfig,
 )
-from conversion.options.conversion import (
-    CALIBRATION_TOKENS,
-    LAMBDA_FLOOR,
-    NEUTRAL_EPS,
-    STAGES,
-    STRICT_EPS,
-    CalibrationText,
-    ConversionConfig,
-    ConversionOptions,
-    parse_stages,
-)
+from conversion.options.conversion import NEUTRAL_EPS, STRICT_EPS, ConversionConfig, ConversionOptions
 from conversion.options.values import (
     DTYPES,
     chosen,
@@ -36,8 +27,8 @@ from conversion.options.values import (
 
 
 __all__ = [
-    "CALIBRATION_TOKENS",
     "DTYPES",
+    "EFFORTS",
     "LAMBDA_FLOOR",
     "NEUTRAL_EPS",
     "STAGES",

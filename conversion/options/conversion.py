@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conversion.errors import ConversionError, typed
 from conversion.mapping.heads import HeadPairing, Sizes
+from conversion.options.calibration import (
+    EFFORTS,
+    LAMBDA_FLOOR,
+    SELF,
+    STAGES,
+    CalibrationText,
+    parse_stages,
+)
 from conversion.options.values import (
     allow_pickle_option,
     chosen,
@@ -39,13 +47,6 @@ STRICT_EPS = 1e-5
 # An even power of two far above any mean square of a head's output: root and weight are exact, and the norm divides
 # by the same 2^12 that its weight multiplies with, so that it is the identity to the last bits of float32.
 NEUTRAL_EPS = 2.0**24
-
-
-CALIBRATION_TOKENS = 65536
-SELF = "self"  # as calibration text
-# Left alone lambda falls to 0 in most layers of a calibration, where the second map gets no gradient any more.
-LAMBDA_FLOOR = 0.02
-STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
 
 
 def _plain_lambda(given: Any) -> str | float | list[float]:
@@ -255,51 +256,6 @@ class ConversionOptions:
         return values
 
 
-@dataclass(frozen=True)
-class CalibrationText:
-    """Text on which V1 is fitted, and how.
-
-    Attributes:
-        path: Text, JSON lines or a datasets folder; None for text that the source writes itself.
-        tokens: Number of tokens to read. CALIBRATION_TOKENS by default, or all of a shorter text.
-        stages: Calibration stages to run; all by default.
-        lambda_floor: Lowest lambda of any calibrated layer; 0 allows layers that are not differential.
-
-    Raises:
-        ConversionError: A value is out of range, or no such stage.
-    """
-
-    path: Path | None
-    tokens: int | None = None
-    stages: Sequence[str] | None = None
-    lambda_floor: float = LAMBDA_FLOOR
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
-            raise ConversionError(f"{typed('calibration_tokens')} is {self.tokens!r}, expected a whole number above 0")
-        if not isinstance(self.lambda_floor, int | float) or not 0 <= self.lambda_floor < 1:
-            raise ConversionError(
-                f"{typed('lambda_floor')} is {self.lambda_floor!r}, expected a number from 0 to below 1"
-            )
-        for stage in self.stages or ():
-            chosen("stages", stage, STAGES)
-
-
-def parse_stages(text: str) -> list[str]:
-    """Returns the calibration stages that a text names.
-
-    Args:
-        text: Names out of `STAGES`, separated by commas.
-
-    Returns:
-        The names, in the order given.
-
-    Raises:
-        ConversionError: It names another stage.
-    """
-    return [chosen("stages", part, STAGES) for part in text.split(",")]
-
-
 @with_field_help
 @dataclass(frozen=True)
 class ConversionConfig(ConversionOptions):
@@ -316,12 +272,17 @@ class ConversionConfig(ConversionOptions):
     uncalibrated: bool = option(
         False, help="v1: the plain copy, which loses most of the function and has to be healed."
     )
+    effort: Literal["quick", "standard", "thorough"] | None = option(
+        help="How much calibration is done. quick: pairs heads and solves for o_proj. standard, the default: solves "
+        "for values as well, then fits all of the attention by gradient descent. thorough: on more text, in more "
+        "steps."
+    )
     calibration_tokens: int | None = option(
-        help=f"Number of tokens of the calibration text to read. {CALIBRATION_TOKENS} by default, or all of a shorter "
-        "text."
+        help="Number of tokens of the calibration text to read. By default that of the effort "
+        f"({', '.join(f'{name} {effort.tokens}' for name, effort in EFFORTS.items())}), or all of a shorter text."
     )
     stages: Sequence[str] | None = option(
-        help="Calibration stages to run. All by default.", parse=parse_stages, metavar=",".join(STAGES)
+        help="Calibration stages to run, in place of an effort.", parse=parse_stages, metavar=",".join(STAGES)
     )
     lambda_floor: float = option(
         LAMBDA_FLOOR, help="Lowest lambda of any calibrated layer. 0 allows layers that are not differential."
@@ -349,9 +310,15 @@ class ConversionConfig(ConversionOptions):
         if self.calibration is not None:
             # Before it is a path, as ./self is the file of that name.
             path = None if self.calibration == SELF else Path(self.calibration)
-            return CalibrationText(path, self.calibration_tokens, stages=self.stages, lambda_floor=self.lambda_floor)
+            return CalibrationText(
+                path,
+                self.calibration_tokens,
+                stages=self.stages,
+                lambda_floor=self.lambda_floor,
+                effort=self.effort,
+            )
         for field in fields(ConversionConfig):
-            belongs = field.name in ("share", "max_kl", "stages", "calibration_tokens", "lambda_floor")
+            belongs = field.name in ("share", "max_kl", "effort", "stages", "calibration_tokens", "lambda_floor")
             if belongs and getattr(self, field.name) != field.default:
                 raise ConversionError(
                     f"{typed(field.name)} needs text to calibrate on; give it ({typed('calibration')})"

@@ -3,6 +3,7 @@ What a calibration of V1 takes and reaches: CPU time by stage, peak memory, loss
 
     python examples/benchmarks/calibration.py --tokens 16384 --output out/calibration
     python examples/benchmarks/calibration.py --model out/smollm2 --text text.txt --held-out other.txt --layers 28,29
+    python examples/benchmarks/calibration.py --effort thorough
     python examples/benchmarks/calibration.py --random-layers 3 --stages pairing,refit,values
 
 Against another commit, here the one before calibrations were made faster:
@@ -36,8 +37,8 @@ from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.text import read_calibration
 from conversion.evaluation.measurement import load_in_float32
 from conversion.evaluation.metrics import text_metrics, window_logits
-from conversion.options import STAGES, parse_layers, parse_stages
-from conversion.options.conversion import SELF
+from conversion.options import EFFORTS, STAGES, parse_layers, parse_stages
+from conversion.options.calibration import SELF
 from conversion.source import open_source
 from modeling_diff.experiments.command_line import one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
@@ -47,6 +48,7 @@ from modeling_diff.experiments.output_files import add_output, output_folder
 RESULT = "calibration.json"
 HERE = Path(__file__).resolve().parents[2]
 EMBEDDED = HERE / "examples" / "assets" / "tiny-llama"
+TOKENS = 16_384
 TOLERANCE_NATS = 0.003  # of held-out loss, by which a faster calibration may end above the slower one
 HELD_OUT_ROW = 512
 SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -177,7 +179,8 @@ def conversion_options(arguments: argparse.Namespace, source: Path) -> dict[str,
     text = arguments.text or str(source / "calibration.txt")
     options = {"calibration": text if text == SELF else str(Path(text).resolve()), "measure": False}
     asked = {
-        "calibration_tokens": arguments.tokens,
+        "effort": arguments.effort,
+        "calibration_tokens": arguments.tokens or (None if arguments.effort else TOKENS),
         "stages": arguments.stages,
         "layers": arguments.layers,
         "lambda_floor": arguments.lambda_floor,
@@ -227,7 +230,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=EMBEDDED, help="folder of a LLaMA")
     add("--random-layers", type=int, help="a random LLaMA of a 0.5B model's shape with so many layers, not --model")
     add("--text", help="calibration text, or `self` (default: calibration.txt next to the model)")
-    add("--tokens", type=int, default=16_384, help="number of calibration tokens to read")
+    add("--effort", choices=list(EFFORTS), help="how much is done, in place of --tokens and --stages")
+    add("--tokens", type=int, help=f"number of calibration tokens to read (default: {TOKENS}, or --effort's)")
     add("--held-out", type=Path, help="text to measure on (default: heldout.txt next to the model)")
     add("--held-out-tokens", type=int, default=24_576, help="number of held-out tokens to measure on")
     add("--stages", type=parse_stages, metavar=",".join(STAGES), help="stages to run (default: all)")

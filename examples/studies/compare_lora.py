@@ -215,7 +215,7 @@ def show(rows: list[dict]) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__file__, __doc__)
     add = parser.add_argument
-    add("--v1", help="a converted V1 of examples/assets/tiny-llama (default: made here, two stages)")
+    add("--v1", help="a converted V1 of examples/assets/tiny-llama (default: made here, effort quick)")
     add_output(parser, "lora.json and lora.png", "compare_lora")
     add("--lora-r", type=int, default=16, help="rank of the LLaMA's LoRA; the others' are matched to it")
     add("--learning-rate", type=float, default=4e-3, help="peak learning rate on instructions, half of it on modules")
@@ -258,8 +258,8 @@ def conversions(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
     folders = {"LLaMA": str(ASSETS), "DIFF V2": str(folder / "v2"), "DIFF V1": arguments.v1 or str(folder / "v1")}
     convert_checkpoint(ASSETS, folder / "v2", "v2", measure=False)
     if not arguments.v1:
-        fitting = {"calibration": ASSETS / "calibration.txt", "calibration_tokens": 16384}
-        fitting = {"uncalibrated": True} if arguments.smoke else fitting | {"stages": ("pairing", "refit")}
+        fitting = {"calibration": ASSETS / "calibration.txt", "effort": "quick"}
+        fitting = {"uncalibrated": True} if arguments.smoke else fitting
         convert_checkpoint(ASSETS, folder / "v1", "v1", **fitting, measure=False)
     if arguments.servable:
         folders |= {name + SERVABLE: path for name, path in folders.items() if name != "LLaMA"}

@@ -165,7 +165,9 @@ RECORDS = {
     "versions": lambda record: record["versions"].update({EVIL: EVIL}),
     "options": lambda record: record["options"].update({EVIL: EVIL, "norm": EVIL}),
     "pairing": lambda record: record.update(pairing=EVIL),
-    "calibration": lambda record: record.update(calibration={"text": EVIL, "tokens": 2048, "stages": [EVIL]}),
+    "calibration": lambda record: record.update(
+        calibration={"text": EVIL, "tokens": 2048, "effort": EVIL, "stages": [EVIL]}
+    ),
     "healing": healed,
     "files": lambda record: record["sha256"].update({EVIL: "0"}),
 }

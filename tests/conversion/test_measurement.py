@@ -79,7 +79,8 @@ def test_calibration_is_shown_with_its_text_stages_and_numbers(llama, rows, tmp_
     edit_json(llama / "config.json", max_position_embeddings=ROW_TOKENS)
     report = convert_checkpoint(llama, tmp_path / "v1", "v1", **options, held_out=rows)
     assert "fitted" in report.record["promise"]["text"] and "healed" not in report.record["promise"]["text"]
-    expected = {"text": "rows.jsonl", "tokens": ROWS * ROW_TOKENS, "stages": ["copy"], "lambda_floor": 0.02}
+    expected = {"text": "rows.jsonl", "tokens": ROWS * ROW_TOKENS, "effort": None, "stages": ["copy"]}
+    expected |= {"lambda_floor": 0.02}
     assert describe_checkpoint(tmp_path / "v1")["conversion"]["calibration"] == expected
     card = (tmp_path / "v1" / "README.md").read_text()
     assert "Calibrated on 120 tokens of `rows.jsonl`: copy, λ at least 0.02." in card

@@ -47,6 +47,8 @@ def refusal(*arguments) -> str:
         (["--max-shard-size", "5B"], ["--max-shard-size '5B'", "at least 1KB"]),
         (["--max-shard-size", "many"], ["--max-shard-size 'many'", "5GB"]),
         (["--stages", "copy,melt"], ["--stages is 'melt'", "copy, pairing"]),
+        (["--effort", "hasty"], ["--effort", "'quick', 'standard', 'thorough'"]),
+        (["--calibration", "text", "--effort", "quick", "--stages", "copy"], ["--effort and --stages both say"]),
         (["--calibration-tokens", "5"], ["--calibration-tokens", "(--calibration)"]),
         (["--lambda-floor", "0.1"], ["--lambda-floor", "(--calibration)"]),
         (["--calibration", "text", "--lambda-floor", "1"], ["--lambda-floor is 1.0", "below 1"]),
