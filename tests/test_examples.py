@@ -195,6 +195,29 @@ def test_trace_loss_measures_the_conversion_that_is_written(tmp_path, monkeypatc
     torch.testing.assert_close(default["loss_nats"], loss.item(), rtol=1e-5, atol=0)  # float32 means of 1,022 losses
 
 
+def test_compare_answers_shows_where_a_plain_copy_leaves_its_source(tmp_path):
+    import compare_answers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_llama = EXAMPLES / "assets/tiny-llama"
+    convert_checkpoint(tiny_llama, tmp_path / "v1", "v1", uncalibrated=True, lambda_init=0.5, measure=False)
+    folders = [str(tiny_llama), str(tmp_path / "v1")]
+    compare_answers.main(["--smoke", "--model", *folders, "--output", str(tmp_path / "out")])
+    llama, copied = json.loads((tmp_path / "out/answers.json").read_text())["models"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = tokenizer("import os\n", return_tensors="pt", add_special_tokens=False).input_ids
+    expected = []
+    for _ in range(8):  # greedy, token by token and without a cache
+        expected.append(model(torch.cat((ids, torch.tensor([expected]).long()), 1)).logits[0, -1].argmax().item())
+    assert llama["answers"][1] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert llama["equal"] == [8, 8] and min(copied["equal"]) < 8
+    assert copied["answers"][0] in (tmp_path / "out/answers.md").read_text()
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"empty\.jsonl: expected JSON lines with messages or text"):
+        compare_answers.main(["--model", folders[0], "--questions", str(tmp_path / "empty.jsonl")])
+
+
 def test_published_llama_says_what_to_install(tmp_path):
     script = EXAMPLES / "studies" / "published_llama.py"
     hidden = "import importlib.metadata as m, runpy, sys\ndef files(name): raise m.PackageNotFoundError(name)\n"
