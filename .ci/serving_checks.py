@@ -29,6 +29,7 @@ OFFLINE = [
     *((name, "transformers", 1, {}) for name in ("v1_fresh", "v2_fresh", "v1_random", "v2_random", "v1_mixed")),
     ("v1_fresh_pushed", "transformers", 1, {}),
     ("v2_fresh_pushed", "transformers", 1, {}),
+    *(("v1_some_heads", *road, {}) for road in (("native", 1), ("transformers", 1), ("native", 2))),
     *((name, "native", 2, {}) for name in ("v1_random", "v2_random", "v2_mixed")),
     *((name, "transformers", 2, {}) for name in ("v1_random", "v2_random")),
     *((name, "native", 1, {"adapter": f"{name}_lora"}) for name in ("v1_random", "v2_random")),
@@ -37,6 +38,7 @@ OFFLINE = [
 ]
 REFUSED = [
     ("v2_mixed", "transformers", 1, "every layer is differential"),
+    ("v1_some_heads", "transformers", 2, "differential_heads: layer 0 holds 2 heads"),
     ("v1_random", "native", 4, "tp_size=4 does not divide num_key_value_heads=2"),
 ]
 

@@ -109,6 +109,11 @@ def main() -> None:
         torch.manual_seed(0)
         mixed = modeling_diff.DiffLlamaForCausalLM(config)
         save(folder, f"{variant}_mixed", randomize(mixed))
+        if variant == "v1":
+            heads = {"differential_layers": None, "differential_heads": [[0], [], [1, 2], [0, 1], [0, 1, 2, 3]]}
+            config = modeling_diff.DiffLlamaConfig(**{**config.to_diff_dict(), **heads})
+            torch.manual_seed(0)
+            save(folder, "v1_some_heads", randomize(modeling_diff.DiffLlamaForCausalLM(config)))
         write_adapter(folder, f"{variant}_random")
 
 

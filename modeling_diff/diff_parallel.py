@@ -1,10 +1,12 @@
-"""Tensor parallelism: the parallel style of modules that the heads of every rank share."""
+"""Tensor parallelism: the parallel style of modules that the heads of every rank share, and which heads a rank has."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .diff_transformers_compat import HAS_TENSOR_PARALLEL
+from .diff_transformers_compat import HAS_TENSOR_PARALLEL, tensor_parallel_mesh
 
 
 if HAS_TENSOR_PARALLEL:
@@ -54,6 +56,15 @@ def check_tensor_parallel_size(config, tp_size: int) -> None:
             f"tp_size={tp_size} does not divide num_key_value_heads={config.num_key_value_heads}: a rank holds whole "
             "heads with their keys and values; use a tp_size that divides it."
         )
+
+
+def keep_heads_of_rank(model: nn.Module, mesh: Any) -> None:
+    """Tells layers in which some heads are differential which heads this rank will hold, before they are sharded."""
+    ranks = tensor_parallel_mesh(mesh)
+    for module in model.modules():
+        keep: Any = getattr(module, "keep_heads_of_rank", None)
+        if keep is not None:
+            keep(ranks.get_local_rank(), ranks.size())
 
 
 # An existing style stays: another revision of this code, loaded in this process, may have registered it.

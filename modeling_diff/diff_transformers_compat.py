@@ -56,6 +56,13 @@ CACHE_NAME = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
 HAS_TENSOR_PARALLEL = TRANSFORMERS >= (5, 16)
 
 
+def tensor_parallel_mesh(mesh: Any) -> Any:
+    """Returns the mesh of ranks that share a model's heads, from what `maybe_distribute_model` of a release gets."""
+    if hasattr(mesh, "get_mesh"):  # since 5.19
+        return mesh.get_mesh("tp")
+    return mesh["tp"] if mesh.ndim > 1 else mesh
+
+
 def cache_argument(cache: Any) -> dict[str, Any]:
     """Returns the keyword argument by which models of this release take a cache: `model(ids, **cache_argument(c))`."""
     return {CACHE_NAME: cache}

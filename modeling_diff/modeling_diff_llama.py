@@ -47,7 +47,7 @@ from .diff_attention_modules import (
 )
 from .diff_attention_triton import triton_can_run
 from .diff_engines import prepare_for_engine
-from .diff_parallel import check_tensor_parallel_size
+from .diff_parallel import check_tensor_parallel_size, keep_heads_of_rank
 from .diff_saved_card import retire_card
 from .diff_transformers_check import check_behavior_when_used
 
@@ -154,6 +154,8 @@ class DiffLlamaPreTrainedModel(LlamaPreTrainedModel):
     def maybe_distribute_model(cls, model, distributed_config, mesh):
         if distributed_config is not None and mesh is not None:
             check_tensor_parallel_size(model.config, distributed_config.tp_size)
+            if distributed_config.tp_size > 1:
+                keep_heads_of_rank(model, mesh)
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import vllm
 from torch import nn
 
 from ..configuration_diff_llama import DiffLlamaConfig
-from ..diff_attention import place_queries, subtract_maps
+from ..diff_attention import mix_heads, own_halves, place_queries, runs_of_heads, subtract_maps
 from ..diff_attention_modules import DiffLambda
 from ..diff_parallel import check_tensor_parallel_size
 from ..diff_sub_norm import SubNorm
@@ -20,7 +20,7 @@ from .versions import unsupported_vllm
 
 try:
     from vllm.config import VllmConfig
-    from vllm.distributed import get_tensor_model_parallel_world_size
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -59,6 +59,10 @@ class DiffLlamaAttention(nn.Module):
         self.variant = config.variant
         self.is_differential = config.is_differential(layer_idx)
         self.num_heads = num_heads // tp_size
+        first = get_tensor_model_parallel_rank() * self.num_heads
+        differential = config.differential_heads_of(layer_idx)
+        self.head_runs = runs_of_heads([head in differential for head in range(first, first + self.num_heads)])
+        self.is_mixed = config.is_mixed(layer_idx)
         self.map_dim = config.map_dim
         self.head_dim = config.head_dim
         # Queries in widths of D: in V1 both maps of a head together, in V2 one map.
@@ -127,19 +131,20 @@ class DiffLlamaAttention(nn.Module):
 
     def combine(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Computes heads' outputs (T, H, D) from those of the positive and the negative map, (T, 2H, D)."""
+        attn_output = attn_output.unsqueeze(1)  # (T, 1, 2H, D)
         if not self.is_differential:
-            left, right = attn_output.unflatten(1, (-1, 2)).unbind(2)
-            # Equal in V2; in V1 each map weighs its own half of the value.
-            return torch.cat((left[..., : self.map_dim], right[..., self.map_dim :]), dim=-1)
+            return own_halves(attn_output, self.map_dim).squeeze(1)  # in V2 both maps are equal
         if self.variant == "v1":
             diff_lambda = self.diff_lambda()
         else:
             lambda_logits, _ = self.lambda_proj(hidden_states)
             diff_lambda = lambda_logits.float().sigmoid().unsqueeze(1)  # (T, 1, H)
-        heads = subtract_maps(attn_output.unsqueeze(1), diff_lambda).squeeze(1)
-        if self.variant == "v2":
-            return heads
-        return (1 - self.diff_lambda.lambda_init) * self.sub_norm(heads)
+        heads = subtract_maps(attn_output, diff_lambda)
+        if self.variant == "v1":
+            heads = (1 - self.diff_lambda.lambda_init) * self.sub_norm(heads)
+        if self.is_mixed:
+            heads = mix_heads(heads, own_halves(attn_output, self.map_dim), self.head_runs)
+        return heads.squeeze(1)
 
 
 class DiffLlamaDecoderLayer(LlamaDecoderLayer):
@@ -150,7 +155,7 @@ class DiffLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class DiffLlamaForCausalLM(LlamaForCausalLM):
-    """V1 and V2 with any `differential_layers`; weights load under the names of the checkpoint, as LLaMA's do."""
+    """V1 and V2, whichever heads are differential; weights load under the names of the checkpoint, as LLaMA's do."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config

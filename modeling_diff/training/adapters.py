@@ -55,8 +55,8 @@ def lora_config(
         raise ValueError(
             f"model_type={config.model_type!r}: lora_config is for diff_llama and llama; use peft's LoraConfig."
         )
-    layers = getattr(config, "differential_layers", [])  # None for all of them; a LLaMA has none
-    differential = layers is None or bool(layers)
+    layers = range(config.num_hidden_layers)
+    differential = config.model_type == "diff_llama" and any(config.is_differential(layer) for layer in layers)
     class_name = type(model_or_config).__name__
     defaults: dict[str, Any] = {
         "r": 16,

@@ -20,9 +20,9 @@ class CancelledShare:
     """
     Share of attention cancelled in one layer: the sum over keys of min(A1, lambda A2).
 
-    It lies between 0 and lambda, as A1 sums to 1, and is 0 where lambda is negative. It is the mean over heads and
-    evenly spaced queries of the first sequence of the first batch after `measure`. It is computed from the outputs of
-    the projections in that forward pass, so adapters count.
+    It lies between 0 and lambda, as A1 sums to 1, and is 0 where lambda is negative. It is the mean over differential
+    heads and evenly spaced queries of the first sequence of the first batch after `measure`. It is computed from the
+    outputs of the projections in that forward pass, so adapters count.
 
     Args:
         attention: A differential attention module, which gets forward hooks (`hooks`).
@@ -74,7 +74,10 @@ class CancelledShare:
             diff_lambda = lambda_over_maps(self.seen["lambda_proj"][:, positions].to(positive.dtype).sigmoid())
         else:
             diff_lambda = positive.new_tensor(layer_lambda(trained_module(attention.diff_lambda)))
-        self.value = torch.minimum(positive, diff_lambda.clamp(min=0) * negative).sum(-1).mean()
+        cancelled = torch.minimum(positive, diff_lambda.clamp(min=0) * negative).sum(-1)  # (1, H, T)
+        if hasattr(attention, "is_differential_head"):
+            cancelled = cancelled[:, attention.is_differential_head]
+        self.value = cancelled.mean() if cancelled.numel() else None  # a rank may hold none
         self.due = False
         self.seen = {}
 

@@ -16,6 +16,19 @@ def variant(request):
     return request.param
 
 
+# What builds a tiny model; of V1 also one in which some heads of each layer are differential.
+HEADS = {
+    "v1": {"kind": "v1"},
+    "v2": {"kind": "v2"},
+    "v1, some heads": {"kind": "v1", "differential_heads": [[0, 3], [1]]},
+}
+
+
+@pytest.fixture(params=HEADS)
+def heads(request):
+    return HEADS[request.param]
+
+
 @pytest.fixture
 def tiny_config():
     return partial(tiny_models.tiny_config, pad_token_id=0)

@@ -14,8 +14,8 @@ FLOAT32_ATOL = 2e-5
 
 
 @pytest.fixture(params=["eager", "sdpa"])
-def model(request, tiny_model, variant):
-    return tiny_model(variant, attn_implementation=request.param)
+def model(request, tiny_model, heads):
+    return tiny_model(**heads, attn_implementation=request.param)
 
 
 def decode_step_by_step(model, input_ids, cache, prefill_length=7, **kwargs):

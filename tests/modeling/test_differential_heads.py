@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM
 from modeling_diff.diff_attention_modules import DiffLlamaAttention, MixedAttention, PairedLlamaAttention
@@ -55,18 +54,8 @@ def test_all_heads_or_none_equal_whole_layers_bit_for_bit(tiny_model, random_ids
     assert torch.equal(by_heads(input_ids).logits, by_layers(input_ids).logits)
 
 
-@pytest.mark.parametrize("low_memory", [{}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}], ids=str)
-def test_loaded_model_knows_its_heads(tiny_model, random_ids, tmp_path, low_memory):
-    model = tiny_model("v1", differential_heads=HEADS)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **low_memory)
-    assert attention_classes(loaded) == [MixedAttention] * 2
-    input_ids = random_ids(2, 9)
-    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
-
-
 def test_model_built_without_memory_knows_its_heads(tiny_model, random_ids):
-    """As tools do that build on the meta device and fill in parameters alone; LLaMA's own buffer has to be given."""
+    """Tools that build on the meta device fill in parameters alone: buffers, such as LLaMA's own, are left unset."""
     model = tiny_model("v1", differential_heads=HEADS)
     with torch.device("meta"):
         empty = DiffLlamaForCausalLM(model.config)
@@ -74,3 +63,40 @@ def test_model_built_without_memory_knows_its_heads(tiny_model, random_ids):
     empty.model.rotary_emb = model.model.rotary_emb
     input_ids = random_ids(2, 9)
     assert torch.equal(empty.eval()(input_ids).logits, model(input_ids).logits)
+
+
+def test_attentions_of_mixed_layers_are_the_maps_of_llama_heads(tiny_model, random_ids):
+    model = tiny_model("v1", attn_implementation="eager", differential_heads=[[0, 2], [0, 1, 2, 3]])
+    whole = tiny_model(
+        "v1", attn_implementation="eager"
+    )  # of the same weights, so that the first layer's input is equal
+    maps: dict = {}
+    expected: dict = {}
+    input_ids = random_ids(2, 9)
+    attentions = model(input_ids, output_attentions=True, attention_maps_by_layer=maps).attentions
+    whole(input_ids, attention_maps_by_layer=expected)
+    assert sorted(maps) == [1]
+    interleaved = torch.stack((expected[0].positive, expected[0].negative), dim=2).flatten(1, 2)  # (B, 2H, T, S)
+    torch.testing.assert_close(attentions[0], interleaved, rtol=0, atol=FLOAT32_ATOL)
+    assert attentions[1].shape == (2, 4, 9, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_difference_is_normalized_before_it_is_rounded(tiny_model, dtype):
+    """Maps that nearly cancel: their rounded difference, of a few steps of the dtype, would be off by tenths."""
+    attention = tiny_model("v1", differential_heads=HEADS).to(dtype).model.layers[0].self_attn
+    torch.manual_seed(0)
+    outputs = torch.randn(1, 3, 4, 1, 8).expand(-1, -1, -1, 2, -1).flatten(2, 3).to(dtype)
+    attention.diff_lambda.lambda_init = 0.99
+    for vector in attention.diff_lambda.parameters():
+        vector.data.zero_()
+    attention.sub_norm.weight.data.fill_(100)
+    attention.sub_norm.eps = 1e-12
+    mixed, _ = attention.combine(outputs, None, None)
+    wide = outputs.double()[:, :, ::2]
+    normalized = wide / wide.pow(2).mean(-1, keepdim=True).sqrt()
+    expected = wide.clone()
+    expected[:, :, HEADS[0]] = normalized[:, :, HEADS[0]]
+    assert mixed.dtype == torch.float32
+    # float32 arithmetic on 0.01 of values that are exact in the dtype.
+    torch.testing.assert_close(mixed.double(), expected, rtol=2e-4, atol=2e-5)

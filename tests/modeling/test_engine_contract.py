@@ -17,12 +17,12 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from modeling_diff import DiffLlamaConfig, DiffLlamaModel
-from modeling_diff.diff_attention_modules import DiffLlamaAttention, PairedLlamaAttention
+from modeling_diff.diff_attention_modules import DiffLlamaAttention, MixedAttention, PairedLlamaAttention
 from modeling_diff.diff_engines import VLLM_CONVERTORS, register_with_vllm
 from modeling_diff.diff_transformers_compat import HAS_TENSOR_PARALLEL
 
 
-ATTENTION_CLASSES = [LlamaAttention, DiffLlamaAttention, PairedLlamaAttention]
+ATTENTION_CLASSES = [LlamaAttention, DiffLlamaAttention, MixedAttention, PairedLlamaAttention]
 # float32 logits of up to about 6.
 FLOAT32_ATOL = 2e-5
 
@@ -92,14 +92,19 @@ def engine_model(tiny_model, monkeypatch):
     return build
 
 
-CHECKPOINTS = [("v1", None), ("v2", None), ("v1", [1])]
+CHECKPOINTS = [
+    ("v1", {}),
+    ("v2", {}),
+    ("v1", {"differential_layers": [1]}),
+    ("v1", {"differential_heads": [[0, 2], [1]]}),
+]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("variant", "differential_layers"), CHECKPOINTS)
-def test_attention_of_an_engine_gives_equal_logits(engine_model, random_ids, variant, differential_layers):
+@pytest.mark.parametrize(("variant", "differential"), CHECKPOINTS)
+def test_attention_of_an_engine_gives_equal_logits(engine_model, random_ids, variant, differential):
     extras = {"attention_bias": True, "attention_out_bias": False, "use_qk_norm": True}
-    model, arguments = engine_model(variant, differential_layers=differential_layers, **extras)
+    model, arguments = engine_model(variant, **differential, **extras)
     input_ids = random_ids(1, 13)
     model.set_attn_implementation("eager")
     expected = model(input_ids).logits
@@ -117,6 +122,17 @@ def test_an_engine_that_counts_one_map_per_head_is_refused(engine_model, random_
     with pytest.raises(
         ValueError, match=r"the engine counts 4 attention heads in layer 0, and the attention call has 8"
     ):
+        model(random_ids(1, 5), **arguments)
+
+
+def test_a_rank_that_does_not_know_its_differential_heads_is_refused(engine_model, random_ids):
+    model, arguments = engine_model("v1", num_heads=4, differential_heads=[[0, 2], [1]])
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):  # half of them, as the first of two ranks has
+        weight = getattr(attention, name).weight
+        weight.data = weight.data[: len(weight) // 2]
+    model.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match=r"differential_heads: layer 0 holds 2 heads and knows of 4 .*pip install"):
         model(random_ids(1, 5), **arguments)
 
 

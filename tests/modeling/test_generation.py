@@ -12,8 +12,8 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(params=["eager", "sdpa", "diff_auto"])
-def model(request, tiny_model, variant):
-    return tiny_model(variant, attn_implementation=request.param)
+def model(request, tiny_model, heads):
+    return tiny_model(**heads, attn_implementation=request.param)
 
 
 @torch.no_grad()
@@ -78,10 +78,10 @@ def test_beam_search_finds_no_worse_sequence_than_greedy(model, random_ids):
     assert (log_likelihood(beams.sequences) >= log_likelihood(model.generate(input_ids, **settings)) - 1e-4).all()
 
 
-def test_assisted_generation_equals_greedy(model, tiny_model, variant, random_ids):
+def test_assisted_generation_equals_greedy(model, tiny_model, heads, random_ids):
     prompt = random_ids(1, 7)
     expected = model.generate(prompt, **GREEDY)
-    for assistant in (tiny_model(variant, num_hidden_layers=1), tiny_model(variant)):
+    for assistant in (tiny_model(heads["kind"], num_hidden_layers=1), tiny_model(**heads)):
         assert torch.equal(model.generate(prompt, assistant_model=assistant, **GREEDY), expected)
 
 
@@ -120,8 +120,19 @@ def test_continuous_batching_equals_generate_token_by_token(tiny_model, variant,
     assert generate_batch(model, [prompt[0].tolist() for prompt in prompts]) == expected
 
 
-def test_continuous_batching_of_a_partly_differential_model_equals_generate(tiny_model, variant, random_ids):
-    model = tiny_model(variant, attn_implementation="sdpa", differential_layers=[0])
+@pytest.mark.parametrize(
+    ("variant", "differential"),
+    [
+        ("v1", {"differential_layers": [0]}),
+        ("v2", {"differential_layers": [0]}),
+        ("v1", {"differential_heads": [[0, 3], [1]]}),
+    ],
+    ids=str,
+)
+def test_continuous_batching_of_a_partly_differential_model_equals_generate(
+    tiny_model, random_ids, variant, differential
+):
+    model = tiny_model(variant, attn_implementation="sdpa", **differential)
     prompts = [random_ids(1, length, seed=length) for length in (13, 7)]
     expected = [model.generate(prompt, **GREEDY)[0, prompt.shape[1] :].tolist() for prompt in prompts]
     assert generate_batch(model, [prompt[0].tolist() for prompt in prompts]) == expected

@@ -38,22 +38,9 @@ SHAPES = {
 }
 
 
-# The variant, and which heads are differential; all, unless V1 leaves some out.
-HEADS = {
-    "v1": {"variant": "v1"},
-    "v2": {"variant": "v2"},
-    "v1, some heads": {"variant": "v1", "differential_heads": [[0, 3], [1]]},
-}
-
-
 @pytest.fixture(params=SHAPES)
 def shape(request):
     return {"num_key_value_heads": 4} | SHAPES[request.param]
-
-
-@pytest.fixture(params=HEADS)
-def heads(request):
-    return {"kind": HEADS[request.param]["variant"]} | HEADS[request.param]
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from modeling_diff import DiffLlamaForCausalLM
 
 
 @pytest.fixture(params=["eager", "sdpa", "diff_auto"])
-def model(request, tiny_model, variant):
-    return tiny_model(variant, attn_implementation=request.param).train()
+def model(request, tiny_model, heads):
+    return tiny_model(**heads, attn_implementation=request.param).train()
 
 
 def gradients_of(model, input_ids):
@@ -101,8 +101,8 @@ def test_lambda_vectors_are_drawn_with_their_own_deviation(tiny_config):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_model_loads_with_equal_logits(tiny_model, variant, random_ids, tmp_path, tied):
-    model = tiny_model(variant, tie_word_embeddings=tied)
+def test_saved_model_loads_with_equal_logits(tiny_model, heads, random_ids, tmp_path, tied):
+    model = tiny_model(**heads, tie_word_embeddings=tied)
     input_ids = random_ids(2, 9)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
@@ -125,11 +125,11 @@ def test_resized_embeddings_keep_old_logits(tiny_model, variant, random_ids, tie
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
-def test_model_on_the_meta_device_loads_weights_by_assignment(tiny_model, tiny_config, variant, random_ids):
-    expected = tiny_model(variant)
+def test_model_on_the_meta_device_loads_weights_by_assignment(tiny_model, tiny_config, heads, random_ids):
+    expected = tiny_model(**heads)
     input_ids = random_ids(2, 9)
     with torch.device("meta"):
-        model = DiffLlamaForCausalLM(tiny_config(variant))
+        model = DiffLlamaForCausalLM(tiny_config(**heads))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     shapes = {name: weight.shape for name, weight in expected.state_dict().items()}
     assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
@@ -139,8 +139,8 @@ def test_model_on_the_meta_device_loads_weights_by_assignment(tiny_model, tiny_c
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
-def test_device_map_loads_equal_logits(tiny_model, variant, random_ids, tmp_path, device_map):
-    model = tiny_model(variant)
+def test_device_map_loads_equal_logits(tiny_model, heads, random_ids, tmp_path, device_map):
+    model = tiny_model(**heads)
     input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path)
     loaded = DiffLlamaForCausalLM.from_pretrained(tmp_path, device_map=device_map)
@@ -149,8 +149,8 @@ def test_device_map_loads_equal_logits(tiny_model, variant, random_ids, tmp_path
     torch.testing.assert_close(logits, model(input_ids).logits, rtol=0, atol=0 if device_map == "cpu" else 1e-3)
 
 
-def test_layers_offloaded_to_disk_give_equal_logits(tiny_model, variant, random_ids, tmp_path):
-    model = tiny_model(variant)
+def test_layers_offloaded_to_disk_give_equal_logits(tiny_model, heads, random_ids, tmp_path):
+    model = tiny_model(**heads)
     input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -161,8 +161,8 @@ def test_layers_offloaded_to_disk_give_equal_logits(tiny_model, variant, random_
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
-def test_sharded_checkpoint_loads_with_equal_logits(tiny_model, variant, random_ids, tmp_path):
-    model = tiny_model(variant)
+def test_sharded_checkpoint_loads_with_equal_logits(tiny_model, heads, random_ids, tmp_path):
+    model = tiny_model(**heads)
     input_ids = random_ids(2, 9)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -21,6 +21,8 @@ CHECKPOINTS = {
     "v2": {"lambda_bias": True},
     "v1_with_llama_layer": {"differential_layers": [1]},
     "v2_with_llama_layer": {"differential_layers": [0], "use_qk_norm": True},
+    # Of two ranks, the first has both differential heads of the first layer.
+    "v1_with_mixed_layers": {"differential_heads": [[0, 1], [1, 2]]},
     "one_key_value_head": {"num_key_value_heads": 1},
 }
 

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 import modeling_diff  # noqa: F401  (registers the auto classes)
 
 
-DIFFERENTIAL = ("v1", "v2", "v1_with_llama_layer", "v2_with_llama_layer")
+DIFFERENTIAL = ("v1", "v2", "v1_with_llama_layer", "v2_with_llama_layer", "v1_with_mixed_layers")
 
 
 def load(checkpoint: Path):

@@ -10,7 +10,7 @@ from modeling_diff import DiffLlamaForCausalLM
 pytestmark = pytest.mark.transformers(since="5.16", reason="it has no DistributedConfig with these plans")
 
 
-NAMES = ("v1", "v2", "v1_with_llama_layer", "v2_with_llama_layer")
+NAMES = ("v1", "v2", "v1_with_llama_layer", "v2_with_llama_layer", "v1_with_mixed_layers")
 
 
 @pytest.fixture(scope="module")
