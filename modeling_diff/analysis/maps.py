@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import logging
 
-from .tokens import token_fault
+from .tokens import visible_tokens
 
+
+logger = logging.get_logger(__name__)
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # q_proj and k_proj, LLaMA's rotary embedding, one softmax
 QK_NORMS = {"q_norm", "k_norm"}
@@ -66,13 +69,15 @@ class AttentionLayer:
         index: The layer, from 0.
         module: The attention module.
         num_heads: Differential heads where the layer subtracts, else query heads.
-        is_differential: Whether the layer subtracts a negative map.
+        is_differential: Whether the layer subtracts a negative map, in some heads at least.
+        is_mixed: Whether only some heads do. Maps of such a layer are not computed here.
     """
 
     index: int
     module: Any
     num_heads: int
     is_differential: bool
+    is_mixed: bool = False
 
 
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
@@ -124,7 +129,18 @@ def _attention_layer(index: int, module: Any) -> AttentionLayer:
         )
     num_maps = module.q_proj.out_features // _map_dim(module)
     is_differential = hasattr(module, "diff_lambda") or hasattr(module, "lambda_proj")
-    return AttentionLayer(index, module, num_maps // 2 if is_differential else num_maps, is_differential)
+    num_heads = num_maps // 2 if is_differential else num_maps
+    return AttentionLayer(index, module, num_heads, is_differential, hasattr(module, "is_differential_head"))
+
+
+def layers_with_maps(layers: Sequence[AttentionLayer]) -> list[int]:
+    """Returns which layers' maps are computed, all but mixed ones; raises `ValueError` if there are no others."""
+    mixed = [layer.index for layer in layers if layer.is_mixed]
+    if len(mixed) == len(layers):
+        raise ValueError("In every layer only some heads are differential: maps of such layers are not computed.")
+    if mixed:
+        logger.warning_once(f"Only some heads of layers {mixed} are differential: maps of these layers are left out.")
+    return [layer.index for layer in layers if not layer.is_mixed]
 
 
 def _map_dim(module: Any) -> int:
@@ -154,7 +170,7 @@ def visit_maps(
         input_ids: Texts, (B, T).
         visit: Called with each block, layer by layer.
         attention_mask: 0 for padding, else 1, (B, T). Defaults to no padding.
-        layers: The layers. Defaults to all, or to those that `heads` names.
+        layers: The layers. Defaults to all but mixed ones, or to those that `heads` names.
         heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all.
         queries: Positions of queries. Defaults to all.
         block: Queries per block, at least 1.
@@ -165,7 +181,7 @@ def visit_maps(
     """
     chosen = _choose_layers(attention_layers(model), layers, heads)
     decoder = decoder_of(model)
-    visible = _check_tokens(decoder.config, input_ids, attention_mask)
+    visible = visible_tokens(decoder.config, input_ids, attention_mask)
     positions = _choose(queries, input_ids.shape[1], "queries", "tokens")
     if block < 1:
         raise ValueError(f"block={block}: at least one query at a time.")
@@ -297,26 +313,6 @@ def _allowed(queries: torch.Tensor, num_keys: int, visible: torch.Tensor | None)
     return allowed & visible[:, None, None, :] & visible[:, None, queries, None]
 
 
-def _check_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give (batch, tokens) with at least one token.")
-    if fault := token_fault(input_ids, config.vocab_size):
-        raise ValueError(f"input_ids: {fault}.")
-    limit = config.max_position_embeddings
-    if input_ids.shape[1] > limit:
-        raise ValueError(
-            f"{input_ids.shape[1]} tokens, and the model reads max_position_embeddings={limit}: shorten the text."
-        )
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: give one number per token, "
-            f"{tuple(input_ids.shape)}, 1 or 0 for padding."
-        )
-    return attention_mask.bool()
-
-
 def _check_window(layer: AttentionLayer, num_tokens: int) -> None:
     config_window = getattr(layer.module.config, "sliding_window", None)
     window = getattr(layer.module, "sliding_window", config_window)  # Qwen2 has one per layer
@@ -330,10 +326,12 @@ def _check_window(layer: AttentionLayer, num_tokens: int) -> None:
 def _choose_layers(
     layers: list[AttentionLayer], chosen: Sequence[int] | None, heads: Heads | None
 ) -> list[tuple[AttentionLayer, list[int]]]:
-    if chosen is None and isinstance(heads, Mapping):
-        chosen = list(heads)
+    if chosen is None:
+        chosen = list(heads) if isinstance(heads, Mapping) else layers_with_maps(layers)
     picked = []
     for index in _choose(chosen, len(layers), "layers", "layers"):
+        if layers[index].is_mixed:
+            raise ValueError(f"layer {index}: only some heads are differential, so that its maps are not computed.")
         of_layer = heads.get(index) if isinstance(heads, Mapping) else heads
         picked.append((layers[index], _choose(of_layer, layers[index].num_heads, "heads", f"heads in layer {index}")))
     return picked

@@ -120,3 +120,37 @@ def token_span(tokenizer: Any, text: str, characters: tuple[int, int]) -> tuple[
     if not positions:
         raise ValueError(f"characters={characters}: no token of the text stands there; it has {len(text)} characters.")
     return positions[0], positions[-1] + 1
+
+
+def visible_tokens(config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    Checks texts before a model reads them.
+
+    Args:
+        config: The model's config.
+        input_ids: Texts, (B, T).
+        attention_mask: 0 for padding, else 1, (B, T); None for no padding.
+
+    Returns:
+        False for padding, else True, (B, T); None for no padding.
+
+    Raises:
+        ValueError: There is no token, one is unknown, there are too many, or the mask has another shape.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give (batch, tokens) with at least one token.")
+    if fault := token_fault(input_ids, config.vocab_size):
+        raise ValueError(f"input_ids: {fault}.")
+    limit = config.max_position_embeddings
+    if input_ids.shape[1] > limit:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens, and the model reads max_position_embeddings={limit}: shorten the text."
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: give one number per token, "
+            f"{tuple(input_ids.shape)}, 1 or 0 for padding."
+        )
+    return attention_mask.bool()

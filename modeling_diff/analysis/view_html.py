@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import nn
 
-from .maps import AttentionLayer, Heads, LayerMaps, attention_layers, visit_maps
+from .maps import AttentionLayer, Heads, LayerMaps, attention_layers, layers_with_maps, visit_maps
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -143,7 +143,7 @@ def _chosen(
     elif isinstance(heads, Mapping):
         wanted = list(heads)
     else:
-        wanted = list(known)
+        wanted = layers_with_maps(list(known.values()))
     if not wanted or any(index not in known for index in wanted):
         raise ValueError(f"layers={wanted}: there are {len(known)} layers, counted from 0; choose among them.")
     of_layer = {index: heads.get(index) if isinstance(heads, Mapping) else heads for index in wanted}

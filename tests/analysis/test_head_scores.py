@@ -200,9 +200,11 @@ def test_ablating_the_planted_circuit_breaks_copying_and_nothing_else_does(llama
             assert abs(effect.loss_change_nats) < 1e-5 and effect.recall_change == 0
 
 
-@pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_ablation_equals_zeroed_or_replaced_columns(variant):
-    model = tiny_model(variant)
+@pytest.mark.parametrize(
+    ("variant", "changes"), [("v1", {}), ("v2", {}), ("v1", {"differential_heads": [[0], [1, 2]]})], ids=str
+)
+def test_ablation_equals_zeroed_or_replaced_columns(variant, changes):
+    model = tiny_model(variant, **changes)
     ids = random_ids(2, 16)
     whole = loss_nats(model, ids)
     with ablated_heads(model, {1: [2]}):
