@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conversion.calibration.calibrate import Progress as CalibrationProgress
-from conversion.calibration.layer_choice import num_chosen
+from conversion.calibration.head_choice import num_chosen
+from conversion.calibration.head_trials import value_groups
 from conversion.calibration.step import (
     Calibration,
     calibrated_plan,
@@ -41,6 +42,7 @@ from conversion.planning.variants import UNCALIBRATED, check_uncalibrated, varia
 from conversion.record import RECORD, ConversionReport
 from conversion.source import Source, open_source
 from conversion.source.adapter import read_adapter
+from conversion.source.architectures import plain_config
 from conversion.source.config import check_pairs, read_source_model
 from conversion.source.location import locate_source
 
@@ -196,21 +198,21 @@ def _settle(source: str | Path, output: Path, config: ConversionConfig) -> Settl
 def _calibrated(
     settled: Settled, calibration: Calibration, work_folder: Path, progress: CalibrationProgress
 ) -> Settled:
-    """The same with fitted layers in its plan; before that, the layers are chosen if they are to be."""
+    """The same with fitted layers in its plan; before that, the heads are chosen if they are to be."""
     source = settled.source
     config = settled.config
     calibration = with_text(calibration, source, config, work_folder, config.resume)
     choice = None
     if config.share is not None or config.max_kl is not None:
         choice = run_choice(calibration, source, config, work_folder, config.resume, progress)
-        config = replace(config, layers=choice.layers, share=None, max_kl=None)
+        config = choice.options(config)
         plan, _ = settled.plan_with(config)
         settled = replace(settled, plan=plan, notes=[*settled.notes, choice.note])
     fitted = run_calibration(calibration, source, config, work_folder, config.resume, progress)
     plan = calibrated_plan(settled.plan, calibration.text, fitted)
     if choice:
         asked = {"share": settled.config.share, "max_kl": settled.config.max_kl}
-        plan = replace(plan, record={**plan.record, "layer_choice": asked | choice.record()})
+        plan = replace(plan, record={**plan.record, "head_choice": asked | choice.record()})
     return replace(settled, plan=plan)
 
 
@@ -224,9 +226,10 @@ def _dry_report(settled: Settled, output: Path) -> ConversionReport:
         return _report(settled, output, settled.plan.record, settled.notes)
     notes = [*settled.notes, settled.calibration.note]
     if (share := settled.config.share) is not None:
-        num_layers = settled.source.model.sizes.num_layers
+        groups = value_groups(plain_config(settled.source.model.config)) * settled.source.model.sizes.num_layers
+        num_heads = num_chosen(share, len(groups)) * len(groups[0])
         notes.append(
-            f"{num_chosen(share, num_layers)} of {num_layers} layers would become differential, those that cost least"
+            f"{num_heads} of {len(groups) * len(groups[0])} heads would become differential, those that cost least"
         )
     return _report(settled, output, with_calibrated_promise(settled.plan.record), notes)
 

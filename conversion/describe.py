@@ -9,7 +9,8 @@ import torch
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_object
 from conversion.hub.bundle import read_code
-from conversion.mapping.lambdas import differential_layers, not_differential, read_lambdas
+from conversion.mapping.heads import heads_in_words
+from conversion.mapping.lambdas import differential_heads, differential_layers, not_differential, read_lambdas
 from conversion.record import RECORD
 from conversion.source.architectures import plain_config
 from conversion.source.config import read_config, read_source_model
@@ -51,6 +52,7 @@ def describe_checkpoint(folder: str | Path, allow_pickle: bool = False) -> dict[
         "variant": config.variant if ours else None,
         "layers": config.num_hidden_layers,
         "differential_layers": differential_layers(config) if ours else None,
+        "differential_heads": heads_in_words(differential_heads(config), config.num_attention_heads) if ours else None,
         "hidden_size": config.hidden_size,
         "heads": config.num_attention_heads,
         "key_value_heads": config.num_key_value_heads,

@@ -11,7 +11,7 @@ R sequences, T tokens per sequence, C hidden.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -24,9 +24,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from conversion.calibration.closed_form import (
-    LAMBDA_GRID,
     choose_lambda,
     choose_pairing,
+    lambdas_to_try,
     refit_outputs,
     refit_values,
 )
@@ -109,6 +109,8 @@ def calibrate(
     lambda_init: Literal["grid", "paper"] | float | Sequence[float] = "grid",
     norm: Norm = "strict",
     layers: Collection[int] | None = None,
+    heads: Mapping[int, Collection[int]] | None = None,
+    pairings: Mapping[int, HeadPairing] | None = None,
     dtype: torch.dtype | None = None,
     pad_heads: bool = False,
     seed: int = 0,
@@ -128,6 +130,9 @@ def calibrate(
         lambda_init: "grid" chooses per layer what leaves least; "paper", a number, or one number per layer.
         norm: "strict" for the paper's norm over heads, "neutral" for one that hardly differs from the identity.
         layers: Indices of the layers to fit; all by default.
+        heads: By layer, the heads that become differential, where not all of a layer do; counted as its pairing has
+            them. The others stay LLaMA's.
+        pairings: By layer, which heads become one, where that is not to be chosen.
         dtype: Dtype of the checkpoint to be written; the source's by default. Layers are rounded to it before the
             next is fitted.
         pad_heads: Whether idle heads may be added where heads or KV heads do not pair.
@@ -157,6 +162,8 @@ def calibrate(
     options |= {
         "local": asdict(local),
         "layers": sorted(layers) if layers is not None else None,
+        "heads": {layer: sorted(chosen) for layer, chosen in (heads or {}).items()},
+        "pairings": pairings or {},
         "dtype": dtype,
         "device": device,
         "bfloat16": faster_in_bfloat16(torch.device(device).type),
@@ -186,6 +193,8 @@ def calibrate(
                 norm=norm,
                 lambdas=lambdas,
                 num_validation_rows=judges,
+                pairing=(pairings or {}).get(index),
+                heads=tuple(sorted(heads[index])) if heads and index in heads else None,
             )
             weights = fit_stages(problem, stages, local, store, dtype, progress)
             converted = problem.diff_layer(weights)
@@ -238,8 +247,7 @@ def fit_stages(
         store.save(problem.index, weights, record, stage)
         progress(problem.index, num_layers, stage, 1.0)
     assert weights is not None
-    source_dtype = problem.llama.reader.tensors[f"model.layers.{problem.index}.self_attn.q_proj.weight"].dtype
-    weights = _rounded(weights, dtype or source_dtype)
+    weights = problem.rounded(weights, dtype)
     reached_lambda = problem.diff_layer(weights.as_float()).get_submodule("self_attn.diff_lambda")()
     store.save(problem.index, weights, {"stages": record, "lambda": float(reached_lambda)}, None)
     return weights.as_float()
@@ -256,8 +264,8 @@ def run_stage(
     """Returns what one stage makes of the weights of the stage before; the first one has none."""
     config = problem.llama.config
     if stage is Stage.COPY:
-        pairing = HeadPairing.adjacent(*padded_counts(config.num_attention_heads, config.num_key_value_heads))
-        return choose_lambda(problem, pairing, refit=Stage.REFIT in stages)
+        adjacent = HeadPairing.adjacent(*padded_counts(config.num_attention_heads, config.num_key_value_heads))
+        return choose_lambda(problem, problem.pairing or adjacent, refit=Stage.REFIT in stages)
     if stage is Stage.PAIRING:
         return choose_lambda(problem, choose_pairing(problem), refit=Stage.REFIT in stages)
     assert weights is not None
@@ -266,36 +274,6 @@ def run_stage(
     if stage is Stage.VALUES:
         return refit_values(problem, weights)
     return fit_layer(problem, weights, local, lambda step: progress(step / local.steps))
-
-
-def lambdas_to_try(
-    choice: Literal["grid", "paper"] | float | Sequence[float], index: int, floor: float
-) -> tuple[float, ...]:
-    """Returns the values of lambda_init from which a layer's is chosen.
-
-    Args:
-        choice: As `calibrate` has it.
-        index: Index of the layer.
-        floor: Lowest value.
-
-    Raises:
-        ConversionError: A number is not from 0 to below 1, or is below `floor`.
-    """
-    if choice == "grid":
-        return (floor, *(value for value in LAMBDA_GRID if value > floor))
-    if choice == "paper":
-        return (paper_lambda_init(index),)
-    value = choice[index] if isinstance(choice, Sequence) else choice
-    if isinstance(value, str) or not 0 <= value < 1:
-        raise ConversionError(
-            f'lambda_init {value!r}: expected "grid", "paper" or numbers from 0 to below 1, one for all layers or each'
-        )
-    if value < floor:
-        raise ConversionError(
-            f"--lambda-init {value} is below --lambda-floor {floor}, which keeps every layer of a calibrated V1 "
-            f"differential; choose a larger one, or --lambda-floor {value} as well"
-        )
-    return (float(value),)
 
 
 def check_tokens(config: PreTrainedConfig, tokens: torch.Tensor, stages: Collection[Stage]) -> None:
@@ -344,8 +322,3 @@ def check_enough(config: PreTrainedConfig, num_rows: int, row_tokens: int, stage
             f"calibration tokens: {num_rows * row_tokens} in {num_rows} sequences, of which {fitted} are fitted, but "
             f"the refit needs {max(needed, 1)} and one sequence to judge by; give more text (--calibration-tokens)"
         )
-
-
-def _rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    narrow = {name: tensor.to(dtype) for name, tensor in weights.tensors.items() if not name.startswith("diff_lambda")}
-    return weights.replaced(tensors=narrow)

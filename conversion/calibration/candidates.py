@@ -2,7 +2,7 @@
 Candidates for a layer, judged from heads' outputs that are computed once: all candidates have the same attention
 maps, and the norm, o_proj and the MLP follow from these outputs.
 
-N tokens, H heads, D head_dim, C hidden.
+N tokens, H heads, F of which are differential, D head_dim, C hidden.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,9 @@ RIDGES = (1e-5, 1e-3, 1e-1)
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """Heads' outputs before the norm (N, H D), with their targets and weights.
+    """Outputs of differential heads before the norm (N, F D), with their targets and weights.
+
+    Where other heads stay LLaMA's, what enters o_proj (N, H D) is there as well, for theirs.
 
     Attributes:
         fitted: Of the sample that a candidate is fitted on.
@@ -37,11 +39,12 @@ class HeadOutputs:
         """Computes the outputs of the heads that `weights` make."""
         parts = []
         for rows in (problem.sample_rows, problem.validation_rows):
-            chunks = list(problem.attend(weights, rows, "sub_norm"))
-            inputs = torch.cat([chunk.inputs["sub_norm"] for chunk in chunks])
+            chunks = list(problem.attend(weights, rows, *outputs_to_read(weights)))
+            inputs = {name: torch.cat([chunk.inputs[name] for chunk in chunks]) for name in chunks[0].inputs}
+            inputs["sub_norm"] = of_differential(weights, inputs["sub_norm"])
             targets = torch.cat([chunk.targets for chunk in chunks])
             token_weights = torch.cat([chunk.token_weights for chunk in chunks])
-            parts.append(AttentionInputs({"sub_norm": inputs}, targets, token_weights))
+            parts.append(AttentionInputs(inputs, targets, token_weights))
         return cls(*parts)
 
     @property
@@ -55,16 +58,15 @@ class HeadOutputs:
 
         def mix(ours: AttentionInputs, theirs: AttentionInputs) -> AttentionInputs:
             outputs = torch.lerp(ours.inputs["sub_norm"], theirs.inputs["sub_norm"], share)
-            return ours._replace(inputs={"sub_norm": outputs})
+            return ours._replace(inputs={**ours.inputs, "sub_norm": outputs})
 
         return HeadOutputs(mix(self.fitted, other.fitted), mix(self.judging, other.judging))
 
     def scaled(self, scale: torch.Tensor) -> "HeadOutputs":
-        """Returns the outputs with the components of every head scaled by `scale` (D,)."""
+        """Returns the outputs with the components of differential heads scaled by `scale` (F, D)."""
 
         def multiplied(part: AttentionInputs) -> AttentionInputs:
-            heads = part.inputs["sub_norm"].unflatten(-1, (-1, len(scale)))
-            return part._replace(inputs={"sub_norm": (heads * scale).flatten(-2)})
+            return part._replace(inputs={**part.inputs, "sub_norm": part.inputs["sub_norm"] * scale.flatten()})
 
         return replace(self, fitted=multiplied(self.fitted), judging=multiplied(self.judging))
 
@@ -78,7 +80,7 @@ def with_norm(problem: LayerProblem, weights: LayerWeights, mean_square: float) 
     Args:
         problem: The layer.
         weights: Its attention.
-        mean_square: s^2 of the heads' outputs before the norm.
+        mean_square: s^2 of the differential heads' outputs before the norm.
     """
     mean_square = max(mean_square, 1e-12)
     eps = NEUTRAL_RATIO * mean_square if problem.norm == "neutral" else STRICT_EPS
@@ -103,7 +105,8 @@ def left_over(problem: LayerProblem, weights: LayerWeights, outputs: HeadOutputs
     head_dim = len(weights.tensors["sub_norm.weight"])
 
     def normalized(part: AttentionInputs) -> torch.Tensor:
-        return attention.normalize(part.inputs["sub_norm"].unflatten(-1, (-1, head_dim))).flatten(-2)
+        heads = attention.normalize(part.inputs["sub_norm"].unflatten(-1, (-1, head_dim))).flatten(-2)
+        return all_heads(weights, heads, part.inputs.get("o_proj"))
 
     if refit:
         parts = [[(normalized(part), part.targets, part.token_weights)] for part in (outputs.fitted, outputs.judging)]
@@ -113,6 +116,34 @@ def left_over(problem: LayerProblem, weights: LayerWeights, outputs: HeadOutputs
         after_attention = states + attention.o_proj(normalized(outputs.judging)).view_as(states)
         reached = after_attention + layer.mlp(layer.post_attention_layernorm(after_attention))
     return problem.distance(reached.float(), problem.validation_rows)
+
+
+def outputs_to_read(weights: LayerWeights) -> tuple[str, ...]:
+    """Returns the modules whose inputs are heads' outputs: before the norm, and of heads that stay LLaMA's."""
+    return ("sub_norm", "o_proj") if weights.kept_heads else ("sub_norm",)
+
+
+def of_differential(weights: LayerWeights, outputs: torch.Tensor) -> torch.Tensor:
+    """Returns the part (N, F D) of all heads' outputs (N, H D) that is of differential heads."""
+    if not weights.kept_heads:
+        return outputs
+    return outputs.unflatten(-1, (weights.pairing.num_heads, -1))[..., list(weights.heads or ()), :].flatten(-2)
+
+
+def all_heads(weights: LayerWeights, differential: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Returns all heads' outputs (N, H D).
+
+    Args:
+        weights: The attention.
+        differential: Those of differential heads (N, F D).
+        kept: Those of all heads (N, H D), of which the heads that stay LLaMA's are taken; None if there are none.
+    """
+    if not weights.kept_heads:
+        return differential
+    assert kept is not None
+    heads = kept.unflatten(-1, (weights.pairing.num_heads, -1)).clone()
+    heads[:, list(weights.heads or ())] = differential.unflatten(-1, (-1, heads.shape[-1]))
+    return heads.flatten(-2)
 
 
 Tokens = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # features (N, H D), targets (N, C), weights (N,)

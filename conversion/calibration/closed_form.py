@@ -5,15 +5,28 @@ N tokens, C hidden, H differential heads, K KV heads, G heads per KV head, d map
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-from conversion.calibration.candidates import HeadOutputs, Tokens, left_over, refitted, with_norm
+from conversion.calibration.candidates import (
+    HeadOutputs,
+    Tokens,
+    all_heads,
+    left_over,
+    of_differential,
+    outputs_to_read,
+    refitted,
+    with_norm,
+)
 from conversion.calibration.pairing import PairCosts, match_heads
 from conversion.calibration.problem import LayerProblem
 from conversion.calibration.refit import NormalEquations
 from conversion.calibration.streams import LayerWeights
+from conversion.errors import ConversionError
 from conversion.mapping.heads import HeadPairing
+from modeling_diff.configuration_diff_llama import paper_lambda_init
 from modeling_diff.diff_llama_fields import padded_counts
 
 
@@ -25,8 +38,40 @@ LINEAR_RIDGE = 1e-3
 CONSTANT_RIDGE = 1e-4
 
 
+def lambdas_to_try(
+    choice: Literal["grid", "paper"] | float | Sequence[float], index: int, floor: float
+) -> tuple[float, ...]:
+    """Returns the values of lambda_init from which a layer's is chosen.
+
+    Args:
+        choice: As `calibrate` has it.
+        index: Index of the layer.
+        floor: Lowest value.
+
+    Raises:
+        ConversionError: A number is not from 0 to below 1, or is below `floor`.
+    """
+    if choice == "grid":
+        return (floor, *(value for value in LAMBDA_GRID if value > floor))
+    if choice == "paper":
+        return (paper_lambda_init(index),)
+    value = choice[index] if isinstance(choice, Sequence) else choice
+    if isinstance(value, str) or not 0 <= value < 1:
+        raise ConversionError(
+            f'lambda_init {value!r}: expected "grid", "paper" or numbers from 0 to below 1, one for all layers or each'
+        )
+    if value < floor:
+        raise ConversionError(
+            f"--lambda-init {value} is below --lambda-floor {floor}, which keeps every layer of a calibrated V1 "
+            f"differential; choose a larger one, or --lambda-floor {value} as well"
+        )
+    return (float(value),)
+
+
 def choose_pairing(problem: LayerProblem) -> HeadPairing:
-    """Returns the pairing of least cost on a sample of the text, by `PairCosts`."""
+    """Returns the pairing of least cost on a sample of the text, by `PairCosts`, unless one is given."""
+    if problem.pairing is not None:
+        return problem.pairing
     config = problem.llama.config
     costs = PairCosts(
         problem.tensors["self_attn.o_proj.weight"],
@@ -91,7 +136,14 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
     value is replaced by a carrier: the combination of the layer's input that is closest to a constant. Averaged by
     any map it stays constant; where it dominates the head's length, the norm is nearly linear. How far it should
     dominate depends on how constant it is, and is chosen on a sample. With a bias it is constant.
+
+    Only values that differential heads alone read can change their basis: of LLaMA's heads each needs its own half.
     """
+    differential = set(range(weights.pairing.num_heads)) - set(weights.kept_heads)
+    groups = weights.pairing.groups
+    carried = [kv_head for kv_head, heads in enumerate(groups) if differential.issuperset(heads)]
+    if not carried:
+        return weights
     values = weights.tensors["v_proj.weight"]  # (K D, C)
     bias = weights.tensors.get("v_proj.bias")
     head_dim = len(weights.tensors["sub_norm.weight"])
@@ -101,26 +153,27 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
         carrier = torch.zeros_like(values[0], dtype=torch.float64)
         carrier[-1] = 1
     rows = values.unflatten(0, (-1, head_dim))
-    group = len(linear.gram) // head_dim // len(rows)
+    group = len(groups[0])
     # What o_proj would be without a norm: it weighs the directions of a value.
     importance = linear.solve(LINEAR_RIDGE).unflatten(0, (len(rows), group, head_dim))  # (K, G, D, C)
     num_outputs = problem.streams.converted[problem.training_rows][..., 0].numel() * group
     moments = head_moments(linear, len(rows), head_dim) / num_outputs
-    new_rows = []
-    for head, moment in enumerate(moments):
-        basis, power = _kept_directions(moment, importance[head])
-        new_rows.append(torch.cat((basis.t() @ rows[head].double(), power**0.5 * carrier[None])))
-    new = torch.stack(new_rows)  # (K, D, C), the carrier last, with as much power as the rest of the value
+    new = rows.double()  # (K, D, C)
+    for head in carried:
+        basis, power = _kept_directions(moments[head], importance[head])
+        # The carrier last, with as much power as the rest of the value.
+        new[head] = torch.cat((basis.t() @ new[head], power**0.5 * carrier[None]))
     outputs = HeadOutputs.gather(problem, _with_values(weights, new.flatten(0, 1)))
     best = weights
     least = math.inf
     for share in CARRIER_SHARES:
-        scale = torch.ones(head_dim, dtype=new.dtype, device=new.device)
-        scale[-1] = share**0.5
-        carried = outputs.scaled(scale.float())
-        scaled_rows = (new * scale[:, None]).flatten(0, 1)
-        tried = with_norm(problem, _with_values(weights, scaled_rows), carried.mean_square)
-        left = left_over(problem, tried, carried, refit=True)
+        scale = torch.ones(len(groups), head_dim, dtype=new.dtype, device=new.device)  # (K, D)
+        scale[carried, -1] = share**0.5
+        by_head = scale.repeat_interleave(group, 0)[sorted(differential)]  # (F, D)
+        scaled = outputs.scaled(by_head.float())
+        scaled_rows = (new * scale[..., None]).flatten(0, 1)
+        tried = with_norm(problem, _with_values(weights, scaled_rows), scaled.mean_square)
+        left = left_over(problem, tried, scaled, refit=True)
         if left < least:
             best = tried
             least = left
@@ -137,15 +190,17 @@ def _with_values(weights: LayerWeights, values: torch.Tensor) -> LayerWeights:
 
 def _linear_and_constant(problem: LayerProblem, weights: LayerWeights) -> tuple[NormalEquations, torch.Tensor]:
     """
-    Returns sums over heads' outputs before the norm, and the u (C,) for which u . x is nearest to 1, where x is the
-    input of the projections.
+    Returns sums over heads' outputs, those of differential heads before the norm, and the u (C,) for which u . x is
+    nearest to 1, where x is the input of the projections.
     """
     hidden, width = weights.tensors["o_proj.weight"].shape
     linear = NormalEquations(width, hidden, problem.llama.device)
     constant = NormalEquations(weights.tensors["v_proj.weight"].shape[1], 1, problem.llama.device)
     bias = weights.tensors.get("o_proj.bias", 0.0)
-    for chunk in problem.attend(weights, problem.training_rows, "sub_norm", "v_proj"):
-        linear.add(chunk.inputs["sub_norm"], chunk.targets - bias, chunk.token_weights)
+    for chunk in problem.attend(weights, problem.training_rows, "v_proj", *outputs_to_read(weights)):
+        differential = of_differential(weights, chunk.inputs["sub_norm"])
+        outputs = all_heads(weights, differential, chunk.inputs.get("o_proj"))
+        linear.add(outputs, chunk.targets - bias, chunk.token_weights)
         ones = torch.ones_like(chunk.token_weights)
         constant.add(chunk.inputs["v_proj"], ones[:, None], ones)
     return linear, constant.solve(CONSTANT_RIDGE)[:, 0]

@@ -10,7 +10,7 @@ from conversion.calibration.calibrate import DEFAULT_STAGES, VALIDATION_SHARE, S
 from conversion.calibration.candidates import RIDGES
 from conversion.calibration.closed_form import CARRIER_SHARES, LAMBDA_GRID
 from conversion.calibration.gradient_fit import LocalFit
-from conversion.calibration.layer_choice import CHOICE_STAGES, FITTED_TOKENS, JUDGING_TOKENS
+from conversion.calibration.head_trials import FITTED_TOKENS, JUDGING_TOKENS
 from conversion.calibration.problem import SAMPLE_TOKENS
 from conversion.calibration.speed import faster_in_bfloat16, product_rate
 from modeling_diff.diff_llama_fields import padded_counts
@@ -111,6 +111,11 @@ class Shape:
         return 2 * self.attention_parameters + self.maps
 
     @property
+    def units(self) -> int:
+        """Heads of a layer that are chosen together, in number of such units."""
+        return self.kv_heads // 2
+
+    @property
     def sums(self) -> int:
         """Operations of the sums of normal equations."""
         return self.width * (self.width + 2 * self.hidden)
@@ -135,7 +140,7 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
     whole = shape.attention + 2 * shape.mlp_parameters
     # Every stage is judged.
     work = Work(float32=len(stages) * judged * whole)
-    refit = Work((num_tokens + judged) * (shape.attention + shape.sums), shape.solutions)
+    refit = refit_work(shape, num_tokens)
     trial = Work(judged * 2 * shape.mlp_parameters)
     refitted_trial = trial + Work((sample + judged) * shape.sums, shape.solutions)
     work += Work(2 * (sample + judged) * shape.attention)
@@ -161,8 +166,19 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
     return work
 
 
+def refit_work(shape: Shape, num_tokens: int) -> Work:
+    """Counts the operations of a least-squares fit of one layer's o_proj.
+
+    Args:
+        shape: Sizes of the layer.
+        num_tokens: Tokens of the text.
+    """
+    read = num_tokens + num_tokens / VALIDATION_SHARE
+    return Work(read * (shape.attention + shape.sums), shape.solutions)
+
+
 def choice_work(shape: Shape, num_tokens: int, num_layers: int, vocab_size: int, local: LocalFit) -> Work:
-    """Counts the operations of a choice of layers: each is fitted, and half of the model is run after it.
+    """Counts the operations of a choice of heads: each unit is fitted, and half of the model is run after it.
 
     Args:
         shape: Sizes of a layer.
@@ -175,8 +191,9 @@ def choice_work(shape: Shape, num_tokens: int, num_layers: int, vocab_size: int,
     judging = min(num_tokens, JUDGING_TOKENS)
     layer = shape.attention + 2 * shape.mlp_parameters
     judged = judging * (num_layers / 2 * layer + 2 * shape.hidden * vocab_size)
-    per_layer = layer_work(shape, sample, CHOICE_STAGES, local) + Work(float32=sample * layer + judged)
-    return per_layer.times(num_layers)
+    per_layer = layer_work(shape, sample, (Stage.PAIRING,), local) + Work(float32=sample * layer)
+    per_unit = refit_work(shape, sample) + Work(float32=judged)
+    return (per_layer + per_unit.times(shape.units)).times(num_layers)
 
 
 def estimate_calibration(
@@ -202,7 +219,7 @@ def estimate_calibration(
         device: Where it is to run; a short probe measures its rate.
         num_layers: Number of layers that are calibrated; all by default.
         written: Whether the source writes the text first.
-        chosen: Whether the layers are chosen first.
+        chosen: Whether the heads are chosen first.
 
     Returns:
         Operations, seconds, memory and disk.
@@ -226,10 +243,14 @@ def estimate_calibration(
         head = shape.hidden * config.vocab_size
         work += Work(float32=2 * num_tokens * (layers * (shape.attention_parameters + shape.mlp_parameters) + head))
 
+    kept = (calibrated + len(stages)) * shape.attention_parameters
+    states = 0
     if chosen:
         work += choice_work(shape, num_tokens, layers, config.vocab_size, local)
-
+        kept += layers * (shape.attention_parameters + shape.units * shape.width * shape.hidden)
+        states = layers * shape.units * min(num_tokens, JUDGING_TOKENS) * shape.hidden
     floats = 2 * (shape.attention_parameters + shape.mlp_parameters) + 5 * num_tokens * shape.hidden
+    floats += states  # of the models with one unit each
     floats += 3 * shape.attention_parameters + 6 * SAMPLE_TOKENS * shape.width
     floats += local.batch_tokens * (12 * shape.hidden + 6 * shape.width + 5 * shape.intermediate)
     doubles = 4 * shape.width * (shape.width + shape.hidden)
@@ -238,8 +259,7 @@ def estimate_calibration(
     return CalibrationEstimate(
         work=work,
         memory_bytes=4 * floats + 8 * doubles,
-        disk_bytes=4 * (calibrated + len(stages) + chosen * layers) * shape.attention_parameters
-        + 8 * num_tokens * written,
+        disk_bytes=4 * kept + 8 * num_tokens * written,
         seconds=overhead(shape, device) * seconds_of(work, device),
     )
 

@@ -57,6 +57,8 @@ class LayerProblem:
         norm: "strict" or "neutral", the norm over heads.
         lambdas: Values of lambda_init to choose from.
         num_validation_rows: Number of sequences, the first ones, that are held back to judge.
+        pairing: Which heads become one, if that is not to be chosen.
+        heads: The heads that become differential, counted as the pairing has them; None for all.
         token_weights: (R, T): one over the mean square after the layer, as the next norm divides by it.
     """
 
@@ -69,6 +71,8 @@ class LayerProblem:
     norm: Norm
     lambdas: tuple[float, ...]
     num_validation_rows: int
+    pairing: HeadPairing | None = None
+    heads: tuple[int, ...] | None = None
     token_weights: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +101,17 @@ class LayerProblem:
     def start(self, pairing: HeadPairing, lambda_init: float) -> LayerWeights:
         """Returns the permuted copy, with a norm that is not fitted yet."""
         seed = self.seed * 1000 + self.index
-        return copied_weights(self.tensors, self.llama.config, pairing, lambda_init, seed)
+        return copied_weights(self.tensors, self.llama.config, pairing, lambda_init, seed, self.heads)
+
+    def rounded(self, weights: LayerWeights, dtype: torch.dtype | None) -> LayerWeights:
+        """Returns weights as they are stored: in `dtype`, or in the source's; lambda vectors stay float32."""
+        source = self.llama.reader.tensors[f"model.layers.{self.index}.self_attn.q_proj.weight"].dtype
+        narrow = {
+            name: tensor.to(dtype or source)
+            for name, tensor in weights.tensors.items()
+            if not name.startswith("diff_lambda")
+        }
+        return weights.replaced(narrow)
 
     @torch.no_grad()
     def attend(self, weights: LayerWeights, rows: slice, *modules: str) -> Iterator["AttentionInputs"]:

@@ -17,11 +17,12 @@ from conversion.calibration.calibrate import (
     calibrate,
     check_enough,
     check_tokens,
-    lambdas_to_try,
 )
+from conversion.calibration.closed_form import lambdas_to_try
 from conversion.calibration.estimate import CalibrationEstimate, duration_text, estimate_calibration
 from conversion.calibration.gradient_fit import LocalFit
-from conversion.calibration.layer_choice import LayerChoice, LayerTrials, choose_layers, num_chosen
+from conversion.calibration.head_choice import HeadChoice, choose_heads, num_chosen
+from conversion.calibration.head_trials import HeadTrials, value_groups
 from conversion.calibration.self_text import SELF_TEXT, check_self_text, has_text, self_text
 from conversion.calibration.store import has_results
 from conversion.checkpoint.companions import read_tokenizer
@@ -90,11 +91,8 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         ConversionError: Text, options or source with which the calibration would fail.
     """
     model = source.model
-    if model.kind != "llama" or options.variant != "v1" or options.pairings:
-        raise ConversionError(
-            "calibration fits a LLaMA to variant v1 and finds the pairings itself; leave it out for v2, for imports, "
-            "and where pairings are given"
-        )
+    if model.kind != "llama" or options.variant != "v1":
+        raise ConversionError("calibration fits a LLaMA to variant v1; leave it out for v2, and for imports")
     if not getattr(model.config, "is_causal", True):
         raise ConversionError(
             "config.json: is_causal is false, and calibration fits causal attention alone; leave it out "
@@ -123,6 +121,8 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
     check_enough(config, num_rows, row_tokens, _stages(text))
     num_tokens = num_rows * row_tokens
     chosen = options.share is not None or options.max_kl is not None
+    # At most: those of one layer are often chosen together.
+    num_units = num_chosen(options.share or 1.0, len(layers) * len(value_groups(config)))
     estimate = estimate_calibration(
         config,
         num_tokens,
@@ -130,7 +130,7 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         stages=_stages(text),
         local=_local(text),
         device=_device(),
-        num_layers=len(layers) if options.share is None else num_chosen(options.share, len(layers)),
+        num_layers=min(len(layers), num_units) if chosen else len(layers),
         written=rows is None,
         chosen=chosen,
     )
@@ -169,20 +169,21 @@ def run_choice(
     work_folder: Path,
     resume: bool | None,
     progress: Progress,
-) -> LayerChoice:
-    """Chooses the layers to convert, for `share` or `max_kl`. Arguments as for `run_calibration`."""
+) -> HeadChoice:
+    """Chooses the heads to convert, for `share` or `max_kl`. Arguments as for `run_calibration`."""
     assert calibration.rows is not None
-    trials = LayerTrials(
+    trials = HeadTrials(
         source.reader,
         source.model.config,
         calibration.rows,
+        paired=Stage.PAIRING in _stages(calibration.text),
         lambda_floor=calibration.text.lambda_floor,
         work_folder=choice_folder(work_folder),
         resume=resume,
         progress=progress,
         **_fit_choices(options),
     )
-    return choose_layers(trials, share=options.share, max_kl=options.max_kl)
+    return choose_heads(trials, share=options.share, max_kl=options.max_kl)
 
 
 def run_calibration(
@@ -213,6 +214,7 @@ def run_calibration(
         calibration.rows,
         stages=_stages(calibration.text),
         layers=options.differential_layers(source.model.sizes.num_layers),
+        heads=options.mixed_heads(source.model.sizes),
         pad_heads=options.pad_heads,
         local=_local(calibration.text),
         work_folder=work_folder,
@@ -291,7 +293,7 @@ def calibration_work(output: Path) -> Iterator[Path]:
 
 
 def choice_folder(work_folder: Path) -> Path:
-    """Returns where a choice of layers keeps what it has fitted."""
+    """Returns where a choice of heads keeps what it has fitted."""
     return work_folder / "choice"
 
 
@@ -304,10 +306,11 @@ def _local(text: CalibrationText) -> LocalFit:
 
 
 def _fit_choices(options: ConversionOptions) -> dict[str, Any]:
-    """What a choice of layers and the calibration that follows have to agree on."""
+    """What a choice of heads and the calibration that follows have to agree on."""
     return {
         "lambda_init": _lambda_choice(options),
         "norm": options.norm,
+        "pairings": options.pairings,
         "dtype": options.torch_dtype,
         "seed": options.seed,
         "device": _device(),

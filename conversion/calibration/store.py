@@ -89,7 +89,7 @@ class CalibrationStore:
         """
         said: dict[str, Any] = {"fingerprint": self.fingerprint, "record": dict(record)}
         said |= {"query_heads": weights.pairing.query_heads, "kv_heads": weights.pairing.kv_heads}
-        said |= {"lambda_init": weights.lambda_init, "sub_norm_eps": weights.sub_norm_eps}
+        said |= {"lambda_init": weights.lambda_init, "sub_norm_eps": weights.sub_norm_eps, "heads": weights.heads}
         path = self._path(index, stage)
         partial = path.with_suffix(".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors.items()}
@@ -113,7 +113,8 @@ class CalibrationStore:
         except (FileNotFoundError, SafetensorError, ValueError):
             return None
         pairing = HeadPairing(tuple(said["query_heads"]), tuple(said["kv_heads"]))
-        weights = LayerWeights(pairing, said["lambda_init"], said["sub_norm_eps"], tensors)
+        heads = None if said["heads"] is None else tuple(said["heads"])
+        weights = LayerWeights(pairing, said["lambda_init"], said["sub_norm_eps"], tensors, heads)
         if stage is None:
             self._finish(index, weights, said["record"])
         return weights, said["record"]

@@ -41,12 +41,14 @@ class LayerWeights:
         lambda_init: The config's value for this layer.
         sub_norm_eps: The config's epsilon of the norm over heads.
         tensors: Its tensors, by name below `self_attn`.
+        heads: The heads that are differential, ascending; None for all. The others are LLaMA's, in pairs.
     """
 
     pairing: HeadPairing
     lambda_init: float
     sub_norm_eps: float
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    heads: tuple[int, ...] | None = None
 
     def replaced(self, tensors: Mapping[str, torch.Tensor], **changes: Any) -> "LayerWeights":
         """Returns a copy with some tensors replaced, and the fields in `changes`."""
@@ -55,6 +57,11 @@ class LayerWeights:
     def as_float(self) -> "LayerWeights":
         """Returns a copy with float32 tensors."""
         return self.replaced({name: tensor.float() for name, tensor in self.tensors.items()})
+
+    @property
+    def kept_heads(self) -> tuple[int, ...]:
+        """Returns the heads that are not differential."""
+        return () if self.heads is None else tuple(sorted({*range(self.pairing.num_heads)} - {*self.heads}))
 
 
 class LlamaLayers:
@@ -170,11 +177,17 @@ def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlam
         lambda_init=[weights.lambda_init] * num_layers,
         sub_norm_eps=weights.sub_norm_eps,
         num_hidden_layers=num_layers,
+        **({} if weights.heads is None else {"differential_heads": [list(weights.heads)] * num_layers}),
     )
 
 
 def copied_weights(
-    tensors: Mapping[str, torch.Tensor], config: Any, pairing: HeadPairing, lambda_init: float, seed: int
+    tensors: Mapping[str, torch.Tensor],
+    config: Any,
+    pairing: HeadPairing,
+    lambda_init: float,
+    seed: int,
+    heads: tuple[int, ...] | None = None,
 ) -> LayerWeights:
     """Returns LLaMA's attention with rows and columns in the order of a pairing, and a norm of weight 1.
 
@@ -187,6 +200,7 @@ def copied_weights(
         pairing: Which heads become one.
         lambda_init: The config's value for this layer.
         seed: Of the lambda vectors.
+        heads: The heads that are differential; all by default.
     """
     map_dim = config.head_dim
     layout = paired_layout(pairing, config.num_attention_heads, config.num_key_value_heads, map_dim)
@@ -202,7 +216,7 @@ def copied_weights(
         attention[f"diff_lambda.{name}1"] = drawn
         attention[f"diff_lambda.{name}2"] = drawn.clone()
     attention["sub_norm.weight"] = torch.ones(2 * map_dim, device=device)
-    return LayerWeights(pairing, lambda_init, STRICT_EPS, attention)
+    return LayerWeights(pairing, lambda_init, STRICT_EPS, attention, heads)
 
 
 def chunks(num_rows: int, num_tokens: int, max_chunk_tokens: int = 8192) -> Iterator[slice]:

@@ -240,7 +240,7 @@ def sequences_per_step(args: HealingConfig) -> int:
 
 def lambda_callbacks(config: Any, args: HealingConfig) -> list[TrainerCallback]:
     """Returns what logs lambda per layer, and in V1 holds it at its floor, unless it is left free."""
-    if config.differential_layers == []:
+    if not any(config.is_differential(layer) for layer in range(config.num_hidden_layers)):
         return []
     held = config.variant == "v1" and args.lambda_mode != LambdaMode.FREE
     return [LambdaCallback(floor=args.lambda_floor if held else None)]

@@ -15,7 +15,8 @@ from conversion.hub.card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODU
 from conversion.hub.certificate import certificate_section
 from conversion.hub.licenses import LlamaTerms, llama_terms
 from conversion.hub.markdown import code_span, markdown
-from conversion.mapping.lambdas import not_differential, starting_lambdas
+from conversion.mapping.heads import heads_in_words
+from conversion.mapping.lambdas import differential_heads, not_differential, starting_lambdas
 from conversion.record import measured_text
 from conversion.source.hub_address import HUB_ID
 from modeling_diff import DiffLlamaConfig
@@ -270,11 +271,10 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
         lines.append(f"- Calibrated on {_tokens(calibration['tokens'])} of {text}{effort}: {stages}{floor}.")
     for stage in record.get("healing") or []:
         lines.append(f"- Healed, {markdown(stage.get('stage', 'one stage'))}: {markdown(_healing(stage))}.")
-    count = config.num_hidden_layers
-    layers = f"all {count}" if config.differential_layers is None else f"{config.differential_layers} of {count}"
+    heads = heads_in_words(differential_heads(config), config.num_attention_heads)
     versions = markdown(", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items())))
     return "\n".join(
-        [*lines, f"- Differential layers: {layers}.", f"- Made with {versions}; `conversion.json` has every option."]
+        [*lines, f"- Differential heads: {heads}.", f"- Made with {versions}; `conversion.json` has every option."]
     )
 
 

@@ -1,6 +1,6 @@
 """Which heads a LLaMA has, and which of them make up one differential head."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,18 @@ class HeadPairing:
                 raise ValueError(
                     f"query head {head} at position {position} reads KV head {head // group}, not {expected}"
                 )
+
+    @property
+    def num_heads(self) -> int:
+        """Returns the number of differential heads."""
+        return len(self.query_heads) // 2
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Returns the differential heads that share each KV head."""
+        num_kv_heads = len(self.kv_heads) // 2
+        size = self.num_heads // num_kv_heads
+        return [tuple(range(start, start + size)) for start in range(0, self.num_heads, size)]
 
     @classmethod
     def adjacent(cls, num_heads: int, num_kv_heads: int) -> "HeadPairing":
@@ -122,3 +134,35 @@ class Sizes:
             "D": self.map_dim,
         }
         return tuple(width[letter] for letter in letters)
+
+
+def heads_in_words(heads: Sequence[Collection[int]], num_heads: int) -> str:
+    """Returns how many heads are differential, and where: "8 of 20: all of layer 1; 2 of 4 in layers 0, 3".
+
+    Args:
+        heads: The differential heads of each layer.
+        num_heads: How many heads a layer has.
+    """
+    count = sum(map(len, heads))
+    total = len(heads) * num_heads
+    if count in (0, total):
+        return f"all {total}" if count else f"none of {total}"
+    layers: dict[int, list[int]] = {}
+    for layer, chosen in enumerate(heads):
+        layers.setdefault(len(chosen), []).append(layer)
+    parts = []
+    for size in sorted(layers.keys() - {0}, reverse=True):
+        where = f"{'layer' if len(layers[size]) == 1 else 'layers'} {ranges(layers[size])}"
+        parts.append(f"all of {where}" if size == num_heads else f"{size} of {num_heads} in {where}")
+    return f"{count} of {total}: {'; '.join(parts)}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns ascending numbers as they are typed for `--layers`: "0, 4-7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -28,6 +28,11 @@ def differential_layers(config: Any) -> list[int]:
     return [layer for layer in range(config.num_hidden_layers) if config.is_differential(layer)]
 
 
+def differential_heads(config: Any) -> list[list[int]]:
+    """Returns the differential heads of each layer, ascending."""
+    return [config.differential_heads_of(layer) for layer in range(config.num_hidden_layers)]
+
+
 def read_lambdas(config: Any, reader: CheckpointReader) -> dict[int, float]:
     """Reads lambda by layer; V2's depends on the token, and the mean over heads for a token of zeros is taken.
 

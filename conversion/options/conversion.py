@@ -66,6 +66,7 @@ def _plain_seed(given: Any) -> int:
 # field: what becomes of the numbers given, and what they should be where that fails
 SETTLED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "layers": (lambda given: sorted(set(map(operator.index, given))), "indices of layers"),
+    "heads": (lambda given: [sorted(set(map(operator.index, heads))) for heads in given], "a list of heads per layer"),
     "lambda_init": (_plain_lambda, "'paper', a number, or one for each layer"),
     "lambda_start": (float, "a number between 0 and 1, as a sigmoid"),
     "share": (float, "a number above 0 and at most 1"),
@@ -92,12 +93,15 @@ class ConversionOptions:
         help="Layers to make differential, counted from 0. All by default.", parse=parse_layers, metavar="0,4-7"
     )
     share: float | None = option(
-        help="v1, calibrated: share of the heads to make differential, such as 0.5, in whole layers: those that "
-        "change the model least, by KL measured at its end.",
+        help="v1, calibrated: share of all heads to make differential, such as 0.5. Those that change the model least "
+        "are taken, by KL measured at its end.",
     )
     max_kl: float | None = option(
-        help="v1, calibrated: as many layers as change the model by at most this KL (nats/token) before the last "
+        help="v1, calibrated: as many heads as change the model by at most this KL (nats/token) before the last "
         "stages of the calibration, those that change it least first.",
+    )
+    heads: Sequence[Sequence[int]] | None = option(
+        help="v1: heads to make differential, a list per layer, in the order of the pairings.", python_only=True
     )
     lambda_init: Literal["paper"] | float | Sequence[float] | None = option(
         help="v1: lambda at the start, one number for all layers or one per layer. 0.05 by default.",
@@ -141,7 +145,7 @@ class ConversionOptions:
                 f"{typed('lambda_start')} is {self.lambda_start}, expected a number between 0 and 1, as a sigmoid"
             )
         self._check_amount()
-        unset = dict.fromkeys(("share", "max_kl", "lambda_init", "pairings"))
+        unset = dict.fromkeys(("share", "max_kl", "heads", "lambda_init", "pairings"))
         v1_only: dict[str, Any] = unset | {"norm": "strict", "pad_heads": False}
         given = [field for field, default in v1_only.items() if (getattr(self, field) or default) != default]
         if self.variant == "v2" and given:
@@ -151,10 +155,10 @@ class ConversionOptions:
 
     def _check_amount(self) -> None:
         """Checks how much is to be differential: given in one way, and possible."""
-        given = [field for field in ("layers", "share", "max_kl") if getattr(self, field) is not None]
+        given = [field for field in ("layers", "heads", "share", "max_kl") if getattr(self, field) is not None]
         if len(given) > 1:
             raise ConversionError(
-                f"{typed(given[0])} and {typed(given[1])} both say which layers become differential; give one of them"
+                f"{typed(given[0])} and {typed(given[1])} both say which heads become differential; give one of them"
             )
         if self.share is not None and not 0 < self.share <= 1:
             raise ConversionError(f"{typed('share')} is {self.share}, expected a number above 0 and at most 1")
@@ -181,10 +185,17 @@ class ConversionOptions:
         """Returns the indices of the layers that become differential, ascending.
 
         Raises:
-            ConversionError: `layers` names none, or one that does not exist.
+            ConversionError: `layers` or `heads` name none, or one that does not exist.
         """
-        layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
         there = f"the model has {num_layers} layers, counted from 0"
+        if self.heads is not None:
+            if len(self.heads) != num_layers or not any(self.heads):
+                raise ConversionError(
+                    f"heads has {len(self.heads)} lists, {sum(map(len, self.heads))} heads in all, and {there}: give "
+                    "a list per layer, not all empty"
+                )
+            return [layer for layer, heads in enumerate(self.heads) if heads]
+        layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
         if not layers:
             raise ConversionError(f"{typed('layers')} names no layer; {there}")
         if absent := [layer for layer in layers if not 0 <= layer < num_layers]:
@@ -192,6 +203,23 @@ class ConversionOptions:
                 f"{typed('layers')} names layer {absent[0]}, and {there}: give some of 0-{num_layers - 1}"
             )
         return layers
+
+    def mixed_heads(self, sizes: Sizes) -> dict[int, list[int]]:
+        """Returns the differential heads of the layers in which some heads are differential and some are not.
+
+        Raises:
+            ConversionError: `heads` names one that does not exist.
+        """
+        from modeling_diff.diff_llama_fields import padded_counts
+
+        num_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)[0] // 2
+        for layer, heads in enumerate(self.heads or ()):
+            if absent := [head for head in heads if not 0 <= head < num_heads]:
+                raise ConversionError(
+                    f"heads names head {absent[0]} of layer {layer}, and a layer has {num_heads} heads, counted from "
+                    f"0: give some of 0-{num_heads - 1}"
+                )
+        return {layer: list(heads) for layer, heads in enumerate(self.heads or ()) if 0 < len(heads) < num_heads}
 
     def lambda_init_list(self, num_layers: int) -> list[float]:
         """Returns lambda_init of every layer.

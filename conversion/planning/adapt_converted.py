@@ -33,8 +33,8 @@ def check_nothing_else(source: str | Path, config: ConversionConfig) -> None:
     Raises:
         ConversionError: An option that means something only where weights are written.
     """
-    given = (config.variant, config.calibration, config.layers, config.lambda_init, config.pairings, config.dtype)
-    if config.uncalibrated or any(option is not None for option in given):
+    given = (config.variant, config.calibration, config.layers, config.heads, config.lambda_init, config.pairings)
+    if config.uncalibrated or any(option is not None for option in (*given, config.dtype)):
         raise ConversionError(
             f"{source}: converted already, so only its adapter is written; leave out all options but --adapter, "
             "--allow-pickle, --allow-nonfinite, --overwrite and --dry-run"

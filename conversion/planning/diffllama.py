@@ -10,7 +10,8 @@ import transformers
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import companion_files
 from conversion.errors import ConversionError
-from conversion.mapping.heads import Sizes
+from conversion.mapping.heads import Sizes, heads_in_words
+from conversion.mapping.lambdas import differential_heads
 from conversion.mapping.rules import diffllama_export_rules
 from conversion.mapping.stream import Plan
 from conversion.options import chosen_dtype, parse_size, torch_dtype
@@ -93,10 +94,12 @@ def _refuse_unsayable(config: Any) -> None:
             "language model can be exported; convert the source without --backbone-only"
         )
     layers = range(config.num_hidden_layers)
-    if not all(config.is_differential(layer) for layer in layers):
+    heads = differential_heads(config)
+    if any(len(found) < config.num_attention_heads for found in heads):
+        field = "differential_layers" if config.differential_heads is None else "differential_heads"
         raise ConversionError(
-            f"config.json: differential_layers is {config.differential_layers}, and transformers' DiffLlama subtracts "
-            "in every layer; it cannot be exported"
+            f"config.json: {field} says {heads_in_words(heads, config.num_attention_heads)} heads, and transformers' "
+            "DiffLlama subtracts in every head; it cannot be exported"
         )
     for field in ("mlp_bias", "use_qk_norm"):
         if getattr(config, field):

@@ -63,7 +63,7 @@ def rules_and_fields(
     """Returns the tensors' rules and the config fields that LLaMA does not have."""
     if model.kind == "llama":
         return _llama_v1(model, options) if options.variant == "v1" else _llama_v2(model, reader, options)
-    nothing: dict[str, Any] = dict.fromkeys(("layers", "share", "max_kl", "lambda_init", "pairings"))
+    nothing: dict[str, Any] = dict.fromkeys(("layers", "heads", "share", "max_kl", "lambda_init", "pairings"))
     plain = replace(options, variant="v1", norm="strict", **nothing)
     if options.recorded() != plain.recorded():
         raise ConversionError(f"the source is {model.kind}, differential already: it is taken over whole, unchanged")
@@ -81,13 +81,16 @@ def _llama_v1(model: SourceModel, options: ConversionOptions) -> tuple[list[Rule
     lambda_init = options.lambda_init_list(sizes.num_layers)
     weights = options.norm_weights(lambda_init)
     rules = llama_v1_rules(sizes, options.layer_pairings(sizes), layers, weights, LAMBDA_STD, options.seed)
-    fields = {
+    fields: dict[str, Any] = {
         "variant": "v1",
         "lambda_init": lambda_init,
         "lambda_init_std": LAMBDA_STD,
         "sub_norm_eps": options.sub_norm_eps(),
-        "differential_layers": None if len(layers) == sizes.num_layers else layers,
     }
+    if options.mixed_heads(sizes):
+        fields["differential_heads"] = options.heads
+    else:
+        fields["differential_layers"] = None if len(layers) == sizes.num_layers else layers
     return rules, fields
 
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conversion.calibration.layer_choice import LayerTrials, num_chosen
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from conversion.calibration.layer_choice import LayerTrials, num_chosen
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.text import read_calibration
 from conversion.source import open_source
