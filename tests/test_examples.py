@@ -132,24 +132,27 @@ def test_benchmark_conversion_measures_copy_and_conversions(tmp_path):
     assert not (tmp_path / "out/conversion").exists() or not any((tmp_path / "out/conversion").iterdir())
 
 
-def test_choose_layers_finds_the_cheapest_choice_no_dearer_than_the_others(tmp_path):
-    run_example(tmp_path, "studies/choose_layers.py", "--smoke", "--output", "out")
-    found = json.loads((tmp_path / "out/layers.json").read_text())
-    assert len(found["costs"]) == 5 and all(cost > 0 for cost in found["costs"])
+def test_choose_heads_finds_the_cheapest_choice_no_dearer_than_the_others(tmp_path):
+    run_example(tmp_path, "studies/choose_heads.py", "--smoke", "--needles", "2", "--output", "out")
+    found = json.loads((tmp_path / "out/heads.json").read_text())
+    assert len(found["costs"]) == 5 and all(cost > 0 for costs in found["costs"] for cost in costs)
     rows = {row["layers"]: row["kl"] for row in found["choices"]}
-    assert rows[1]["cheapest"] == pytest.approx(min(found["costs"]), rel=1e-3)  # float32: the same layers run again
-    assert all(kl["cheapest"] <= 1.01 * min(kl.values()) for kl in rows.values())
-    assert rows[5]["cheapest"] == rows[5]["even"] == rows[5]["last"]
-    assert (tmp_path / "out/layers.png").stat().st_size > 1000
+    assert rows[1]["layers"] == pytest.approx(
+        min(found["layer_costs"]), rel=1e-3
+    )  # float32: the same layers run again
+    assert all(kl["heads"] <= 1.01 * min(kl.values()) for kl in rows.values())
+    assert rows[5]["heads"] == rows[5]["layers"] == rows[5]["even"]
+    assert all(0 <= share <= 1 for row in found["choices"] for share in row["recall"].values())
+    assert (tmp_path / "out/heads.png").stat().st_size > 1000
 
 
 def test_refusal_of_a_conversion_ends_an_example_in_one_line(tmp_path):
-    import choose_layers
+    import choose_heads
 
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(SystemExit, match=r"^choose_layers: .*short\.txt: .*10,?240") as ended:
-        choose_layers.main(["--model", str(EXAMPLES / "assets/tiny-llama"), "--text", str(short)])
+    with pytest.raises(SystemExit, match=r"^choose_heads: .*short\.txt: .*10,?240") as ended:
+        choose_heads.main(["--model", str(EXAMPLES / "assets/tiny-llama"), "--text", str(short)])
     assert "\n" not in str(ended.value)
 
 

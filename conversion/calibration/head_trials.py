@@ -110,7 +110,12 @@ class HeadTrials:
         self._seed = seed
         self._progress = progress
         self._lambdas = [lambdas_to_try(lambda_init, index, lambda_floor) for index in range(config.num_hidden_layers)]
-        options = {"choice": self._stages, "lambda": self._lambdas, "norm": norm, "pairings": self._pairings}
+        options: dict[str, Any] = {
+            "choice": self._stages,
+            "lambda": self._lambdas,
+            "norm": norm,
+            "pairings": self._pairings,
+        }
         options |= {"seed": seed, "dtype": dtype, "device": str(device)}
         self._store = CalibrationStore(work_folder, run_identity(reader, config, self._sample, options), resume)
         self._llama = LlamaLayers(reader, config, torch.device(device))
@@ -150,6 +155,12 @@ class HeadTrials:
                 if problem.index in chosen:
                     self._fitted(problem, chosen[problem.index])
         return self._head.divergences(self._original, [self._end(chosen)])[0]
+
+    def weights(self, layer: int, heads: Collection[int]) -> LayerWeights:
+        """Returns a layer in which `heads` are converted, as `together` has fitted it."""
+        kept = self._kept(layer, tuple(sorted(heads)))
+        assert kept is not None
+        return kept
 
     def _walk(self) -> Iterator[LayerProblem]:
         """Goes through LLaMA on the sample, and yields each layer on LLaMA's own stream."""
@@ -229,9 +240,7 @@ class HeadTrials:
             tensors = llama.tensors(index)
             layer: nn.Module = llama.layer(index, tensors)
             if index in heads:
-                kept = self._kept(index, heads[index])
-                assert kept is not None
-                layer = llama.diff_layer(index, tensors, kept)
+                layer = llama.diff_layer(index, tensors, self.weights(index, heads[index]))
             states = torch.cat([llama.run(layer, states[rows]) for rows in chunks(*states.shape[:2])])
         return states
 
