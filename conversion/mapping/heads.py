@@ -141,7 +141,7 @@ def heads_in_words(heads: Sequence[Collection[int]], num_heads: int) -> str:
 
     Args:
         heads: The differential heads of each layer.
-        num_heads: How many heads a layer has.
+        num_heads: Number of heads per layer.
     """
     count = sum(map(len, heads))
     total = len(heads) * num_heads

@@ -191,8 +191,7 @@ class ConversionOptions:
         if self.heads is not None:
             if len(self.heads) != num_layers or not any(self.heads):
                 raise ConversionError(
-                    f"heads has {len(self.heads)} lists, {sum(map(len, self.heads))} heads in all, and {there}: give "
-                    "a list per layer, not all empty"
+                    f"heads is {self.heads}, and {there}: give a list per layer, not all of them empty"
                 )
             return [layer for layer, heads in enumerate(self.heads) if heads]
         layers = sorted(set(range(num_layers) if self.layers is None else self.layers))
@@ -210,16 +209,12 @@ class ConversionOptions:
         Raises:
             ConversionError: `heads` names one that does not exist.
         """
-        from modeling_diff.diff_llama_fields import padded_counts
-
-        num_heads = padded_counts(sizes.num_heads, sizes.num_kv_heads)[0] // 2
-        for layer, heads in enumerate(self.heads or ()):
+        num_heads = self.layer_pairings(sizes)[0].num_heads
+        by_layer = dict(enumerate(self.heads or ()))
+        for layer, heads in by_layer.items():
             if absent := [head for head in heads if not 0 <= head < num_heads]:
-                raise ConversionError(
-                    f"heads names head {absent[0]} of layer {layer}, and a layer has {num_heads} heads, counted from "
-                    f"0: give some of 0-{num_heads - 1}"
-                )
-        return {layer: list(heads) for layer, heads in enumerate(self.heads or ()) if 0 < len(heads) < num_heads}
+                raise ConversionError(f"heads names head {absent[0]} of layer {layer}: give some of 0-{num_heads - 1}")
+        return {layer: list(heads) for layer, heads in by_layer.items() if 0 < len(heads) < num_heads}
 
     def lambda_init_list(self, num_layers: int) -> list[float]:
         """Returns lambda_init of every layer.

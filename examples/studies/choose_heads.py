@@ -7,8 +7,8 @@ evenly spaced layers.
     python examples/studies/choose_heads.py --smoke
 
 Costs are KL from the LLaMA in nats per token, on sequences that no layer was fitted on, after the quick stages
-(pairing, refit) alone: what `diff-llama convert --share` and `--max-kl` choose by. Heads are chosen together that share
-a key-value head.
+(pairing, refit) alone: what `diff-llama convert --share` and `--max-kl` choose by. Heads that share a key-value head
+are chosen together.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def choices(count: int, by_head: HeadTrials, by_layer: HeadTrials) -> dict[str, 
 
 
 class Needles:
-    """Recall of needles never trained on, in text never trained on: of `examples/assets/tiny-llama` and its sisters."""
+    """Recall of needles never trained on, in text never trained on: of examples/assets/tiny-llama and its sisters."""
 
     def __init__(self, folder: Path, count: int):
         self.llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

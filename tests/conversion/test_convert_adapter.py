@@ -137,7 +137,13 @@ def test_calibrated_v1_is_that_of_the_llama_that_peft_merges(adapters, name, dty
 
 
 @pytest.mark.parametrize(
-    "variant, options", [("v1", {"uncalibrated": True}), ("v2", {}), ("v2", {"lambda_start": 0.3})]
+    "variant, options",
+    [
+        ("v1", {"uncalibrated": True}),
+        ("v1", {"uncalibrated": True, "heads": [[1], []]}),
+        ("v2", {}),
+        ("v2", {"lambda_start": 0.3}),
+    ],
 )
 def test_adapter_for_a_converted_checkpoint_is_the_one_written_with_it(llama, adapters, variant, options, tmp_path):
     convert_checkpoint(llama, tmp_path / "both", variant, adapter=adapters("DoRA"), **options)

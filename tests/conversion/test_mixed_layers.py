@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from healing_toys import heal, write_training_rows
 from planted_pairs import CONTEXT, HEADS, MAP_DIM, kl_nats, planted_llama, random_tokens
 from random_llamas import random_llama, saved, token_ids, write_rows
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from conversion.calibration.streams import LlamaLayers, Streams
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.describe import describe_checkpoint
 from conversion.mapping.heads import HeadPairing, heads_in_words
+from conversion.push import plan_upload
 from conversion.source.architectures import plain_config
 
 
@@ -171,6 +173,19 @@ def test_a_calibrated_mixed_checkpoint_is_nearer_than_its_copy_and_goes_all_the_
     assert verify_checkpoint(tmp_path / "v1", against=source).passed
 
 
+def test_a_mixed_checkpoint_is_healed_and_uploaded(tmp_path):
+    saved(random_llama(), tmp_path / "llama")
+    uncalibrated(tmp_path / "llama", tmp_path / "v1", [[0], [0, 1]])
+    write_training_rows(tmp_path / "data.jsonl")
+    report = heal(tmp_path, tmp_path / "healed", max_steps=20, learning_rate=2e-2)
+    assert report.table[-1]["kl"] < 0.8 * report.table[0]["kl"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert model.config.differential_heads == [[0], [0, 1]]
+    assert verify_checkpoint(tmp_path / "healed", against=tmp_path / "llama").passed
+    card = plan_upload(tmp_path / "healed", "me/mixed").contents["README.md"].decode()
+    assert "Differential heads: 3 of 4: all of layer 1; 1 of 2 in layer 0." in card
+
+
 def test_given_pairings_are_calibrated(tmp_path):
     llama, _ = planted_llama("plain", 4, num_layers=1)
     source = saved(llama, tmp_path / "llama")
@@ -188,9 +203,9 @@ def test_given_pairings_are_calibrated(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "options", "message"),
     [
-        ([[0]], {}, "heads has 1 lists, 1 heads in all, and the model has 2 layers"),
-        ([[], []], {}, "heads has 2 lists, 0 heads in all"),
-        ([[0], [4]], {}, "heads names head 4 of layer 1, and a layer has 4 heads"),
+        ([[0]], {}, r"heads is \[\[0\]\], and the model has 2 layers"),
+        ([[], []], {}, r"heads is \[\[\], \[\]\], and"),
+        ([[0], [4]], {}, "heads names head 4 of layer 1: give some of 0-3"),
         ([[0], ["x"]], {}, "heads is .*, expected a list of heads per layer"),
         ([[0], [1]], {"layers": [0]}, "layers and heads both say which heads become differential"),
         ([[0], [1]], {"variant": "v2", "uncalibrated": False}, "heads belongs to variant v1"),
