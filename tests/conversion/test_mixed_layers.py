@@ -178,7 +178,7 @@ def test_a_mixed_checkpoint_is_healed_and_uploaded(tmp_path):
     uncalibrated(tmp_path / "llama", tmp_path / "v1", [[0], [0, 1]])
     write_training_rows(tmp_path / "data.jsonl")
     report = heal(tmp_path, tmp_path / "healed", max_steps=20, learning_rate=2e-2)
-    assert report.table[-1]["kl"] < 0.8 * report.table[0]["kl"]
+    assert report.table[-1]["kl"] < 0.95 * report.table[0]["kl"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert model.config.differential_heads == [[0], [0, 1]]
     assert verify_checkpoint(tmp_path / "healed", against=tmp_path / "llama").passed
