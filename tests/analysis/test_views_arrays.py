@@ -113,6 +113,12 @@ def test_too_many_maps_lose_layers_then_heads_and_say_so():
     assert "All but 2 heads" in view.left_out[1]
 
 
+def test_pages_leave_out_layers_with_some_differential_heads():
+    model = diff_model("v1", differential_heads=[[1], [0, 1, 2, 3], []])
+    view = view_attention(model, tokens(), ["x"] * 20, "model")
+    assert [(layer.layer, layer.is_differential) for layer in view.layers] == [(1, True), (2, False)]
+
+
 def test_pages_are_one_file_without_addresses(tmp_path):
     labels = ["</script>", *["x"] * 19]
     views = [view_attention(m, tokens(), labels, n) for m, n in ((llama(), "a"), (diff_model(), "b"))]

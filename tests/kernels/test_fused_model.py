@@ -47,6 +47,7 @@ else:
         "v2": {"kind": "v2"},
         "v1 with a LLaMA layer": {"kind": "v1", "differential_layers": [1]},
         "v2 with a LLaMA layer": {"kind": "v2", "differential_layers": [0]},
+        "v1 with some differential heads": {"kind": "v1", "differential_heads": [[1], [0, 1]]},
     }
 
     @pytest.fixture(params=VARIANTS)
