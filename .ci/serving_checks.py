@@ -17,12 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from serving_models import NEW_TOKENS, prompts
+from serving_prompts import NEW_TOKENS, prompts
+from serving_quantized import SCHEMES
 
 
 TIMEOUT_S = 900
 # Prompts of up to 128 tokens in chunks of 64, four sequences at a time: prefill is chunked, and four wait.
 ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "enable_chunked_prefill": True}
+# Switched off by vLLM's own variable; nothing else in the engine's process imports this project.
+WITHOUT_PLUGIN = {"plugin": "no plugin"}
 OFFLINE = [
     # checkpoint, road, ranks, options
     *((name, "native", 1, {}) for name in ("v1_fresh", "v2_fresh", "v1_random", "v2_random", "v1_mixed", "v2_mixed")),
@@ -32,14 +35,40 @@ OFFLINE = [
     *(("v1_some_heads", *road, {}) for road in (("native", 1), ("transformers", 1), ("native", 2))),
     *((name, "native", 2, {}) for name in ("v1_random", "v2_random", "v2_mixed")),
     *((name, "transformers", 2, {}) for name in ("v1_random", "v2_random")),
-    *((name, "native", 1, {"adapter": f"{name}_lora"}) for name in ("v1_random", "v2_random")),
+    *(
+        (name, road, 1, {"adapter": f"{name}_lora"})
+        for road in ("native", "transformers")
+        for name in ("v1_random", "v2_random")
+    ),
     ("v1_random", "native", 1, {"compiled": True}),
     *((name, "native", 1, {"dtype": "bfloat16"}) for name in ("llama", "v1_random", "v2_random")),
+    *((f"llama_{scheme}", "native", 1, {"dtype": "bfloat16"}) for scheme in SCHEMES),
+    *(
+        (f"{variant}_random_{scheme}", road, 1, {"dtype": "bfloat16"})
+        for scheme in SCHEMES
+        for variant in ("v1", "v2")
+        for road in ("native", "transformers")
+    ),
+    *((f"{variant}_old", road, 1, {}) for variant in ("v1", "v2") for road in ("native", "transformers")),
+    *(
+        (f"{variant}_{code}", "transformers", 1, WITHOUT_PLUGIN)
+        for variant in ("v1", "v2")
+        for code in ("random", "updated")
+    ),
 ]
 REFUSED = [
-    ("v2_mixed", "transformers", 1, "every layer is differential"),
-    ("v1_some_heads", "transformers", 2, "differential_heads: layer 0 holds 2 heads"),
-    ("v1_random", "native", 4, "tp_size=4 does not divide num_key_value_heads=2"),
+    ("v2_mixed", "transformers", 1, {}, "every layer is differential"),
+    ("v1_some_heads", "transformers", 2, {}, "differential_heads: layer 0 holds 2 heads"),
+    *(
+        ("v1_random", road, 4, {}, "tp_size=4 does not divide num_key_value_heads=2")
+        for road in ("native", "transformers")
+    ),
+    *(
+        (f"{variant}_old", "transformers", 1, WITHOUT_PLUGIN, "does not dispatch through the Transformers attention")
+        for variant in ("v1", "v2")
+    ),
+    ("v2_random_lambda", "native", 1, {}, "lambda_proj is quantized in this checkpoint"),
+    ("v2_random", "native", 1, {"adapter": "v2_random_full"}, "Unsupported modules_to_save: ['lambda_proj']"),
 ]
 
 
@@ -88,14 +117,16 @@ def run_engines(folder: Path, cases: list) -> None:
 
 def start_engines(folder: Path, cases: list) -> tuple[dict[int, dict], str]:
     """Returns what each case gave, by its place, and all that was printed."""
-    in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if all(case[2] == 1 for case in cases) else {}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if all(case[2] == 1 for case in cases) else {}
+    if any("plugin" in case[3] for case in cases):
+        variables["VLLM_PLUGINS"] = ""
     done = subprocess.run(
         [sys.executable, __file__, str(folder), "--engines", json.dumps(cases)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env=os.environ | in_one_process,
+        env=os.environ | variables,
     )
     found = {}
     for line in done.stdout.splitlines():
@@ -124,10 +155,10 @@ def mean_difference(found: list[list[float]], expected: list[list[float]]) -> fl
 
 
 def check_offline(folder: Path, wanted: list[str]):
-    """Yields name, verdict and words of every case: all of one rank in one process, every other in its own."""
+    """Yields name, verdict and words of every case: all of one rank with the plugin in one process."""
     named = {name_of(*case): case for case in OFFLINE}
     named = {name: case for name, case in named.items() if is_wanted(name, wanted)}
-    single = [name for name, case in named.items() if case[2] == 1]
+    single = [name for name, case in named.items() if case[2] == 1 and "plugin" not in case[3]]
     for names in filter(None, [single, *([name] for name in named if name not in single)]):
         found, output = start_engines(folder, [named[name] for name in names])
         for index, name in enumerate(names):
@@ -144,8 +175,8 @@ def is_wanted(name: str, wanted: list[str]) -> bool:
     return not wanted or any(part in name for part in wanted)
 
 
-def check_refused(folder: Path, checkpoint: str, road: str, ranks: int, message: str) -> tuple[bool, str]:
-    found, output = start_engines(folder, [(checkpoint, road, ranks, {})])
+def check_refused(folder: Path, case: tuple, message: str) -> tuple[bool, str]:
+    found, output = start_engines(folder, [case])
     lines = [line for line in output.splitlines() if message in line]
     return bool(lines) and not found, lines[-1].strip()[-250:] if lines else output[-1500:]
 
@@ -214,10 +245,9 @@ def check_server(folder: Path, checkpoint: str) -> tuple[bool, str]:
 def checks(folder: Path, wanted: list[str]):
     """Yields name, verdict and words of every check."""
     yield from check_offline(folder, wanted)
-    for checkpoint, road, ranks, message in REFUSED:
-        name = f"{checkpoint}, {road}, {ranks} rank{'s' * (ranks > 1)}, refused"
-        if is_wanted(name, wanted):
-            yield name, *check_refused(folder, checkpoint, road, ranks, message)
+    for *case, message in REFUSED:
+        if is_wanted(name := f"{name_of(*case)}, refused", wanted):
+            yield name, *check_refused(folder, tuple(case), message)
     for checkpoint in ("v1_random", "v2_random"):
         if is_wanted(name := f"{checkpoint}, native, server", wanted):
             yield name, *check_server(folder, checkpoint)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,22 +10,20 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from serving_prompts import NEW_TOKENS, prompts
+from serving_quantized import NOT_QUANTIZED, SCHEMES, check_untouched, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_diff
-from conversion import push_checkpoint
+from conversion import push_checkpoint, update_checkpoint_code
+from modeling_diff.training import lora_config
 
 
 SOURCE = Path(__file__).parents[1] / "examples/assets/tiny-llama"
+# Its code does not hold the attention call where vLLM looks for it.
+OLD_COMMIT = "5dc5cd9"
 VARIANTS = {"v1": ["--uncalibrated"], "v2": []}
-PROMPT_LENGTHS = (5, 17, 33, 64, 7, 90, 128, 21)
-NEW_TOKENS = 48
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 2048, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
 @torch.no_grad()
@@ -92,6 +91,42 @@ def write_pushed(folder: Path, name: str) -> None:
     shutil.copy(folder / f"{name}.json", folder / f"{name}_pushed.json")
 
 
+def write_unservable_adapter(folder: Path, base: str) -> None:
+    """An adapter of the full recipe, which trains more than LoRA."""
+    model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / base, dtype=torch.float32)
+    get_peft_model(model, lora_config(model, r=8)).save_pretrained(folder / f"{base}_full")
+
+
+def write_quantized(folder: Path, base: str) -> None:
+    """The base in every scheme; what is expected is generated from the weights as they were rounded."""
+    for scheme in SCHEMES:
+        name = f"{base}_{scheme}"
+        model = quantize(folder, base, name, scheme, NOT_QUANTIZED)
+        check_untouched(folder, base, name)
+        AutoTokenizer.from_pretrained(SOURCE).save_pretrained(folder / name)
+        write_expected(folder, name, model)
+
+
+def write_old(folder: Path, variant: str) -> None:
+    """A random checkpoint converted by the code of OLD_COMMIT, with that code next to it, and again with today's."""
+    old = f"{variant}_old"
+    code = folder / "old_code"
+    if not code.exists():
+        code.mkdir()
+        archive = subprocess.run(["git", "archive", OLD_COMMIT], check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(code)], input=archive, check=True)
+    command = [sys.executable, "-m", "conversion", "convert", str(SOURCE), str(folder / old), "--variant", variant]
+    subprocess.run([*command, "--dtype", "float32"], check=True, cwd=code, env=os.environ | {"PYTHONPATH": str(code)})
+    model = modeling_diff.DiffLlamaForCausalLM.from_pretrained(folder / old, dtype=torch.float32).eval()
+    randomize(model).save_pretrained(folder / f"{old}_weights")
+    shutil.copy(folder / f"{old}_weights" / "model.safetensors", folder / old)
+    write_expected(folder, old, model)
+    updated = folder / f"{variant}_updated"
+    shutil.copytree(folder / old, updated)
+    shutil.copy(folder / f"{old}.json", f"{updated}.json")
+    update_checkpoint_code(updated)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     llama = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32)
@@ -115,6 +150,11 @@ def main() -> None:
             torch.manual_seed(0)
             save(folder, "v1_some_heads", randomize(modeling_diff.DiffLlamaForCausalLM(config)))
         write_adapter(folder, f"{variant}_random")
+        write_old(folder, variant)
+    write_unservable_adapter(folder, "v2_random")
+    for name in ("llama", "v1_random", "v2_random"):
+        write_quantized(folder, name)
+    quantize(folder, "v2_random", "v2_random_lambda", "w8a8", ["lm_head"])
 
 
 if __name__ == "__main__":

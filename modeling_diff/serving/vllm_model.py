@@ -4,6 +4,7 @@ The native vLLM model: vLLM's LLaMA with differential attention, in one attentio
 T tokens of all sequences, H heads and K key-value heads of this rank, d map_dim, D head_dim, C hidden size.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..diff_attention import mix_heads, own_halves, place_queries, runs_of_heads
 from ..diff_attention_modules import DiffLambda
 from ..diff_parallel import check_tensor_parallel_size
 from ..diff_sub_norm import SubNorm
+from .quantized_weights import with_whole_lambda
 from .versions import unsupported_vllm
 
 
@@ -162,3 +164,6 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
         if not isinstance(config, DiffLlamaConfig):  # of the checkpoint's own code, which may be older
             vllm_config.model_config.hf_config = DiffLlamaConfig.from_dict(config.to_dict())
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DiffLlamaDecoderLayer)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(with_whole_lambda(weights))
