@@ -191,7 +191,9 @@ def choice_work(shape: Shape, num_tokens: int, num_layers: int, vocab_size: int,
     judging = min(num_tokens, JUDGING_TOKENS)
     layer = shape.attention + 2 * shape.mlp_parameters
     judged = judging * (num_layers / 2 * layer + 2 * shape.hidden * vocab_size)
-    per_layer = layer_work(shape, sample, (Stage.PAIRING,), local) + Work(float32=sample * layer)
+    # Two walks through LLaMA: one to measure costs, one to fit heads that are chosen together.
+    per_layer = layer_work(shape, sample, (Stage.PAIRING,), local) + Work(float32=2 * sample * layer)
+    per_layer += refit_work(shape, sample)
     per_unit = refit_work(shape, sample) + Work(float32=judged)
     return (per_layer + per_unit.times(shape.units)).times(num_layers)
 

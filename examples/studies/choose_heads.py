@@ -124,10 +124,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     width = 0.8 / by_layer.shape[1]
     for unit in range(by_layer.shape[1]):
         places = torch.arange(len(by_layer)) + (unit - (by_layer.shape[1] - 1) / 2) * width
-        costs.bar(places.tolist(), by_layer[:, unit].tolist(), width)
+        costs.bar(places.tolist(), by_layer[:, unit].tolist(), width, label=f"key-value head {unit}")
     costs.plot(found["layer_costs"], "k_", markersize=12, label="the whole layer")
     costs.set(xlabel="layer", ylabel="KL, nats per token", title="heads of one key-value head converted")
-    costs.legend()
+    costs.legend(ncols=2 if by_layer.shape[1] < 4 else 4, fontsize="small")
     for name, curve in zip(names, curves, strict=True):
         for way, style in WAYS.items():
             shares = [row["heads"] / rows[-1]["heads"] for row in rows]

@@ -86,6 +86,22 @@ def test_layers_that_stay_cost_two_passes_alone():
     assert one > two - one, "the streams pass through the other fifteen"
 
 
+def test_a_choice_of_heads_takes_time_memory_and_disk_for_every_unit():
+    """16 layers with 8 key-value heads of LLaMA's, 4 units of heads each, on 2,048 tokens of 2,048 float32 numbers."""
+    given = estimate_calibration(CONFIG, 65536, 1024)
+    chosen = estimate_calibration(CONFIG, 65536, 1024, chosen=True)
+    assert chosen.memory_bytes - given.memory_bytes == 16 * 4 * 2048 * 2048 * 4
+    attention = 2 * 2048 * 2048 + 2 * 512 * 2048
+    assert chosen.disk_bytes - given.disk_bytes == 16 * (attention + 4 * 2048 * 2048) * 4
+    fewer = LlamaConfig(**{name: getattr(CONFIG, name) for name in estimate_fields()} | {"num_key_value_heads": 2})
+    added = [
+        estimate_calibration(config, 65536, 1024, chosen=True).work.float64
+        - estimate_calibration(config, 65536, 1024).work.float64
+        for config in (CONFIG, fewer)
+    ]
+    assert added[0] > 1.5 * added[1] > 0, "a refit per unit"
+
+
 def test_every_stage_takes_time():
     seconds = [estimate_calibration(CONFIG, 65536, 1024, stages=stages).seconds for stages in LADDER]
     assert seconds == sorted(set(seconds))
