@@ -165,6 +165,9 @@ def test_share_converts_the_cheapest_heads(llama, text, tmp_path):
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "half").config
     assert config.differential_heads == cheapest and any(map(config.is_mixed, range(3)))
     assert any(note.startswith("differential heads: 6 of 12: all of layer 1; 2 of 4 in ") for note in report.notes)
+    # The indices mean heads of the pairing that was chosen with them, which the calibration has to keep.
+    mixed = str(next(layer for layer in range(3) if len(cheapest[layer]) == 2))
+    assert report.record["options"]["pairings"] == {mixed: report.record["calibration"]["pairings"][int(mixed)]}
     pairings = dict(enumerate(HeadPairing(**pair) for pair in report.record["calibration"]["pairings"]))
     del pairings[QUIET_LAYER]  # a layer that is converted whole is paired by its calibration
     convert(llama, tmp_path / "named", text, heads=cheapest, pairings=pairings)
