@@ -34,6 +34,7 @@ LAMBDA_GRID = (0.0, 0.02, 0.05, 0.1, 0.2)
 PAIRING_LAMBDA = 0.05
 OTHER_LAMBDA = 0.5  # next to 0: far enough that outputs of both, float32, tell the two maps apart
 CARRIER_SHARES = (4.0, 25.0, 100.0)  # mean square of the carrier over that of the rest of the head's output
+IDLE_SHARE = 1e-10  # of a value's largest mean square: directions below are of rounding alone
 LINEAR_RIDGE = 1e-3
 CONSTANT_RIDGE = 1e-4
 
@@ -160,7 +161,7 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
     moments = head_moments(linear, len(rows), head_dim) / num_outputs
     new = rows.double()  # (K, D, C)
     for head in carried:
-        basis, power = _kept_directions(moments[head], importance[head])
+        basis, power = kept_directions(moments[head], importance[head])
         # The carrier last, with as much power as the rest of the value.
         new[head] = torch.cat((basis.t() @ new[head], power**0.5 * carrier[None]))
     outputs = HeadOutputs.gather(problem, _with_values(weights, new.flatten(0, 1)))
@@ -218,19 +219,27 @@ def head_moments(sums: NormalEquations, num_kv_heads: int, head_dim: int) -> tor
     return blocks.permute(2, 0, 1).unflatten(0, (num_kv_heads, -1)).sum(1)
 
 
-def _kept_directions(moment: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """
-    Returns a basis (D, D - 1) of the directions that matter most, each scaled by its importance, and the sum of their
-    mean squares.
+def kept_directions(moment: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Chooses the directions of a value that matter most.
 
-    With S = E[o o'] (D, D) and Q the sum of W W' over the heads, o -> W' o loses least, in the mean square, if the
-    direction of the smallest eigenvalue of S^1/2 Q S^1/2 is dropped.
+    With S = E[o o'] and Q the sum of W W' over the heads, o -> W' o loses least, in the mean square, if the direction
+    of the smallest eigenvalue of S^1/2 Q S^1/2 is dropped. Directions in which no value varies, as next to an idle
+    head, get columns of zeros: what rounding leaves there would come back through a huge o_proj.
+
+    Args:
+        moment: S, (D, D).
+        outputs: W of each head, (G, D, C).
+
+    Returns:
+        A basis (D, D - 1), each direction scaled by its importance, and the sum of their mean squares.
     """
     values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(values[-1] * 1e-10)
-    root = vectors * values.sqrt() @ vectors.t()
-    inverse_root = vectors / values.sqrt() @ vectors.t()
-    matters, directions = torch.linalg.eigh(root @ torch.einsum("gdc,gec->de", outputs, outputs) @ root)
-    scale = matters[1:].clamp_min(matters[-1] * 1e-6).sqrt()
-    basis = inverse_root @ (directions[:, 1:] * scale)
-    return basis, float(scale.square().sum())
+    varies = values > values[-1] * IDLE_SHARE
+    root = vectors[:, varies] * values[varies].sqrt()  # (D, R), S = root root'
+    inverse_root = vectors[:, varies] / values[varies].sqrt()
+    matters, directions = torch.linalg.eigh(root.t() @ torch.einsum("gdc,gec->de", outputs, outputs) @ root)
+    num_kept = min(len(matters), len(values) - 1)
+    scale = matters[-num_kept:].clamp_min(matters[-1] * 1e-6).sqrt()
+    basis = inverse_root @ (directions[:, -num_kept:] * scale)
+    idle = basis.new_zeros(len(values), len(values) - 1 - num_kept)
+    return torch.cat((idle, basis), dim=1), float(scale.square().sum())

@@ -6,7 +6,7 @@ R sequences, T tokens per sequence, C hidden.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -22,6 +22,10 @@ from modeling_diff.modeling_diff_llama import DiffLlamaDecoderLayer
 # Share of the full rate. tiny-llama, 16K tokens: half batches above 0.5, and steps skipped for less than 1 % of
 # progress, ended 0.0037 nats above float32 and full batches without checks; these defaults end 0.0002 below.
 HIGH_RATE = 0.75
+# Learning rates that are tried, from that of the options downwards. tiny-llama's layers take the first one, those of
+# SmolLM2-135M-Instruct, which are nearer to LLaMA before the descent, a tenth of it.
+RATES = 4
+RATE_STEP = 3.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class LocalFit:
     Attributes:
         steps: Length of the schedule, of which checks may skip a part.
         batch_tokens: Tokens per batch; half as many while the learning rate is high.
-        learning_rate: Peak, relative to the root mean square of a matrix's median row; a tenth of it for vectors.
-        lambda_learning_rate: Peak for the lambda vectors, absolute, as they start at 0.1.
+        learning_rate: Highest peak to try, relative to the root mean square of a matrix's median row; a tenth of it
+            for vectors.
+        lambda_learning_rate: The same for the lambda vectors, absolute, as they start at 0.1.
         warmup_steps: Steps of linear warmup.
         check_steps: Steps between checks of the held-back sequences.
         worth_going_on: Share by which their loss must have fallen, or `check_steps` steps are skipped.
@@ -52,7 +57,42 @@ class LocalFit:
 def fit_layer(
     problem: LayerProblem, weights: LayerWeights, options: LocalFit, progress: Callable[[int], None]
 ) -> LayerWeights:
-    """Returns a layer's weights after gradient descent, better or not; lambda is held at its floor.
+    """Returns a layer's weights after gradient descent, or as they were if no learning rate gets the layer nearer.
+
+    How large a step a layer bears depends on how near it is already: a rate that is too high is divided by
+    `RATE_STEP`, and the descent starts again.
+
+    Args:
+        problem: The layer.
+        weights: Those to start from.
+        options: How long and how fast.
+        progress: Called with the number of steps done; after a new start, once it is further than before.
+    """
+    allowed = held_back_loss(problem, problem.diff_layer(weights), options)
+    furthest = 0
+
+    def forward(position: int) -> None:
+        nonlocal furthest
+        furthest = max(furthest, position)
+        progress(furthest)
+
+    for attempt in range(RATES):
+        slower = RATE_STEP**-attempt
+        rates = {name: getattr(options, name) * slower for name in ("learning_rate", "lambda_learning_rate")}
+        fitted = descend(problem, weights, replace(options, **rates), allowed, forward)
+        if fitted is not None:
+            return fitted
+    return weights
+
+
+def descend(
+    problem: LayerProblem,
+    weights: LayerWeights,
+    options: LocalFit,
+    allowed: float,
+    progress: Callable[[int], None],
+) -> LayerWeights | None:
+    """Returns a layer's weights after gradient descent; lambda is held at its floor.
 
     The lambda that was reached becomes the constant part, and the lambda vectors are those of the start, whose
     exponentials cancel: the fit leaves them with very unequal lengths, and healing would move lambda by leaps.
@@ -61,7 +101,11 @@ def fit_layer(
         problem: The layer.
         weights: Those to start from.
         options: How long and how fast.
+        allowed: Loss of the held-back sequences at the start.
         progress: Called with the number of steps done.
+
+    Returns:
+        The weights; None if the rate proves to be too high, by `is_too_fast`.
     """
     # Imported here, as its package takes seconds.
     from modeling_diff.training.lambda_values import hold_lambda, layer_lambda
@@ -89,6 +133,8 @@ def fit_layer(
         position += 1
         if position % options.check_steps == 0:
             reached = held_back_loss(problem, layer, options)
+            if is_too_fast(reached, allowed, position, options):
+                return None
             position += steps_to_skip(reached, least, options)
             least = min(least, reached)
         progress(min(position, options.steps))
@@ -99,6 +145,22 @@ def fit_layer(
     tensors |= {name: tensor for name, tensor in weights.tensors.items() if name.startswith("diff_lambda")}
     tensors["sub_norm.weight"] *= (1 - weights.lambda_init) / (1 - lambda_init)
     return weights.replaced(tensors, lambda_init=lambda_init)
+
+
+def is_too_fast(reached: float, allowed: float, position: int, options: LocalFit) -> bool:
+    """Returns whether a descent is to start again at a lower rate.
+
+    Large steps raise the loss before the schedule's decay lowers it. Half above the start is the most that was seen
+    to come back, and after a third of the schedule what is still above the start did not get below it.
+
+    Args:
+        reached: Loss of the held-back sequences now.
+        allowed: Their loss at the start.
+        position: Number of steps done.
+        options: How long and how fast.
+    """
+    early = 3 * position < options.steps
+    return not reached <= (1.5 if early else 1.0) * allowed
 
 
 def build_optimizers(attention: nn.Module, options: LocalFit) -> list[torch.optim.Optimizer]:

@@ -100,7 +100,7 @@ class PairCosts:
         """Returns the heads (P,) that read another KV head than `head`."""
         group = self.num_heads // self.num_kv_heads
         others = [other for other in range(self.num_heads) if other // group != head // group]
-        return torch.tensor(others, device=self.grams.device)
+        return torch.tensor(others, dtype=torch.long, device=self.grams.device)  # none where all read one
 
     def add(self, maps: torch.Tensor, values: torch.Tensor, token_weights: torch.Tensor) -> None:
         """Adds one sequence.

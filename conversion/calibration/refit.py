@@ -14,6 +14,7 @@ from conversion.errors import ConversionError
 
 COLUMNS = 512  # of a block of X'X; blocks below the diagonal are not computed
 BLOCK_TOKENS = 1024  # summed in float32; the rounding of longer sums would exceed the smallest ridge
+IDLE_SHARE = 1e-14  # of the largest square: a feature below is of float32 rounding alone
 LEAST_RIDGE = 1e-10  # over the diagonal: keeps a Gram matrix with idle or repeated columns positive
 RIDGE_STEP = 10.0
 
@@ -59,9 +60,9 @@ class NormalEquations:
     def solve(self, ridge: float, prior: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the W (F, C) that minimizes |X W - Y|^2 + ridge |D (W - prior)|^2, D^2 the diagonal of X'X.
 
-        The ridge is relative to the scale of each feature. Directions in which the features do not vary keep the
-        prior, so a singular Gram matrix, as idle heads make it, can be solved. Where float32 products leave the
-        matrix indefinite, the ridge rises until it is definite.
+        The ridge is relative to the scale of each feature. Directions in which the features do not vary, but for
+        rounding, keep the prior, so a singular Gram matrix, as idle heads make it, can be solved. Where float32
+        products leave the matrix indefinite, the ridge rises until it is definite.
 
         Args:
             ridge: At least LEAST_RIDGE is taken.
@@ -78,7 +79,8 @@ class NormalEquations:
             )
         prior = torch.zeros_like(self.cross) if prior is None else prior.double()
         diagonal = gram.diagonal()
-        scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, None]  # (F, 1)
+        varies = diagonal > diagonal.max() * IDLE_SHARE
+        scale = torch.where(varies, diagonal, torch.inf).rsqrt()[:, None]  # (F, 1)
         scaled = scale * gram * scale.t()
         ridge = max(ridge, LEAST_RIDGE)
         while True:

@@ -54,6 +54,14 @@ def test_singular_gram_keeps_the_prior_where_nothing_is_said(problem):
     )
 
 
+def test_feature_of_rounding_alone_keeps_the_prior(problem):
+    """Else its weight would be its inverse: a product that is exact here and overflows in half precision."""
+    features, targets, weights = problem
+    features = torch.cat((features, 1e-9 * torch.randn(60, 1)), dim=1)
+    solution = gathered(features, targets, weights).solve(0.0, torch.ones(6, 3))
+    assert torch.equal(solution[5], torch.ones(3, dtype=torch.float64))
+
+
 def test_refit_never_leaves_more_than_the_prior(problem):
     features, targets, _ = problem
     prior = torch.linalg.lstsq(features, targets).solution
