@@ -1,5 +1,7 @@
 """What makes a calibration fast, each against the direct computation in float64; and when a fit ends early."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planted_pairs import CONTEXT, planted_llama, random_tokens
@@ -7,7 +9,7 @@ from planted_pairs import CONTEXT, planted_llama, random_tokens
 from conversion.calibration import gradient_fit
 from conversion.calibration.candidates import HeadOutputs, left_over, with_norm
 from conversion.calibration.closed_form import OTHER_LAMBDA, head_moments, refit_outputs
-from conversion.calibration.gradient_fit import LocalFit, fit_layer, steps_to_skip
+from conversion.calibration.gradient_fit import RATES, LocalFit, fit_layer, is_too_fast, steps_to_skip
 from conversion.calibration.problem import LayerProblem
 from conversion.calibration.refit import COLUMNS, NormalEquations
 from conversion.calibration.streams import LlamaLayers, Streams
@@ -111,3 +113,23 @@ def test_a_fit_that_stops_falling_ends_early(problem, start, monkeypatch, falls,
     fit = LocalFit(steps=40, check_steps=5, batch_tokens=2 * CONTEXT)
     fit_layer(problem, start, fit, steps.append)
     assert len(steps) == expected and steps[-1] == 40
+
+
+def test_a_rate_that_a_layer_does_not_bear_is_lowered(problem, start):
+    """A hundred times too high: the layer comes out nearer all the same, and of rates too high for it, as it was."""
+    residual = problem.residual(start)
+    options = LocalFit(steps=30, check_steps=5, batch_tokens=8 * CONTEXT)
+    high = replace(options, learning_rate=3.0, lambda_learning_rate=0.02)
+    assert problem.residual(fit_layer(problem, start, high, lambda step: None)) < residual
+    steps: list[int] = []
+    hopeless = replace(options, learning_rate=1e6)
+    assert fit_layer(problem, start, hopeless, steps.append) is start
+    assert steps == sorted(steps) and len(steps) == RATES * (options.check_steps - 1)
+
+
+@pytest.mark.parametrize(
+    ("reached", "position", "too_fast"),
+    [(1.5, 20, False), (1.51, 20, True), (1.01, 100, True), (1.0, 100, False), (float("nan"), 20, True)],
+)
+def test_a_loss_above_the_start_is_borne_for_a_third_of_the_schedule(reached, position, too_fast):
+    assert is_too_fast(reached, 1.0, position, LocalFit(steps=200)) == too_fast
