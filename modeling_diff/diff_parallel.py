@@ -1,4 +1,4 @@
-"""Tensor parallelism: the parallel style of modules that the heads of every rank share, and which heads each rank has."""
+"""Tensor parallelism: the parallel style of modules that heads of every rank share, and which heads each rank has."""
 
 from typing import Any
 
