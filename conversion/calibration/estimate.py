@@ -162,6 +162,8 @@ def layer_work(shape: Shape, num_tokens: int, stages: Collection[Stage], local: 
         # Muon's five steps of three products each.
         orthogonal = 30 * shape.attention_parameters * min(shape.hidden, shape.width)
         steps = SHARE_OF_STEPS * local.steps
+        checks = 1 + steps / local.check_steps
+        work += Work(fast=checks * min(local.batch_tokens, judged) * whole)
         work += Work(fast=steps * (min(local.batch_tokens, num_tokens) * per_token + orthogonal))
     return work
 

@@ -18,7 +18,7 @@ from conversion.calibration.speed import faster_in_bfloat16
 CONFIG = LlamaConfig(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
 )
-LOCAL = LocalFit(steps=20, batch_tokens=1152)
+LOCAL = LocalFit(steps=20, batch_tokens=1152, learning_rate=0.03)  # which the layers bear: nothing starts again
 LADDER = ((Stage.PAIRING,), (Stage.PAIRING, Stage.REFIT), (Stage.PAIRING, Stage.REFIT, Stage.VALUES), tuple(Stage))
 
 
@@ -115,7 +115,7 @@ def test_text_that_the_source_writes_takes_time():
 def test_longer_gradient_fits_take_longer():
     given = estimate_calibration(CONFIG, 65536, 1024, local=LOCAL)
     longer = estimate_calibration(CONFIG, 65536, 1024, local=replace(LOCAL, steps=40))
-    assert longer.work.fast == pytest.approx(2 * given.work.fast)
+    assert 1.9 * given.work.fast < longer.work.fast < 2 * given.work.fast, "all but the loss at the start"
     assert longer.work.float32 == given.work.float32
 
 
