@@ -104,7 +104,8 @@ def test_wrong_options_are_refused_by_name(main, capsys, tmp_path, words, messag
 
 def test_going_on_from_a_model_of_another_size_is_refused(main, smoke, tmp_path):
     with pytest.raises(SystemExit, match=r"another size \(kv_heads\)"):
-        main(["--smoke", "--kv-heads", "2", "--init", str(smoke), "--output", str(tmp_path / "model")])
+        words = ["--smoke", "--kv-heads", "2", "--layers", "1", "--init", str(smoke)]
+        main([*words, "--output", str(tmp_path / "model")])
 
 
 def test_an_output_folder_in_use_is_not_overwritten(main, tmp_path):
