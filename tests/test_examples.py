@@ -245,11 +245,12 @@ def test_published_llama_asks_about_public_functions_with_docstrings(monkeypatch
 
 
 def test_published_llama_holds_text_of_every_kind_back(tmp_path):
-    from published_llama import PART_LETTERS, mixed_text, write_texts
+    from published_llama import PART_LETTERS, mixed_text, read_sources, write_texts
 
     assert mixed_text(["a" * 5000, "b" * 9000], 7000) == "\n".join(letter * PART_LETTERS for letter in "abab") + "\n"
     asked = {name: [{"messages": f"question {name}"}] * 9 for name in ("chat.jsonl", "eval.jsonl")}
-    write_texts(tmp_path, asked, SimpleNamespace(apply_chat_template=lambda messages, tokenize: messages))
+    modules = {name: source for name, source in read_sources("stdlib") if "/" not in name}
+    write_texts(tmp_path, modules, asked, SimpleNamespace(apply_chat_template=lambda messages, tokenize: messages))
     texts = {name: (tmp_path / f"{name}.txt").read_text() for name in ("calibration", "heldout")}
     assert "question chat.jsonl" in texts["calibration"] and "question eval.jsonl" in texts["heldout"]
     lines = {name: {line for line in text.splitlines() if len(line) > 60} for name, text in texts.items()}

@@ -59,14 +59,14 @@ def fit_layer(
 ) -> LayerWeights:
     """Returns a layer's weights after gradient descent, or as they were if no learning rate gets the layer nearer.
 
-    How large a step a layer bears depends on how near it is already: a rate that is too high is divided by
+    The nearer a layer is already, the smaller are the steps that are stable: a rate that is too high is divided by
     `RATE_STEP`, and the descent starts again.
 
     Args:
         problem: The layer.
         weights: Those to start from.
         options: How long and how fast.
-        progress: Called with the number of steps done; after a new start, once it is further than before.
+        progress: Called after each step with the number of steps done, the highest of all starts.
     """
     allowed = held_back_loss(problem, problem.diff_layer(weights), options)
     furthest = 0

@@ -70,15 +70,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = [prompt_of(record, tokenizer) for record in records]
     tokens = [answer(folder, prompts, tokenizer, arguments) for folder in arguments.model]
     names = [Path(folder).name for folder in arguments.model]
+    # Answers end at different lengths; a missing token is one that differs.
+    most = arguments.max_new_tokens
+    padded = [[ids + [-1] * (most - len(ids)) for ids in answers] for answers in tokens]
     models = []
-    for name, answers in zip(names, tokens, strict=True):
+    for number, (name, answers) in enumerate(zip(names, tokens, strict=True)):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-        # Answers end at different lengths; a missing token is one that differs.
-        padded = [ids + [-1] * (arguments.max_new_tokens - len(ids)) for ids in answers]
-        first = [ids + [-1] * (arguments.max_new_tokens - len(ids)) for ids in tokens[0]]
-        found = {"model": name, "equal": first_divergences(first, padded), "repeated": repeated_line_rate(texts)}
+        equal = first_divergences(padded[0], padded[number])
+        found = {"model": name, "equal": equal, "repeated": repeated_line_rate(texts)}
         models.append(found | {"answers": texts})
-    return {"prompts": prompts, "max_new_tokens": arguments.max_new_tokens, "models": models}
+    return {"prompts": prompts, "max_new_tokens": most, "models": models}
 
 
 def page(found: dict[str, Any]) -> str:

@@ -77,12 +77,16 @@ def docstring_chats(module: str, source: str) -> Iterator[dict]:
             yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": docstring}]}
 
 
-def write_chats(output: Path, seed: int) -> dict[str, list[dict]]:
-    """Writes the conversations, and returns them by file."""
+def is_measured_on(name: str) -> bool:
+    """Returns whether a module or a page of the manual is for eval.jsonl and heldout.txt."""
+    return is_held_out(name, parts=4)
+
+
+def write_chats(output: Path, modules: dict[str, str], seed: int) -> dict[str, list[dict]]:
+    """Writes the conversations about modules, sources by file name, and returns them by file."""
     chats: dict[str, list[dict]] = {name: [] for name in NUM_CHATS}
-    for name, source in read_sources("stdlib"):
-        if "/" not in name:
-            chats["eval.jsonl" if is_held_out(name, parts=4) else "chat.jsonl"] += docstring_chats(name[:-3], source)
+    for name, source in modules.items():
+        chats["eval.jsonl" if is_measured_on(name) else "chat.jsonl"] += docstring_chats(name[:-3], source)
     for name, rows in chats.items():
         random.Random(seed).shuffle(rows)
         del rows[NUM_CHATS[name] :]
@@ -103,19 +107,17 @@ def mixed_text(kinds: Sequence[str], letters: int) -> str:
     return text
 
 
-def write_texts(output: Path, chats: dict[str, list[dict]], tokenizer: Any) -> None:
+def write_texts(output: Path, modules: dict[str, str], chats: dict[str, list[dict]], tokenizer: Any) -> None:
     """Writes text to calibrate on and to measure on, of three kinds."""
-    for name, conversations, held_out in (
+    for file, conversations, held_out in (
         ("calibration.txt", chats["chat.jsonl"], False),
         ("heldout.txt", chats["eval.jsonl"], True),
     ):
-        sources = [
-            text for path, text in read_sources("stdlib") if "/" not in path and is_held_out(path, 4) == held_out
-        ]
-        pages = [text for title, text in sorted(topics.items()) if is_held_out(title, 4) == held_out]
+        sources = [text for name, text in modules.items() if is_measured_on(name) == held_out]
+        pages = [text for title, text in sorted(topics.items()) if is_measured_on(title) == held_out]
         asked = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in conversations]
-        text = mixed_text(["\n".join(kind) for kind in (sources, pages, asked)], TEXT_LETTERS[name])
-        (output / name).write_text(text, encoding="utf-8")
+        text = mixed_text(["\n".join(kind) for kind in (sources, pages, asked)], TEXT_LETTERS[file])
+        (output / file).write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = write_checkpoint(gguf, output)
             if arguments.gguf is None:
                 shutil.copyfile(bundled("LICENSE"), output / "LICENSE")
-            write_texts(output, write_chats(output, arguments.seed), tokenizer)
+            modules = {name: source for name, source in read_sources("stdlib") if "/" not in name}
+            chats = write_chats(output, modules, arguments.seed)
+            write_texts(output, modules, chats, tokenizer)
     print(f"wrote {arguments.output}: {sum(1 for _ in arguments.output.iterdir())} files")
 
 

@@ -3,6 +3,13 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conversion.calibration.candidates import HeadOutputs, with_norm
+from conversion.calibration.problem import LayerProblem
+from conversion.calibration.streams import LlamaLayers, Streams
+from conversion.checkpoint.reader import CheckpointReader
+from conversion.mapping.heads import HeadPairing
+from conversion.source.architectures import plain_config
+
 
 HEADS = 8
 MAP_DIM = 8
@@ -53,6 +60,24 @@ def planted_llama(kind, num_kv_heads, num_layers=2, seed=0, model_class=LlamaFor
     model.model.embed_tokens.weight.normal_(0, 1)
     model.lm_head.weight.normal_(0, 2 / HIDDEN**0.5)
     return model, pairs
+
+
+def first_layer(folder, **fields):
+    """The problem of the first layer of a plain planted LLaMA: 4 sequences judge, 28 are fitted."""
+    llama, _ = planted_llama("plain", 4)
+    llama.save_pretrained(folder)
+    layers = LlamaLayers(CheckpointReader(folder), plain_config(llama.config), torch.device("cpu"))
+    streams = Streams.start(layers.embed(random_tokens(32)))
+    tensors = layers.tensors(0)
+    layer = layers.layer(0, tensors)
+    streams.look_ahead(layers, layer, 0)
+    return LayerProblem(0, layers, tensors, layer, streams, 0, "strict", (0.05,), 4, **fields)
+
+
+def copied_first_layer(problem):
+    """Its permuted copy with heads next to each other paired, and the norm scaled to what they give."""
+    weights = problem.start(HeadPairing.adjacent(HEADS, 4), 0.05)
+    return with_norm(problem, weights, HeadOutputs.gather(problem, weights).mean_square)
 
 
 def plant_twins(attention, first, second, group):

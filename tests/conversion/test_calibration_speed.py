@@ -4,39 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted_pairs import CONTEXT, planted_llama, random_tokens
+from planted_pairs import CONTEXT, copied_first_layer, first_layer
 
 from conversion.calibration import gradient_fit
-from conversion.calibration.candidates import HeadOutputs, left_over, with_norm
+from conversion.calibration.candidates import HeadOutputs, left_over
 from conversion.calibration.closed_form import OTHER_LAMBDA, head_moments, refit_outputs
 from conversion.calibration.gradient_fit import RATES, LocalFit, fit_layer, is_too_fast, steps_to_skip
-from conversion.calibration.problem import LayerProblem
 from conversion.calibration.refit import COLUMNS, NormalEquations
-from conversion.calibration.streams import LlamaLayers, Streams
-from conversion.checkpoint.reader import CheckpointReader
-from conversion.mapping.heads import HeadPairing
-from conversion.source.architectures import plain_config
 
 
 @pytest.fixture
 def problem(tmp_path):
     """The first layer of a planted LLaMA: 4 sequences judge, 28 are fitted."""
-    llama, _ = planted_llama("plain", 4)
-    llama.save_pretrained(tmp_path)
-    layers = LlamaLayers(CheckpointReader(tmp_path), plain_config(llama.config), torch.device("cpu"))
-    streams = Streams.start(layers.embed(random_tokens(32)))
-    tensors = layers.tensors(0)
-    layer = layers.layer(0, tensors)
-    streams.look_ahead(layers, layer, 0)
-    return LayerProblem(0, layers, tensors, layer, streams, 0, "strict", (0.05,), 4)
+    return first_layer(tmp_path)
 
 
 @pytest.fixture
 def start(problem):
-    config = problem.llama.config
-    pairing = HeadPairing.adjacent(config.num_attention_heads, config.num_key_value_heads)
-    weights = problem.start(pairing, 0.05)
-    return with_norm(problem, weights, HeadOutputs.gather(problem, weights).mean_square)
+    return copied_first_layer(problem)
 
 
 @pytest.mark.parametrize("num_features", [5, COLUMNS + 3])

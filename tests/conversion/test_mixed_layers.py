@@ -5,22 +5,27 @@ import json
 import pytest
 import torch
 from healing_toys import heal, write_training_rows
-from planted_pairs import CONTEXT, HEADS, MAP_DIM, kl_nats, planted_llama, random_tokens
+from planted_pairs import (
+    CONTEXT,
+    HEADS,
+    MAP_DIM,
+    copied_first_layer,
+    first_layer,
+    kl_nats,
+    planted_llama,
+    random_tokens,
+)
 from random_llamas import random_llama, saved, token_ids, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion import ConversionError, convert_checkpoint, verify_checkpoint
 from conversion.calibration.calibrate import Stage, calibrate
-from conversion.calibration.candidates import HeadOutputs, left_over, with_norm
+from conversion.calibration.candidates import HeadOutputs, left_over
 from conversion.calibration.closed_form import refit_outputs
-from conversion.calibration.problem import LayerProblem
-from conversion.calibration.streams import LlamaLayers, Streams
-from conversion.checkpoint.reader import CheckpointReader
 from conversion.describe import describe_checkpoint
 from conversion.mapping.heads import HeadPairing, heads_in_words
 from conversion.push import plan_upload
-from conversion.source.architectures import plain_config
 
 
 # LLaMA's heads and key-value heads, and heads of V1 of which each layer keeps the others.
@@ -95,20 +100,12 @@ def test_differential_heads_are_those_of_the_whole_conversion(partial_v1, tmp_pa
 @pytest.fixture
 def problem(tmp_path):
     """The first layer of a planted LLaMA, of which the heads of the second KV head become differential."""
-    llama, _ = planted_llama("plain", 4)
-    llama.save_pretrained(tmp_path)
-    layers = LlamaLayers(CheckpointReader(tmp_path), plain_config(llama.config), torch.device("cpu"))
-    streams = Streams.start(layers.embed(random_tokens(32)))
-    tensors = layers.tensors(0)
-    layer = layers.layer(0, tensors)
-    streams.look_ahead(layers, layer, 0)
-    return LayerProblem(0, layers, tensors, layer, streams, 0, "strict", (0.05,), 4, heads=(2, 3))
+    return first_layer(tmp_path, heads=(2, 3))
 
 
 @pytest.fixture
 def start(problem):
-    weights = problem.start(HeadPairing.adjacent(HEADS, 4), 0.05)
-    return with_norm(problem, weights, HeadOutputs.gather(problem, weights).mean_square)
+    return copied_first_layer(problem)
 
 
 def test_head_outputs_judge_as_the_whole_mixed_layer_does(problem, start):
