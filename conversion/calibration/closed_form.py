@@ -160,6 +160,9 @@ def refit_values(problem: LayerProblem, weights: LayerWeights) -> LayerWeights:
     num_outputs = problem.streams.converted[problem.training_rows][..., 0].numel() * group
     moments = head_moments(linear, len(rows), head_dim) / num_outputs
     new = rows.double()  # (K, D, C)
+    carried = [head for head in carried if moments[head].any()]  # a value that is always 0 loses nothing as it is
+    if not carried:
+        return weights
     for head in carried:
         basis, power = kept_directions(moments[head], importance[head])
         # The carrier last, with as much power as the rest of the value.

@@ -86,6 +86,17 @@ def test_every_stage_comes_nearer_under_the_strict_norm(saved):
     assert kl[-1] < 0.98 * kl[-2] and kl[-2] < 0.8 * kl[0]
 
 
+@pytest.mark.parametrize("projection", ["v_proj", "o_proj"])
+def test_attention_that_writes_nothing_still_writes_nothing(tmp_path, projection):
+    """Layers that LLaMA-Pro adds have an o_proj of zeros, and pruned heads a v_proj of zeros: the difference is 0."""
+    llama, _ = planted_llama("plain", 4)
+    getattr(llama.model.layers[1].self_attn, projection).weight.zero_()
+    llama.save_pretrained(tmp_path)
+    fit = LocalFit(steps=10, batch_tokens=8 * CONTEXT)
+    result = calibrate(tmp_path, llama.config, random_tokens(32), layers=[1], local=fit)
+    assert abs(kl_nats(llama, calibrated_model(llama, result), random_tokens(8, seed=9))) < 1e-6  # float32
+
+
 def test_streams_are_those_of_the_whole_models(saved):
     llama, folder, _ = saved("idle", 4)
     tokens = random_tokens(16)
