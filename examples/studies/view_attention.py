@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import modeling_diff  # noqa: F401  registers the models with the auto classes
 from modeling_diff.analysis.aggregate import mean_maps
-from modeling_diff.analysis.maps import attention_layers, collect_maps, layers_with_maps
+from modeling_diff.analysis.maps import attention_layers, collect_maps
 from modeling_diff.analysis.tokens import encode_text, token_labels, token_span
 from modeling_diff.analysis.view_html import MAX_TOKENS, view_attention, write_html
 from modeling_diff.experiments.command_line import one_line_errors, script_parser
@@ -57,7 +57,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, text: str, phrase: str, start: in
 def write_figures(model, ids: torch.Tensor, labels: list[str], name: str, choices: dict, folder: Path) -> torch.Tensor:
     """One model's figures; returns the mean over heads and layers (T, T)."""
     layers = attention_layers(model)
-    shown = choices["layers"] or layers_with_maps(layers)
+    shown = choices["layers"] or range(len(layers))
     middle = layers[shown[len(shown) // 2]]
     (maps,) = collect_maps(model, ids, layers=[middle.index], heads=choices["heads"])
     figures = {"heads": heads_figure(maps)}

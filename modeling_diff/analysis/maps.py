@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.utils import logging
 
 from .tokens import visible_tokens
 
-
-logger = logging.get_logger(__name__)
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # q_proj and k_proj, LLaMA's rotary embedding, one softmax
 QK_NORMS = {"q_norm", "k_norm"}
@@ -70,14 +67,14 @@ class AttentionLayer:
         module: The attention module.
         num_heads: Differential heads where the layer subtracts, else query heads.
         is_differential: Whether the layer subtracts a negative map, in some heads at least.
-        is_mixed: Whether only some heads do. Maps of such a layer are not computed here.
+        heads_with_maps: The heads whose maps are computed: all, or the differential ones where only some heads are.
     """
 
     index: int
     module: Any
     num_heads: int
     is_differential: bool
-    is_mixed: bool = False
+    heads_with_maps: tuple[int, ...]
 
 
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
@@ -130,17 +127,10 @@ def _attention_layer(index: int, module: Any) -> AttentionLayer:
     num_maps = module.q_proj.out_features // _map_dim(module)
     is_differential = hasattr(module, "diff_lambda") or hasattr(module, "lambda_proj")
     num_heads = num_maps // 2 if is_differential else num_maps
-    return AttentionLayer(index, module, num_heads, is_differential, hasattr(module, "is_differential_head"))
-
-
-def layers_with_maps(layers: Sequence[AttentionLayer]) -> list[int]:
-    """Returns which layers' maps are computed, all but mixed ones; raises `ValueError` if there are no others."""
-    mixed = [layer.index for layer in layers if layer.is_mixed]
-    if len(mixed) == len(layers):
-        raise ValueError("In every layer only some heads are differential: maps of such layers are not computed.")
-    if mixed:
-        logger.warning_once(f"Only some heads of layers {mixed} are differential: maps of these layers are left out.")
-    return [layer.index for layer in layers if not layer.is_mixed]
+    heads = list(range(num_heads))
+    if hasattr(module, "is_differential_head"):
+        heads = [head for head in heads if module.is_differential_head[head]]
+    return AttentionLayer(index, module, num_heads, is_differential, tuple(heads))
 
 
 def _map_dim(module: Any) -> int:
@@ -170,8 +160,9 @@ def visit_maps(
         input_ids: Texts, (B, T).
         visit: Called with each block, layer by layer.
         attention_mask: 0 for padding, else 1, (B, T). Defaults to no padding.
-        layers: The layers. Defaults to all but mixed ones, or to those that `heads` names.
-        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all.
+        layers: The layers. Defaults to all, or to those that `heads` names.
+        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all, and in a layer in which
+            only some heads are differential to those; maps of its other heads are not computed.
         queries: Positions of queries. Defaults to all.
         block: Queries per block, at least 1.
         logits: Whether blocks hold logits as well.
@@ -327,13 +318,20 @@ def _choose_layers(
     layers: list[AttentionLayer], chosen: Sequence[int] | None, heads: Heads | None
 ) -> list[tuple[AttentionLayer, list[int]]]:
     if chosen is None:
-        chosen = list(heads) if isinstance(heads, Mapping) else layers_with_maps(layers)
+        chosen = list(heads) if isinstance(heads, Mapping) else range(len(layers))
     picked = []
     for index in _choose(chosen, len(layers), "layers", "layers"):
-        if layers[index].is_mixed:
-            raise ValueError(f"layer {index}: only some heads are differential, so that its maps are not computed.")
+        layer = layers[index]
         of_layer = heads.get(index) if isinstance(heads, Mapping) else heads
-        picked.append((layers[index], _choose(of_layer, layers[index].num_heads, "heads", f"heads in layer {index}")))
+        if of_layer is None:
+            of_layer = layer.heads_with_maps
+        of_layer = _choose(of_layer, layer.num_heads, "heads", f"heads in layer {index}")
+        if not set(of_layer) <= set(layer.heads_with_maps):
+            raise ValueError(
+                f"heads={of_layer}: in layer {index} only heads {list(layer.heads_with_maps)} are differential, and "
+                "maps of the others are not computed."
+            )
+        picked.append((layer, of_layer))
     return picked
 
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import nn
 
-from .maps import AttentionLayer, Heads, LayerMaps, attention_layers, layers_with_maps, visit_maps
+from .maps import AttentionLayer, Heads, LayerMaps, attention_layers, visit_maps
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -143,12 +143,12 @@ def _chosen(
     elif isinstance(heads, Mapping):
         wanted = list(heads)
     else:
-        wanted = layers_with_maps(list(known.values()))
+        wanted = list(known)
     if not wanted or any(index not in known for index in wanted):
         raise ValueError(f"layers={wanted}: there are {len(known)} layers, counted from 0; choose among them.")
     of_layer = {index: heads.get(index) if isinstance(heads, Mapping) else heads for index in wanted}
     return {
-        index: (known[index], list(range(known[index].num_heads)) if chosen is None else list(chosen))
+        index: (known[index], list(known[index].heads_with_maps if chosen is None else chosen))
         for index, chosen in of_layer.items()
     }
 

@@ -9,7 +9,6 @@ import torch
 from tiny_models import random_ids, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
-from modeling_diff.analysis import maps as maps_module
 from modeling_diff.analysis.maps import attention_layers, collect_maps, visit_maps
 
 
@@ -148,36 +147,24 @@ def test_layers_that_keep_llamas_attention_have_query_heads(variant):
         torch.testing.assert_close(layer.difference(), attentions, **TOLERANCE)
 
 
-def test_layers_with_some_differential_heads_are_left_out(monkeypatch):
-    model = build("v1", differential_heads=[[1], [0, 1, 2, 3], []])
-    layers = attention_layers(model)
-    assert [(layer.num_heads, layer.is_differential, layer.is_mixed) for layer in layers] == [
-        (4, True, True),
-        (4, True, False),
-        (8, False, False),
-    ]
+@torch.no_grad()
+def test_layer_with_some_differential_heads_has_the_maps_of_these():
+    """Its own reference: eager attention returns A1 and A2 of every head there, side by side."""
+    model = build("v1", differential_heads=[[1, 3], [0, 1, 2, 3], []])
+    counts = [(layer.num_heads, layer.is_differential, layer.heads_with_maps) for layer in attention_layers(model)]
+    assert counts == [(4, True, (1, 3)), (4, True, (0, 1, 2, 3)), (8, False, tuple(range(8)))]
     ids = tokens()
-    warnings = []
-    monkeypatch.setattr(maps_module.logger, "warning_once", warnings.append)
     maps = collect_maps(model, ids)
-    assert [layer.layer for layer in maps] == [1, 2]
-    assert warnings == ["Only some heads of layers [0] are differential: maps of these layers are left out."]
-    for layer, attentions in zip(maps, eager_maps(model, ids)[1:], strict=True):
+    assert [layer.heads.tolist() for layer in maps] == [[1, 3], [0, 1, 2, 3], list(range(8))]
+    both, *others = eager_maps(model, ids)
+    diff_lambda = model.model.layers[0].self_attn.diff_lambda()
+    torch.testing.assert_close(maps[0].difference(), both[:, [2, 6]] - diff_lambda * both[:, [3, 7]], **TOLERANCE)
+    for layer, attentions in zip(maps[1:], others, strict=True):
         torch.testing.assert_close(layer.difference(), attentions, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("heads", "choices", "message"),
-    [
-        ([[1], [], []], {"layers": [0]}, "layer 0: only some heads"),
-        ([[1], [], []], {"heads": {0: [1]}}, "layer 0: only some heads"),
-        ([[1], [0], [2]], {}, "In every layer only some heads are differential"),
-    ],
-    ids=str,
-)
-def test_maps_of_layers_with_some_differential_heads_are_refused(heads, choices, message):
-    with pytest.raises(ValueError, match=message):
-        collect_maps(build("v1", differential_heads=heads), tokens(), **choices)
+    chosen = collect_maps(model, ids, heads={0: [3]})
+    torch.testing.assert_close(chosen[0].difference(), maps[0].difference()[:, 1:], **TOLERANCE)
+    with pytest.raises(ValueError, match=r"heads=\[0, 1\]: in layer 0 only heads \[1, 3\] are differential"):
+        collect_maps(model, ids, heads={0: [0, 1]})
 
 
 def test_chosen_queries_heads_and_layers_are_parts_of_the_whole():

@@ -92,6 +92,16 @@ def test_pages_store_maps_within_their_stated_precision(variant):
     numpy.testing.assert_array_equal(stored.diff_lambda, maps.diff_lambda[0, :, :, 0].numpy())
 
 
+def test_page_shows_the_differential_heads_of_a_layer_that_has_others():
+    model = diff_model(differential_heads=[[1, 3], [0, 1, 2, 3], []])
+    view = view_attention(model, tokens(), ["x"] * 20, "model")
+    assert [(stored.heads, stored.is_differential) for stored in view.layers] == [
+        ([1, 3], True),
+        ([0, 1, 2, 3], True),
+        (list(range(8)), False),
+    ]
+
+
 def test_long_texts_show_a_window_and_say_so():
     ids = tokens(60)
     view = view_attention(diff_model(), ids, [str(i) for i in range(60)], "model", max_tokens=16)
@@ -111,12 +121,6 @@ def test_too_many_maps_lose_layers_then_heads_and_say_so():
     view = view_attention(diff_model(), tokens(), labels, "model", max_bytes=4 * bytes_a_map)
     assert len(view.layers) == 1 and view.layers[0].heads == [0, 3]
     assert "All but 2 heads" in view.left_out[1]
-
-
-def test_pages_leave_out_layers_with_some_differential_heads():
-    model = diff_model("v1", differential_heads=[[1], [0, 1, 2, 3], []])
-    view = view_attention(model, tokens(), ["x"] * 20, "model")
-    assert [(layer.layer, layer.is_differential) for layer in view.layers] == [(1, True), (2, False)]
 
 
 def test_pages_are_one_file_without_addresses(tmp_path):
