@@ -105,7 +105,7 @@ def convert(
 @app.command(cls=PlainCommand)
 @with_options(config=VerifyConfig)
 def verify(
-    output: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     config: VerifyConfig,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -114,7 +114,7 @@ def verify(
     with one_line_errors(verbose), suite_progress() as progress:
         from conversion.verify import verify_checkpoint
 
-        report = verify_checkpoint(output, progress=progress, **vars(config))
+        report = verify_checkpoint(checkpoint, progress=progress, **vars(config))
     show_verification(report, as_json)
     raise typer.Exit(0 if report.passed else 1)
 
@@ -122,17 +122,17 @@ def verify(
 @app.command(cls=PlainCommand)
 @with_options(config=ExportConfig)
 def export(
-    output: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Folder to create.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a V1 checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: ExportConfig,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint for transformers' own class, which needs no custom code: lossless, or refused."""
-    with one_line_errors(verbose, target), byte_progress("exporting") as progress:
+    with one_line_errors(verbose, output), byte_progress("exporting") as progress:
         from conversion.export import export_checkpoint
 
-        report = export_checkpoint(output, target, progress=progress, **vars(config))
+        report = export_checkpoint(checkpoint, output, progress=progress, **vars(config))
     show_conversion(report, as_json, "wrote")
 
 

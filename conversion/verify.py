@@ -40,7 +40,7 @@ from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
 
 def verify_checkpoint(
-    output: str | Path,
+    folder: str | Path,
     against: str | Path | None = None,
     *,
     texts: Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def verify_checkpoint(
     Models are loaded one after the other, in float32. A broken promise is a failed check, not an error.
 
     Args:
-        output: Folder of the converted checkpoint.
+        folder: Folder of the converted checkpoint.
         against: Folder or Hub id of the LLaMA it was converted from, to compare with.
         texts: Prompts on which logits and greedy tokens are compared; built-in ones by default.
         held_out: Text or JSON lines on which loss, KL and greedy agreement are measured; a standard text by default.
@@ -73,7 +73,7 @@ def verify_checkpoint(
         ConversionError: The folder is no converted checkpoint, `against` no source, or `check` no certificate of them.
         FilesError: The certificate cannot be written.
     """
-    folder = Path(output)
+    folder = Path(folder)
     config = read_our_config(folder)
     record = read_record(folder)
     promise = record["promise"]["kind"]

@@ -90,7 +90,7 @@ class Subject:
 
 
 def certify(
-    output: str | Path,
+    folder: str | Path,
     against: str | Path | None = None,
     *,
     judge: Judge | None = None,
@@ -102,7 +102,7 @@ def certify(
     bits were promised.
 
     Args:
-        output: Folder of the converted checkpoint.
+        folder: Folder of the converted checkpoint.
         against: Folder or Hub id of the LLaMA that it was converted from. By default the Hub id that it was converted
             from.
         judge: Scores an answer by question, context and answer, from 0 to 1; its mean becomes a measure of its own.
@@ -115,12 +115,12 @@ def certify(
         ConversionError: Weights that are not those of the conversion's record, or models that the suite cannot be run
             on.
     """
-    return _measured(_open_subject(output, against), judge, progress)
+    return _measured(_open_subject(folder, against), judge, progress)
 
 
 def check_certificate(
     path: str | Path,
-    output: str | Path,
+    folder: str | Path,
     against: str | Path | None = None,
     *,
     judge: Judge | None = None,
@@ -130,7 +130,7 @@ def check_certificate(
 
     Args:
         path: The certificate.
-        output: As `certify`.
+        folder: As `certify`.
         against: As `certify`.
         judge: The one that the certificate was made with, if it was made with one.
         progress: As `certify`.
@@ -142,7 +142,7 @@ def check_certificate(
         ConversionError: As `certify`; and a file that is no certificate, or one of other weights or texts.
     """
     filed = read_certificate(Path(path))
-    subject = _open_subject(output, against)
+    subject = _open_subject(folder, against)
     stated = subject.statements()
     for name, folder in (("model", subject.folder), ("source", subject.source.folder)):
         if file := _changed(filed[name]["weights"], stated[name]["weights"]):
@@ -159,8 +159,8 @@ def _changed(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
     return next((name for name in [*there, *here] if there.get(name) != here.get(name)), None)
 
 
-def _open_subject(output: str | Path, against: str | Path | None) -> Subject:
-    folder = Path(output)
+def _open_subject(folder: str | Path, against: str | Path | None) -> Subject:
+    folder = Path(folder)
     config = read_our_config(folder)
     record = read_record(folder)
     if config.architectures == ["DiffLlamaModel"]:
