@@ -11,8 +11,6 @@ import typer
 
 from conversion.console.display import (
     ask_before_calibration,
-    byte_progress,
-    layer_progress,
     one_line_errors,
     quiet_client,
     show_conversion,
@@ -21,10 +19,9 @@ from conversion.console.display import (
     show_push,
     show_update,
     show_verification,
-    step_progress,
-    suite_progress,
 )
 from conversion.console.options import with_options
+from conversion.console.progress import byte_progress, layer_progress, step_progress, suite_progress
 from conversion.console.signals import EXIT_CODES, Stopped, end_stopped, stop_on_signals
 from conversion.console.terminal import NoteHandler, err, say
 from conversion.console.usage import PlainCommand, PlainGroup, parsed

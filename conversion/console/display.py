@@ -1,4 +1,4 @@
-"""What the command line shows: results as tables or JSON, progress, and errors in one line."""
+"""What the command line shows: results as tables or JSON, and errors in one line."""
 
 import json
 import shlex
@@ -12,15 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -28,7 +19,6 @@ from conversion.console.signals import Stopped
 from conversion.console.terminal import STDOUT, err, out, results_shown, say
 from conversion.console.usage import command_line
 from conversion.errors import TOKEN, ConversionError, escape, memory_error
-from conversion.options import STAGES
 
 
 if TYPE_CHECKING:
@@ -96,48 +86,6 @@ def quiet_client() -> Iterator[None]:
         hub_logging.set_verbosity(before)
 
 
-@contextmanager
-def byte_progress(what: str) -> Iterator[Any]:
-    """Yields a progress callback: bytes, rate and time left on a terminal, nothing elsewhere."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with _progress_bar(*columns) as bar:
-        task = bar.add_task(what, total=None)
-
-        def update(done: int, total: int) -> None:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-
-        yield update
-
-
-@contextmanager
-def layer_progress() -> Iterator[Any]:
-    """Yields a calibration's progress callback: layer, stage and time left on a terminal, nothing elsewhere."""
-    with _progress_bar(TextColumn("calibrating {task.fields[where]}"), BarColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("calibrating", total=None, where="")
-
-        def update(layer: int, num_layers: int, stage: str, done: float) -> None:
-            # A layer's last stage takes about half of its time.
-            share = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
-            width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
-            where = f"layer {layer + 1} of {num_layers}, {stage}"
-            bar.start()
-            bar.update(task, completed=layer + share[stage] + width * done, total=num_layers, where=where)
-
-        yield update
-
-
-@contextmanager
-def _progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
-    """Returns a bar that appears when it is started, and not before: a question may come first."""
-    bar = Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
-    try:
-        yield bar
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
 def ask_before_calibration(agreed: bool) -> Callable[["Calibration"], None]:
     """Returns what prints a calibration's estimate and, unless `agreed`, asks on a terminal before a long one.
 
@@ -156,28 +104,6 @@ def ask_before_calibration(agreed: bool) -> Callable[["Calibration"], None]:
             )
 
     return ask
-
-
-@contextmanager
-def step_progress() -> Iterator[Any]:
-    """Yields a healing's progress callback: steps and time left on a terminal, nothing elsewhere."""
-    columns = (TextColumn("healing, step {task.completed}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("healing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def suite_progress() -> Iterator[Any]:
-    """A certificate's progress: the task and the share that is done on a terminal, silence elsewhere."""
-    with _progress_bar(TextColumn("certifying, {task.description}"), BarColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=100)
-
-        def update(percent: int, what: str) -> None:
-            bar.start()
-            bar.update(task, completed=percent, description=what)
-
-        yield update
 
 
 @results_shown()

@@ -1,0 +1,50 @@
+"""What a log shows of a long run where there is no terminal."""
+
+import pytest
+
+from conversion.console import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Moves the time by hand, in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_log_has_a_line_per_minute_with_the_time_left(clock, capsys):
+    with progress.step_progress() as update:
+        for step in range(11):
+            update(step, 40)
+            clock[0] += 15.0
+    # A step takes 15 seconds: after 4 and 8 of 40, 36 and 32 are left.
+    assert capsys.readouterr().err.splitlines() == [
+        "healing, step 4 of 40: 10%, about 0:09:00 left",
+        "healing, step 8 of 40: 20%, about 0:08:00 left",
+    ]
+
+
+def test_log_of_a_resumed_run_counts_what_this_run_has_done(clock, capsys):
+    with progress.step_progress() as update:
+        update(50, 100)
+        clock[0] += 60.0
+        update(60, 100)
+    assert capsys.readouterr().err == "healing, step 60 of 100: 60%, about 0:04:00 left\n"
+
+
+def test_log_names_layer_and_stage(clock, capsys):
+    with progress.layer_progress() as update:
+        update(0, 4, "copy", 0.0)
+        clock[0] += 90.0
+        update(2, 4, "copy", 0.0)
+    assert capsys.readouterr().err == "calibrating layer 3 of 4, copy: 50%, about 0:01:30 left\n"
+
+
+def test_short_runs_log_nothing(clock, capsys):
+    with progress.byte_progress("converting") as update:
+        update(0, 0)
+        update(10, 100)
+        clock[0] += 59.0
+        update(100, 100)
+    assert capsys.readouterr() == ("", "")
