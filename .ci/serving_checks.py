@@ -21,7 +21,7 @@ from serving_prompts import NEW_TOKENS, prompts
 from serving_quantized import SCHEMES
 
 
-TIMEOUT_S = 900
+TIMEOUT_S = 900  # for an engine or a request
 # Prompts of up to 128 tokens in chunks of 64, four sequences at a time: prefill is chunked, and four wait.
 ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "enable_chunked_prefill": True}
 # Switched off by vLLM's own variable; nothing else in the engine's process imports this project.
@@ -121,7 +121,7 @@ def start_engines(folder: Path, cases: list) -> tuple[dict[int, dict], str]:
         [sys.executable, __file__, str(folder), "--engines", json.dumps(cases)],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT_S * len(cases),
         check=False,
         env=os.environ | variables,
     )
