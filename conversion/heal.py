@@ -161,7 +161,20 @@ def heal_checkpoint(
             shutil.rmtree(work, ignore_errors=True)
         processes().wait_for_everyone()
     notes = [f"the teacher's logits stay in {run.cache_folder} for later runs"] if options.cached_logits else []
-    return HealingReport(output, record, healed.table, notes)
+    return HealingReport(output, record, healed.table, notes + _too_fast(options, healed.table))
+
+
+def _too_fast(options: HealingOptions, table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a note if the run ended further from the teacher than it began, as a start that was near does."""
+    before = table[0]["kl"]
+    after = table[-1]["kl"]
+    if options.stage == "lm" or before is None or after <= before:
+        return []
+    return [
+        f"KL on the held-out text rose from {before:.4f} to {after:.4f} nats/token: the learning rate of "
+        f"{options.rate:g} is too high for so near a start and so short a run; try "
+        f"{typed('learning_rate', options.rate / 10)}, or more text"
+    ]
 
 
 def _write(

@@ -55,6 +55,16 @@ def test_kl_brings_the_student_nearer_and_writes_a_plain_checkpoint(toys, healed
     assert sorted(path.name for path in toys.iterdir() if path.name.startswith(".")) == []
 
 
+def test_run_that_ends_further_from_the_teacher_says_so(toys, healed, tmp_path):
+    report = heal(toys, tmp_path / "fast", "healed", max_steps=4, learning_rate=0.5)
+    (note,) = report.notes
+    start = report.table[0]["kl"]
+    end = report.table[-1]["kl"]
+    assert end > start and note.startswith(f"KL on the held-out text rose from {start:.4f} to {end:.4f} nats/token")
+    assert "learning_rate=0.05" in note
+    assert heal(toys, tmp_path / "slow", "healed", max_steps=4, learning_rate=1e-4).notes == []
+
+
 def test_what_was_measured_is_what_was_written(toys, healed):
     """The last row of the table against transformers' own loss of the loaded folder, on the first four rows."""
     end = json.loads((healed / "conversion.json").read_text())["healing"][0]["table"][-1]
