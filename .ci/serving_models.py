@@ -103,7 +103,6 @@ def write_quantized(folder: Path, base: str) -> None:
         name = f"{base}_{scheme}"
         model = quantize(folder, base, name, scheme, NOT_QUANTIZED)
         check_untouched(folder, base, name)
-        AutoTokenizer.from_pretrained(SOURCE).save_pretrained(folder / name)
         write_expected(folder, name, model)
 
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EIGHT_BITS = {"num_bits": 8, "symmetric": True}
@@ -58,6 +58,7 @@ def quantize(folder: Path, base: str, name: str, scheme: str, ignore: list[str])
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(folder / base).save_pretrained(folder / name)
     compressor.update_config(str(folder / name))
     return expected
 
