@@ -34,7 +34,7 @@ OFFLINE = [
     ("v2_fresh_pushed", "transformers", 1, {}),
     *(("v1_some_heads", *road, {}) for road in (("native", 1), ("transformers", 1), ("native", 2))),
     *((name, "native", 2, {}) for name in ("v1_random", "v2_random", "v2_mixed")),
-    *((name, "transformers", 2, {}) for name in ("v1_random", "v2_random")),
+    *((name, "transformers", ranks, {}) for ranks in (2, 4) for name in ("v1_random", "v2_random")),
     *(
         (name, road, 1, {"adapter": f"{name}_lora"})
         for road in ("native", "transformers")
