@@ -172,7 +172,7 @@ def _too_fast(options: HealingOptions, table: Sequence[Mapping[str, Any]]) -> li
         return []
     return [
         f"KL on the held-out text rose from {before:.4f} to {after:.4f} nats/token: the learning rate of "
-        f"{options.rate:g} is too high for so near a start and so short a run; try "
+        f"{options.rate:g} may be too high for so near a start and so short a run; try "
         f"{typed('learning_rate', options.rate / 10)}, or more text"
     ]
 

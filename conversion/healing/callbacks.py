@@ -48,10 +48,11 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Tells steps done and in all."""
+    """Tells steps done and in all, in one of several processes."""
 
     def __init__(self, tell: Any):
         self.tell = tell
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(state.global_step, state.max_steps)
+        if state.is_world_process_zero:
+            self.tell(state.global_step, state.max_steps)

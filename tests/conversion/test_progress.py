@@ -1,8 +1,10 @@
 """What a log shows of a long run where there is no terminal."""
 
 import pytest
+from transformers import TrainerState
 
 from conversion.console import progress
+from conversion.healing.callbacks import Progress
 
 
 @pytest.fixture
@@ -48,3 +50,11 @@ def test_short_runs_log_nothing(clock, capsys):
         clock[0] += 59.0
         update(100, 100)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("is_first", "told"), [(True, [(3, 9)]), (False, [])])
+def test_one_of_several_processes_tells_of_its_steps(is_first, told):
+    found = []
+    state = TrainerState(global_step=3, max_steps=9, is_world_process_zero=is_first)
+    Progress(lambda *steps: found.append(steps)).on_step_end(None, state, None)
+    assert found == told
