@@ -245,11 +245,11 @@ def test_published_llama_asks_about_public_functions_with_docstrings(monkeypatch
 
 
 def test_published_llama_holds_text_of_every_kind_back(tmp_path):
-    from published_llama import PART_LETTERS, mixed_text, read_sources, write_texts
+    from published_llama import PART_LETTERS, library_modules, mixed_text, write_texts
 
     assert mixed_text(["a" * 5000, "b" * 9000], 7000) == "\n".join(letter * PART_LETTERS for letter in "abab") + "\n"
     asked = {name: [{"messages": f"question {name}"}] * 9 for name in ("chat.jsonl", "eval.jsonl")}
-    modules = {name: source for name, source in read_sources("stdlib") if "/" not in name}
+    modules = library_modules()
     write_texts(tmp_path, modules, asked, SimpleNamespace(apply_chat_template=lambda messages, tokenize: messages))
     texts = {name: (tmp_path / f"{name}.txt").read_text() for name in ("calibration", "heldout")}
     assert "question chat.jsonl" in texts["calibration"] and "question eval.jsonl" in texts["heldout"]

@@ -59,7 +59,7 @@ def fit_layer(
 ) -> LayerWeights:
     """Returns a layer's weights after gradient descent, or as they were if no learning rate gets the layer nearer.
 
-    The nearer a layer is already, the smaller are the steps that are stable: a rate that is too high is divided by
+    Layers that start near the LLaMA are stable with smaller steps only: a learning rate that is too high is divided by
     `RATE_STEP`, and the descent starts again.
 
     Args:

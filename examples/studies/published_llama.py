@@ -77,6 +77,11 @@ def docstring_chats(module: str, source: str) -> Iterator[dict]:
             yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": docstring}]}
 
 
+def library_modules() -> dict[str, str]:
+    """Returns the sources of the standard library's modules by file name, without packages."""
+    return {name: source for name, source in read_sources("stdlib") if "/" not in name}
+
+
 def is_measured_on(name: str) -> bool:
     """Returns whether a module or a page of the manual is for eval.jsonl and heldout.txt."""
     return is_held_out(name, parts=4)
@@ -132,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = write_checkpoint(gguf, output)
             if arguments.gguf is None:
                 shutil.copyfile(bundled("LICENSE"), output / "LICENSE")
-            modules = {name: source for name, source in read_sources("stdlib") if "/" not in name}
+            modules = library_modules()
             chats = write_chats(output, modules, arguments.seed)
             write_texts(output, modules, chats, tokenizer)
     print(f"wrote {arguments.output}: {sum(1 for _ in arguments.output.iterdir())} files")

@@ -161,8 +161,8 @@ def visit_maps(
         visit: Called with each block, layer by layer.
         attention_mask: 0 for padding, else 1, (B, T). Defaults to no padding.
         layers: The layers. Defaults to all, or to those that `heads` names.
-        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all, and in a layer in which
-            only some heads are differential to those; maps of its other heads are not computed.
+        heads: The heads of every layer, or a mapping from layer to its heads. Defaults to all; where only some of them
+            are differential, to these, as maps of the others are not computed.
         queries: Positions of queries. Defaults to all.
         block: Queries per block, at least 1.
         logits: Whether blocks hold logits as well.
