@@ -16,10 +16,10 @@ from conversion.errors import ConversionError, quote
 PROMISES = {
     "bit-exact": "the same logits to the last bit in float32 (both sdpa, or eager) as {source}, and the same tokens",
     "equal": "the same function as {source} up to rounding",
-    "parity": "the source's size and its weights, paired; not its function: to be healed before use",
+    "parity": "the source's weights, paired; not its function: to be healed before use",
 }
 
-CALIBRATED = "the source's size; its attention fitted to the source's on text, near its function and not equal"
+CALIBRATED = "attention fitted to the source's on text, near its function and not equal"
 
 VALUES_TEXT = {
     "loss_nats": "loss {:.3f} nats/token",

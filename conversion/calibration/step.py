@@ -29,7 +29,7 @@ from conversion.checkpoint.companions import read_tokenizer
 from conversion.checkpoint.kept_work import calibration_folder, keep_note
 from conversion.checkpoint.output_folder import locked, parents_made
 from conversion.data.text import read_calibration
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
 from conversion.mapping.stream import Plan, planned_config
 from conversion.options import CalibrationText, ConversionOptions
 from conversion.record import CALIBRATED
@@ -98,6 +98,13 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
             "config.json: is_causal is false, and calibration fits causal attention alone; leave it out "
             "(--uncalibrated), or convert to v2, which is exact (--variant v2)"
         )
+    chosen = options.share is not None or options.max_kl is not None
+    if chosen and Stage.REFIT not in _stages(text):
+        asked_by = typed("max_kl" if options.share is None else "share")
+        raise ConversionError(
+            f"{asked_by} chooses heads by what they cost after a refit, which {typed('stages')} "
+            f"{','.join(_stages(text))} leaves out; add refit, or name the heads' {typed('layers')}"
+        )
     layers = options.differential_layers(model.sizes.num_layers)
     for layer in layers:
         lambdas_to_try(_lambda_choice(options), layer, text.lambda_floor)
@@ -120,7 +127,6 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
     num_rows = asked // row_tokens if rows is None else len(rows)
     check_enough(config, num_rows, row_tokens, _stages(text))
     num_tokens = num_rows * row_tokens
-    chosen = options.share is not None or options.max_kl is not None
     # At most: those of one layer are often chosen together.
     num_units = num_chosen(options.share or 1.0, len(layers) * len(value_groups(config)))
     estimate = estimate_calibration(

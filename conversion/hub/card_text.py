@@ -4,9 +4,9 @@ STATUS = {
     "bit-exact": "It computes the same function: {promise}. Its default attention adds in another order, and differs "
     "by rounding. The negative maps separate from the positive ones once it is trained.",
     "equal": "It computes the same function as its source, up to rounding.",
-    "parity": "**A raw conversion, not a usable model**: it has its source's size and weights, but subtracts "
+    "parity": "**A raw conversion, not a usable model**: it has its source's weights, but subtracts "
     "attention maps that were trained to be added, and needs healing (distillation from its source) first.",
-    "calibrated": "**Near its source, not equal to it**: it has its source's size; its attention was fitted, layer by "
+    "calibrated": "**Near its source, not equal to it**: its attention was fitted, layer by "
     "layer, on {tokens} tokens of text, and nothing was trained end to end. Measure it before use; healing "
     "(distillation from its source) brings it nearer.",
     "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens}. "

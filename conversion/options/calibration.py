@@ -82,6 +82,11 @@ class CalibrationText:
         return replace(recipe, stages=stages, tokens=self.tokens or recipe.tokens)
 
 
+def parse_calibration(text: str) -> str | Path:
+    """Returns what a user typed as calibration text: SELF, or a path; ./self is the file of that name."""
+    return SELF if text == SELF else Path(text)
+
+
 def parse_stages(text: str) -> list[str]:
     """Returns the calibration stages that a text names.
 

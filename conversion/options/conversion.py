@@ -15,6 +15,7 @@ from conversion.options.calibration import (
     SELF,
     STAGES,
     CalibrationText,
+    parse_calibration,
     parse_stages,
 )
 from conversion.options.values import (
@@ -290,7 +291,9 @@ class ConversionConfig(ConversionOptions):
 
     calibration: str | Path | None = option(
         help="v1: text, JSON lines or a datasets folder on which each layer is fitted, so that little is lost; or "
-        "`self`, for text that the source writes itself."
+        "`self`, for text that the source writes itself.",
+        parse=parse_calibration,
+        metavar="<path|self>",
     )
     uncalibrated: bool = option(
         False, help="v1: the plain copy, which loses most of the function and has to be healed."
@@ -331,10 +334,8 @@ class ConversionConfig(ConversionOptions):
             ConversionError: Values that mean something only with a text.
         """
         if self.calibration is not None:
-            # Before it is a path, as ./self is the file of that name.
-            path = None if self.calibration == SELF else Path(self.calibration)
             return CalibrationText(
-                path,
+                None if self.calibration == SELF else Path(self.calibration),
                 self.calibration_tokens,
                 stages=self.stages,
                 lambda_floor=self.lambda_floor,

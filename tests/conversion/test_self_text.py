@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command_line import run
 from random_llamas import random_llama
 from safetensors.torch import load_file
 
@@ -76,6 +77,15 @@ def test_a_file_called_self_is_given_with_its_folder(llama, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConversionError, match="self: does not exist"):
         convert(llama, tmp_path / "v1", calibration="./self")
+
+
+def test_the_command_line_takes_self_as_no_file(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--variant", "v1", "--effort", "quick", "--calibration-tokens", TOKENS, "--dry-run")
+    written = run("convert", llama, tmp_path / "v1", *options, "--calibration", "self")
+    assert written.exit_code == 0 and "tokens that the source writes" in written.stdout + written.stderr
+    read = run("convert", llama, tmp_path / "v1", *options, "--calibration", "./self")
+    assert read.exit_code != 0 and "self: does not exist" in read.stderr
 
 
 def test_dry_run_writes_no_text(llama, tmp_path, monkeypatch):
