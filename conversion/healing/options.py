@@ -227,7 +227,10 @@ class HealingOptions(TrainerOptions):
         "teacher_dtype", "Precision of the teacher in memory. bfloat16 on a GPU and float32 on a CPU by default."
     )
     cached_logits: int | None = option(
-        None, help="Store this many of the teacher's likeliest tokens per position on disk, and unload the teacher."
+        None,
+        help="Store this many of the teacher's likeliest tokens per position on disk, 8 bytes each, and unload the "
+        "teacher. Held-out text is measured against all tokens: its hidden states and the output matrix are stored, "
+        "too.",
     )
     lora_r: int | None = option(None, help="Train adapters of this rank, merged at the end.")
     dtype: str | None = dtype_option()

@@ -57,6 +57,11 @@ class LiveTeacher:
         return self.streams.take()
 
     @torch.no_grad()
+    def last_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns what the language model's head reads, (B, T, C)."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
     def targets_and_states(self, ids: torch.Tensor) -> tuple[Targets, list[torch.Tensor]]:
         assert self.streams is not None
         targets = self.targets(ids, ids)

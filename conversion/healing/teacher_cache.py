@@ -1,7 +1,10 @@
 """
-A teacher's most likely tokens on disk, computed once: later runs on the same rows need no teacher in memory.
+A teacher's answers on disk, computed once: later runs on the same rows need no teacher in memory.
 
-R rows, T tokens per row, K tokens kept per position, V vocabulary.
+Of rows to train on the most likely tokens are kept, which are few bytes of many rows; of rows to measure on what all
+logits are made of, so that what is measured is not short of the unlikely ones.
+
+R rows to train on, M to measure on, T tokens per row, K tokens kept per position, C hidden size, V vocabulary.
 """
 
 import hashlib
@@ -13,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+from safetensors.torch import load_file, save
+from torch.nn.functional import cross_entropy, linear
 
 from conversion.checkpoint.file_identity import content_identity
 from conversion.checkpoint.kept_work import folder_bytes
@@ -23,16 +27,30 @@ from conversion.healing.losses import IGNORED, LogitTargets, Targets, TopTargets
 from conversion.healing.teacher import LiveTeacher, weight_files
 
 
+HELD_OUT = "held-out.safetensors"
+LAYOUT = 2  # of the files: 1 had the most likely tokens of all rows
+
+
 @dataclass(frozen=True)
 class CachedTeacher:
-    """Ids (R, T, K), log-probabilities (R, T, K) and -log p of the next token (R, T), mapped from files."""
+    """
+    Ids (R, T, K), log-probabilities (R, T, K) and -log p of the next token (R, T) of rows to train on, mapped from
+    files; the last hidden states (M, T, C) of the rows to measure on, which are numbered after them, and the matrix
+    (V, C) that makes logits of those.
+    """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
     next_losses: torch.Tensor
+    states: torch.Tensor
+    lm_head: torch.Tensor
 
     def targets(self, ids: torch.Tensor, numbers: torch.Tensor) -> Targets:
         numbers = numbers.cpu()
+        held_out = numbers - len(self.ids)
+        if (held_out >= 0).all():
+            states = self.states[held_out].to(ids.device).flatten(0, 1)
+            return LogitTargets(linear(states, self.lm_head.to(ids.device)))
         return TopTargets(
             self.ids[numbers].to(ids.device).flatten(0, 1),
             self.log_probs[numbers].to(ids.device).flatten(0, 1),
@@ -40,11 +58,21 @@ class CachedTeacher:
         )
 
 
-def cache_path(folder: Path, teacher: Path, rows: torch.Tensor, *, num_kept: int, dtype: str | None) -> Path:
+def cache_path(
+    folder: Path,
+    teacher: Path,
+    rows: torch.Tensor,
+    held_out_rows: torch.Tensor,
+    *,
+    num_kept: int,
+    dtype: str | None,
+) -> Path:
     """Returns where the cache of these rows is or will be: the name holds teacher, rows, K and precision."""
     files = content_identity(weight_files(teacher))
-    digest = hashlib.sha256(json.dumps([files, list(rows.shape), num_kept, dtype]).encode())
-    digest.update(rows.contiguous().numpy().tobytes())
+    shapes = [list(rows.shape), list(held_out_rows.shape)]
+    digest = hashlib.sha256(json.dumps([LAYOUT, files, shapes, num_kept, dtype]).encode())
+    for part in (rows, held_out_rows):
+        digest.update(part.contiguous().numpy().tobytes())
     return folder / digest.hexdigest()[:24]
 
 
@@ -54,7 +82,8 @@ def open_cache(path: Path, shape: tuple[int, int, int]) -> CachedTeacher:
         *(
             torch.from_file(str(path / name), shared=False, size=torch.Size(size).numel(), dtype=dtype).view(size)
             for name, dtype, size in _files(shape)
-        )
+        ),
+        **load_file(path / HELD_OUT),
     )
 
 
@@ -62,17 +91,19 @@ def fill_cache(
     path: Path,
     teacher: LiveTeacher,
     rows: torch.Tensor,
+    held_out_rows: torch.Tensor,
     *,
     num_kept: int,
     batch_rows: int,
 ) -> None:
-    """Writes the cache of rows (R, T); it appears under its name when it is whole, and a stopped run keeps its part.
+    """Writes the cache; it appears under its name when it is whole, and a stopped run keeps its part.
 
     Args:
         path: Where it will be.
         teacher: The teacher in memory.
-        rows: Token ids, (R, T).
-        num_kept: Tokens to keep per position.
+        rows: Token ids to train on, (R, T).
+        held_out_rows: Token ids to measure on, (M, T).
+        num_kept: Tokens to keep per position of those to train on.
         batch_rows: How many rows to compute at once.
 
     Raises:
@@ -85,7 +116,7 @@ def fill_cache(
             if path.exists():  # another run's, meanwhile
                 return
             try:
-                _write_cache(partial, teacher, rows, num_kept=num_kept, batch_rows=batch_rows)
+                _write_cache(partial, teacher, rows, held_out_rows, num_kept=num_kept, batch_rows=batch_rows)
             except BaseException as error:
                 if folder_bytes(partial):
                     error.add_note(f"kept: {partial} (a teacher's logits, {folder_bytes(partial) / 1e6:,.1f} MB)")
@@ -95,9 +126,19 @@ def fill_cache(
             os.rename(partial, path)
 
 
-def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, *, num_kept: int, batch_rows: int) -> None:
+def _write_cache(
+    folder: Path,
+    teacher: LiveTeacher,
+    rows: torch.Tensor,
+    held_out_rows: torch.Tensor,
+    *,
+    num_kept: int,
+    batch_rows: int,
+) -> None:
     """Writes what an earlier run that was stopped has not: a folder's name says what it is of."""
     folder.mkdir(exist_ok=True)
+    lm_head = teacher.model.lm_head.weight.detach()
+    held_out_bytes = (held_out_rows.numel() * lm_head.shape[1] + lm_head.numel()) * lm_head.element_size()
     files = _files((*rows.shape, num_kept))
     row_bytes = {name: torch.Size(size[1:]).numel() * dtype.itemsize for name, dtype, size in files}
     paths = {name: folder / name for name in row_bytes}
@@ -105,8 +146,8 @@ def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, *, num_
         path.touch()
     done = min(paths[name].stat().st_size // num_bytes for name, num_bytes in row_bytes.items())
     done -= done % batch_rows  # the same batches, and so the same bits, as without the stop
-    check_space(folder, (len(rows) - done) * sum(row_bytes.values()))
-    device = next(teacher.model.parameters()).device
+    check_space(folder, (len(rows) - done) * sum(row_bytes.values()) + held_out_bytes)
+    device = lm_head.device
     with ExitStack() as opened:
         streams = [opened.enter_context(path.open("r+b")) for path in paths.values()]
         for stream, num_bytes in zip(streams, row_bytes.values(), strict=True):
@@ -117,6 +158,9 @@ def _write_cache(folder: Path, teacher: LiveTeacher, rows: torch.Tensor, *, num_
             kept = most_likely(teacher.targets(batch, batch), batch, num_kept)
             for stream, part in zip(streams, kept, strict=True):
                 stream.write(part.cpu().contiguous().numpy().tobytes())
+    # What logits are made of is many times smaller than they are, and as exact.
+    states = [teacher.last_states(batch.long().to(device)).cpu() for batch in held_out_rows.split(batch_rows)]
+    (folder / HELD_OUT).write_bytes(save({"states": torch.cat(states), "lm_head": lm_head.cpu()}))
 
 
 def most_likely(

@@ -108,14 +108,14 @@ def _teacher(run: HealingRun) -> Teacher | None:
     num_kept = run.options.cached_logits
     if num_kept is None:
         return load_teacher(run.teacher.folder, run.options)
-    rows = torch.cat((run.train_rows, run.held_out_rows))
-    path = cache_path(run.cache_folder, run.teacher.folder, rows, num_kept=num_kept, dtype=run.options.teacher_dtype)
+    rows = (run.train_rows, run.held_out_rows)
+    path = cache_path(run.cache_folder, run.teacher.folder, *rows, num_kept=num_kept, dtype=run.options.teacher_dtype)
     if processes().is_main_process and not path.exists():
         teacher = load_teacher(run.teacher.folder, run.options)
         teacher.model.to(processes().device)
-        fill_cache(path, teacher, rows, num_kept=num_kept, batch_rows=run.options.per_device_train_batch_size)
+        fill_cache(path, teacher, *rows, num_kept=num_kept, batch_rows=run.options.per_device_train_batch_size)
     processes().wait_for_everyone()
-    return open_cache(path, (*rows.shape, num_kept))
+    return open_cache(path, (*run.train_rows.shape, num_kept))
 
 
 def healing_config(run: HealingRun) -> HealingConfig:

@@ -166,6 +166,9 @@ def test_cached_logits_stand_in_for_the_teacher(toys, tmp_path, monkeypatch):
         assert torch.equal(tensor, weights(tmp_path / "second")[name]), name
 
 
+HELD_OUT = token_ids(length=8, batch=3, seed=9).int()
+
+
 class Asked:
     """A teacher that does something at every question, and then answers."""
 
@@ -178,6 +181,9 @@ class Asked:
         self.at_question()
         return self.teacher.targets(ids, numbers)
 
+    def last_states(self, ids):
+        return self.teacher.last_states(ids)
+
 
 def test_two_runs_do_not_write_one_cache(toys, tmp_path):
     rows = token_ids(length=8, batch=6).int()
@@ -186,17 +192,18 @@ def test_two_runs_do_not_write_one_cache(toys, tmp_path):
     def another_run():
         nonlocal at_work
         with pytest.raises(FilesError, match="another run is writing"):
-            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
+            fill_cache(tmp_path / "one", Asked(toys / "llama", lambda: None), rows, HELD_OUT, num_kept=4, batch_rows=2)
         at_work += 1
 
-    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
-    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, num_kept=4, batch_rows=2)
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, HELD_OUT, num_kept=4, batch_rows=2)
+    fill_cache(tmp_path / "one", Asked(toys / "llama", another_run), rows, HELD_OUT, num_kept=4, batch_rows=2)
     assert at_work == 3
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
     fill_cache(
         tmp_path / "one",
         Asked(toys / "llama", lambda: pytest.fail("the cache was there")),
         rows,
+        HELD_OUT,
         num_kept=4,
         batch_rows=2,
     )
@@ -213,17 +220,22 @@ def test_a_cache_that_is_interrupted_is_continued_to_the_same_bytes(toys, tmp_pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt_third), rows, num_kept=4, batch_rows=2)
+        fill_cache(tmp_path / "one", Asked(toys / "llama", interrupt_third), rows, HELD_OUT, num_kept=4, batch_rows=2)
     assert names(tmp_path) == ["one.partial"]
     (note,) = caught.value.__notes__
     assert note.startswith(f"kept: {tmp_path}/one.partial (a teacher's logits, 0.0 MB)")
     with (tmp_path / "one.partial" / "ids").open("ab") as torn:
         torn.write(b"half a row")
     fill_cache(
-        tmp_path / "one", Asked(toys / "llama", lambda: asked.append(len(asked))), rows, num_kept=4, batch_rows=2
+        tmp_path / "one",
+        Asked(toys / "llama", lambda: asked.append(len(asked))),
+        rows,
+        HELD_OUT,
+        num_kept=4,
+        batch_rows=2,
     )
     assert len(asked) == 3 + 2, "four of seven rows were there: two batches are left"
-    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, num_kept=4, batch_rows=2)
+    fill_cache(tmp_path / "alone", Asked(toys / "llama", lambda: None), rows, HELD_OUT, num_kept=4, batch_rows=2)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "alone")
 
 
@@ -236,6 +248,7 @@ def test_a_cache_that_is_interrupted_at_once_leaves_nothing(toys, tmp_path):
             tmp_path / "one",
             Asked(toys / "llama", interrupt),
             token_ids(length=8, batch=6).int(),
+            HELD_OUT,
             num_kept=4,
             batch_rows=2,
         )
