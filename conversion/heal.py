@@ -16,11 +16,11 @@ from conversion.checkpoint.file_identity import content_identity
 from conversion.checkpoint.kept_work import healing_folder
 from conversion.data.text import existing_paths
 from conversion.errors import ConversionError, typed
-from conversion.healing.options import HealingOptions, HealStage
+from conversion.healing.options import HealingOptions, HealStage, LambdaMode
 from conversion.healing.output import PROMISE, healed_config, healing_entry, stored_tensors, write_healed
 from conversion.healing.rows import sequence_length
 from conversion.healing.student import check_student
-from conversion.healing.teacher import find_teacher, weight_files
+from conversion.healing.teacher import find_teacher, is_recorded_source, weight_files
 from conversion.healing.training_run import HealedStudent, HealingRun, rows_per_step, train_student
 from conversion.healing.work_folder import least_bytes, opened, packed_rows, processes
 from conversion.hub.bundle import code_files
@@ -115,6 +115,7 @@ def heal_checkpoint(
     source = None if teacher is None else find_teacher(teacher, config, folder, options, allow_pickle=allow_pickle)
     if source is not None:
         check_target(output, source=source.folder, overwrite=overwrite)
+    teacher_is_source = None if source is None else is_recorded_source(source, folder, record)
     companion_files(folder)  # a broken one is refused now, and not when the training is done
     steps = _steps(options, length)
     identity = partial(_identity, options, reader, data=paths, held_out=measured, teacher=source)
@@ -145,6 +146,7 @@ def heal_checkpoint(
         entry = healing_entry(
             options,
             teacher=source,
+            teacher_is_source=teacher_is_source,
             data=paths,
             steps=run.steps,
             tokens=run.steps * run.step_tokens,
@@ -161,20 +163,36 @@ def heal_checkpoint(
             shutil.rmtree(work, ignore_errors=True)
         processes().wait_for_everyone()
     notes = [f"the teacher's logits stay in {run.cache_folder} for later runs"] if options.cached_logits else []
-    return HealingReport(output, record, healed.table, notes + _too_fast(options, healed.table))
+    return HealingReport(output, record, healed.table, notes + _risen(options, healed.table, config, healed.config))
 
 
-def _too_fast(options: HealingOptions, table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a note if the run ended further from the teacher than it began, as a start that was near does."""
+def _risen(
+    options: HealingOptions, table: Sequence[Mapping[str, Any]], start: DiffLlamaConfig, end: DiffLlamaConfig
+) -> list[str]:
+    """Returns a note if the run ended further from the teacher than it began, by more than is rounded away."""
     before = table[0]["kl"]
     after = table[-1]["kl"]
-    if options.stage == "lm" or before is None or after <= before:
+    if options.stage == HealStage.LM or before is None or after <= before or f"{before:.4f}" == f"{after:.4f}":
         return []
+    rose = f"KL on the held-out text rose from {before:.4f} to {after:.4f} nats/token"
+    if moved := _moved_lambda(options, table[0]["lambda"], start, end):
+        return [f"{rose}: {moved}, which leads away from the teacher; give more text, or leave lambda where it is"]
     return [
-        f"KL on the held-out text rose from {before:.4f} to {after:.4f} nats/token: the learning rate of "
-        f"{options.rate:g} may be too high for so near a start and so short a run; try "
+        f"{rose}: the learning rate of {options.rate:g} may be too high for so near a start and so short a run; try "
         f"{typed('learning_rate', options.rate / 10)}, or more text"
     ]
+
+
+def _moved_lambda(
+    options: HealingOptions, lambdas: Sequence[float], start: DiffLlamaConfig, end: DiffLlamaConfig
+) -> str | None:
+    """Returns how an option has moved V1's lambda from what it was at the start, `lambdas` by layer; None if not."""
+    if options.lambda_mode == LambdaMode.PAPER and start.lambda_init != end.lambda_init:
+        return f"lambda was moved to the paper's schedule ({typed('lambda_mode', 'paper')})"
+    held = options.lambda_mode != LambdaMode.FREE
+    if held and any(round(value, 3) < options.lambda_floor for value in lambdas):  # as the table shows it
+        return f"lambda was raised to its floor ({typed('lambda_floor', options.lambda_floor)})"
+    return None
 
 
 def _write(

@@ -76,6 +76,8 @@ RECORD_FORM: Mapping[str, Any] = {
         [
             {
                 "stage": Maybe(str),
+                "teacher": Maybe(str),
+                "teacher_is_source": Maybe(bool),
                 "tokens": Maybe(int),
                 "data": Maybe([str]),
                 "start": Maybe(Named(NUMBER)),

@@ -90,6 +90,7 @@ def healing_entry(
     options: HealingOptions,
     *,
     teacher: SourceFolder | None,
+    teacher_is_source: bool | None,
     data: Sequence[Path],
     steps: int,
     tokens: int,
@@ -102,6 +103,7 @@ def healing_entry(
     return {
         "stage": str(options.stage),
         "teacher": teacher and teacher.name,
+        "teacher_is_source": teacher_is_source,
         "data": [path.name for path in data],
         "held_out": {"text": [path.name for path in held_out] or "first rows of the data", "rows": held_out_rows},
         "steps": steps,

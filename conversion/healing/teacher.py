@@ -1,5 +1,7 @@
 """The frozen LLaMA that a student learns from: found, checked against the student, placed, asked."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,16 +12,21 @@ from torch.distributed.fsdp import fully_shard
 
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, typed
 from conversion.healing.completeness import check_whole
 from conversion.healing.losses import LogitTargets, Targets
 from conversion.healing.options import HealingOptions, TrainerOptions
 from conversion.healing.streams import LayerStreams, decoder_layers
+from conversion.healing.work_folder import processes
 from conversion.options import torch_dtype
-from conversion.source.config import read_source_model
+from conversion.record import recorded_sha256
+from conversion.source.config import SourceModel, read_config, read_source_model
 from conversion.source.location import SourceFolder, locate_source
 from conversion.source.model import load_original
 from modeling_diff import DiffLlamaConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher(Protocol):
@@ -50,16 +57,16 @@ class LiveTeacher:
         return LogitTargets(self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1))
 
     @torch.no_grad()
+    def last_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns what the language model's head reads, (B, T, C)."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
     def states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """Returns the hidden states alone: the stage LOCAL has no use for targets."""
         assert self.streams is not None
         self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         return self.streams.take()
-
-    @torch.no_grad()
-    def last_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what the language model's head reads, (B, T, C)."""
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def targets_and_states(self, ids: torch.Tensor) -> tuple[Targets, list[torch.Tensor]]:
@@ -89,18 +96,61 @@ def find_teacher(
             compared, layers or width differ.
     """
     found = locate_source(source, allow_pickle=allow_pickle)
-    model = read_source_model(found.folder)
-    if model.kind != "llama":
-        raise ConversionError(
-            f"teacher {source}: model_type is {model.raw['model_type']!r}, expected 'llama'; give the LLaMA that was "
-            "converted, or choose stage lm, which needs none"
-        )
+    model = _read_llama(source, found.folder)
     config: Any = model.config
-    check_fit(config, student, options, f"teacher {source}")
+    check_fit(config, student, options, f"{typed('teacher')} {source}")
     _check_tokenizers(source, found.folder, folder)
     CheckpointReader(found.folder, allow_pickle=allow_pickle)
     check_whole(found.folder, model.architecture.model_class, config)
     return found
+
+
+def _read_llama(source: str | Path, folder: Path) -> SourceModel:
+    raw = read_config(folder)
+    if raw["model_type"] == DiffLlamaConfig.model_type:
+        raise ConversionError(
+            f"{typed('teacher')} {source}: model_type is {raw['model_type']!r}, a converted checkpoint, expected "
+            "'llama'; give the LLaMA that it was converted from"
+        )
+    try:
+        model = read_source_model(folder)
+    except ConversionError as error:
+        fault = str(error).partition("; ")[0]  # what comes after it is advice for a conversion
+        raise ConversionError(f"{typed('teacher')} {source}: {fault}; give the LLaMA that was converted") from error
+    if model.kind != "llama":
+        raise ConversionError(
+            f"{typed('teacher')} {source}: model_type is {raw['model_type']!r}, expected 'llama'; give the LLaMA that "
+            "was converted, or choose stage lm, which needs none"
+        )
+    return model
+
+
+def is_recorded_source(teacher: SourceFolder, folder: Path, record: Mapping[str, Any]) -> bool:
+    """Returns whether a teacher's weights are those that a checkpoint was converted from; logs a note if not.
+
+    Args:
+        teacher: The teacher.
+        folder: The checkpoint that it is to teach.
+        record: Its conversion.json.
+
+    Raises:
+        ConversionError: They are, and the checkpoint has an adapter that they are without.
+    """
+    recorded = record["source"]["sha256"]
+    same = all(recorded_sha256(teacher.folder / name) == digest for name, digest in recorded.items())
+    merged = bool((record.get("adapter") or {}).get("merged"))
+    if same and merged:
+        raise ConversionError(
+            f"{folder}: an adapter was merged before the conversion, and {typed('teacher')} {teacher.name} is without "
+            "it, which would train it away; merge it into the LLaMA and give that, or train on text alone "
+            f"({typed('stage', 'lm')}, no teacher)"
+        )
+    if not same and processes().is_main_process:
+        logger.warning(
+            "the teacher %s is not what %s was converted from (%s%s): distances are those from this teacher",
+            *(teacher.name, folder, record["source"]["name"], ", with an adapter merged into it" if merged else ""),
+        )
+    return same
 
 
 def check_fit(teacher: Any, student: Any, options: TrainerOptions, name: str) -> None:
@@ -140,8 +190,8 @@ def _check_tokenizers(source: str | Path, teacher: Path, student: Path) -> None:
         return
     differing = set(theirs.get_vocab().items()) ^ set(ours.get_vocab().items())
     raise ConversionError(
-        f"teacher {source}: its tokenizer has other tokens than the checkpoint's (such as {min(differing)[0]!r}), so "
-        "their distributions do not compare; give the LLaMA that was converted"
+        f"{typed('teacher')} {source}: its tokenizer has other tokens than the checkpoint's (such as "
+        f"{min(differing)[0]!r}), so their distributions do not compare; give the LLaMA that was converted"
     )
 
 

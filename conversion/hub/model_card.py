@@ -234,8 +234,9 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         values = at_end.get("values") or {}
         measured = {str(at_end.get("text")): {key: value for key, value in values.items() if key in METRICS}}
     if healing := facts.record.get("healing"):
+        compared = ["loss"] if _taught_by_another(healing[-1]) else list(HEALING_METRICS)
         measured[f"held-out text of {', '.join(healing[-1].get('data') or ['the healing'])}"] = {
-            HEALING_METRICS[key]: value for key, value in healing[-1]["end"].items() if key in HEALING_METRICS
+            HEALING_METRICS[key]: value for key, value in healing[-1]["end"].items() if key in compared
         }
     return [
         EvalResult(
@@ -279,12 +280,18 @@ def _story(record: Mapping[str, Any], config: DiffLlamaConfig) -> str:
 
 
 def _healing(stage: Mapping[str, Any]) -> str:
-    """Returns tokens, then each number at the start and at the end."""
+    """Returns tokens and a teacher that is not the source, then each number at the start and at the end."""
     start = stage.get("start") or {}
     end = stage.get("end") or {}
     moves = [f"{key.replace('_', ' ')} {start[key]:.4g} → {end[key]:.4g}" for key in start if key in end]
     moves += [f"{key.replace('_', ' ')} {end[key]:.4g}" for key in end if key not in start]
-    return "; ".join([_tokens(int(stage.get("tokens") or 0)), *moves])
+    teacher = [f"teacher {stage.get('teacher')}, not the source"] if _taught_by_another(stage) else []
+    return "; ".join([_tokens(int(stage.get("tokens") or 0)), *teacher, *moves])
+
+
+def _taught_by_another(stage: Mapping[str, Any]) -> bool:
+    """Returns whether distances are not from the source; records of earlier versions do not say."""
+    return stage.get("teacher_is_source") is False
 
 
 def _measurements(facts: CardFacts) -> list[str]:
