@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from conversion.evaluation.metrics import TextMetrics
 from conversion.evaluation.performance import Performance, names_fact, repeated_line_rate, win_and_tie_rate
 from conversion.evaluation.suite import needle_lengths
 from conversion.record import measure_text, read_certificate
+
+
+FILED = Path(__file__).parents[2] / "examples" / "results" / "certificates"
 
 
 def performance(**changes):
@@ -240,7 +245,7 @@ def test_edited_certificate_is_found_by_name(filed, name, said):
 def test_other_machine_may_round_otherwise_and_no_more():
     """A near-tie and a few digits in another environment; in the same one neither."""
     elsewhere = content(environment=content()["environment"] | {"torch": "2.12.0"})
-    elsewhere["measures"] = edited("held-out loss", model=3.0004)["measures"]
+    elsewhere["measures"] = edited("held-out loss", model=3.0004, relative=math.exp(-0.0004))["measures"]
     assert different(elsewhere, content()) == {}
     environment = next(iter(compare_certificates(elsewhere, content())))
     assert environment.detail == "certified with torch 2.12.0, here 2.13.0"
@@ -248,6 +253,83 @@ def test_other_machine_may_round_otherwise_and_no_more():
     assert different(elsewhere, content()).keys() == {"held-out loss"}
     elsewhere = content(environment={}, measures=edited("lookup", model=0.9)["measures"])
     assert different(elsewhere, content()).keys() == {"lookup"}
+
+
+def certified(**model):
+    """A certificate of another machine, and one of this."""
+    source = performance(lookups=[True] * 14 + [False] * 34)
+    elsewhere, here = (
+        [measure.to_dict() for measure in measured(source=source, **{"lookups": source.lookups, **changes}).values()]
+        for changes in ({}, model)
+    )
+    return content(measures=elsewhere, environment={}), content(measures=here)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        ({"continuations": [[1] * 96, [3] * 96]}, "first divergence", "relative 50.0% (not judged), min 0"),
+        # A source of 14 in 48: one answer is 0.02 of the score, and 0.07 of the relative one.
+        ({"lookups": [True] * 13 + [False] * 35}, "lookup", "relative 92.9%"),
+        ({"win_and_tie": 0.96}, "win and tie", "relative 96.0%"),
+    ],
+)
+def test_what_follows_from_scores_is_not_held_against_them_elsewhere(model, name, said):
+    filed, found = certified(**model)
+    checks = {check.name: check for check in compare_certificates(filed, found)}
+    assert [check.name for check in checks.values() if check.outcome == "failed"] == []
+    assert said in checks[name].detail and checks[name].detail.startswith("as certified up to rounding: ")
+    assert name in different(filed | {"environment": found["environment"]}, found)
+
+
+def test_one_answer_where_the_source_has_none_is_rounding_elsewhere():
+    """Relative 1 of nothing, and no relative score at all of one answer."""
+    weak = performance(facts=[False] * 36)
+    elsewhere, here = (
+        [measure.to_dict() for measure in measured(source=weak, facts=facts).values()]
+        for facts in ([False] * 36, [True] + [False] * 35)
+    )
+    assert different(content(measures=elsewhere, environment={}), content(measures=here)) == {}
+
+
+def test_verdict_that_flips_within_rounding_is_said_and_no_failure():
+    filed, found = ([measure.to_dict() for measure in measured(win_and_tie=share).values()] for share in (0.91, 0.88))
+    checks = compare_certificates(content(measures=filed, environment={}), content(measures=found))
+    check = next(check for check in checks if check.name == "win and tie")
+    assert check.outcome == "passed" and check.detail.endswith("; passed when certified, failed here")
+
+
+def test_promised_bits_are_no_matter_of_rounding():
+    exact = content()["model"] | {"promise": "bit-exact"}
+    filed, found = (
+        [measure.to_dict() for measure in measured(exact=True, win_and_tie=share).values()] for share in (1.0, 0.98)
+    )
+    filed = content(measures=filed, environment={}, model=exact)
+    assert different(filed, content(measures=found, model=exact)) == {
+        "win and tie": "outcome is passed in the certificate, and failed here"
+    }
+
+
+@pytest.mark.parametrize(
+    ("filed", "name", "said"),
+    [
+        (edited("KL", relative=0.95), "KL", "relative is 0.95 in the certificate, and 1 by its own source and model"),
+        (edited("KL", threshold=0.5), "KL", "threshold is 0.5 in the certificate, and 0.9 by its own source"),
+        (edited("facts", threshold=None, outcome="measured"), "facts", "threshold is None in the certificate"),
+        (edited("facts", details={"answers": 3}), "facts", "answers is 3 in the certificate, and 2 here"),
+        (edited("first divergence", source=9), "first divergence", "source is 9 in the certificate, and 96 here"),
+        (edited("win and tie", details={}), "win and tie", "passage_tokens is None in the certificate, and 64 here"),
+    ],
+)
+def test_rules_and_arithmetic_of_a_certificate_hold_everywhere(filed, name, said):
+    found = different(filed | {"environment": {}}, content())
+    assert found.keys() == {name} and said in found[name]
+
+
+@pytest.mark.parametrize("path", sorted(FILED.glob("*.json")), ids=lambda path: path.stem)
+def test_filed_certificates_check_out_against_themselves(path):
+    filed = read_certificate(path)
+    assert different(filed | {"environment": {}}, filed) == {} == different(filed, filed)
 
 
 def test_judged_answers_need_their_judge_again():
