@@ -25,7 +25,7 @@ from conversion.mapping.lambdas import read_lambdas
 from conversion.mapping.stream import write_plan
 from conversion.options import chosen
 from conversion.planning.diffllama import plan_export
-from conversion.record import CERTIFICATE, RECORD, changed_files, read_record
+from conversion.record import CERTIFICATE, RECORD, changed_files, config_changed, read_record
 from conversion.source.converted import read_our_config
 from conversion.source.hub_address import parse_address
 
@@ -169,7 +169,7 @@ def plan_upload(
     contents: dict[str, Path | bytes] = dict(found.files)
     metadata = source_metadata(folder)
     terms = llama_terms(metadata, folder)
-    certificate, notes = _certificate(found)
+    certificate, notes = _certificate(folder, found)
     if certificate is None:
         contents.pop(CERTIFICATE, None)
     if found.kind == "checkpoint" and RECORD in found.files:
@@ -213,14 +213,12 @@ def _adapter_notes(found: UploadFolder) -> list[str]:
     return notes
 
 
-def _certificate(found: UploadFolder) -> tuple[dict[str, Any] | None, list[str]]:
-    """The certificate in a folder if it is of its weights, and a note if it is not."""
-    path = found.files.get(CERTIFICATE)
-    if path is None:
+def _certificate(folder: Path, found: UploadFolder) -> tuple[dict[str, Any] | None, list[str]]:
+    """The certificate in a folder if it is of its model, and a note if it is not."""
+    if CERTIFICATE not in found.files:
         return None, []
-    weights = {name: file for name, file in found.files.items() if file.suffix == ".safetensors"}
     try:
-        return certificate_of(weights, path), []
+        return certificate_of(folder, found.files), []
     except ConversionError as error:
         return None, [f"{CERTIFICATE} is left out: {error}"]
 
@@ -232,7 +230,7 @@ def _card(
     verification: Mapping[str, Any] | None,
     certificate: Mapping[str, Any] | None,
 ) -> tuple[str | None, str | None]:
-    """Returns a new card for this repository if the folder's is ours, and a note if it is not."""
+    """Returns a new card for this repository if the folder's is ours; and a note if it is not, or lacks figures."""
     own = found.files.get(CARD)
     if own is not None and not _is_generated(own):
         return None, "README.md is your own and goes up as it is" + (
@@ -240,6 +238,14 @@ def _card(
         )
     record = read_record(folder)
     _check_record(folder, record, verification)
+    note = None
+    if changed := config_changed(folder, record):
+        record = _without_figures(record)
+        verification = None
+        note = (
+            "config.json has changed since the conversion, in fields that numbers may depend on: README.md leaves out "
+            "what was measured, and says so; put the file back as it was written, or convert again"
+        )
     metadata = source_metadata(folder)
     config = read_our_config(folder)
     facts = CardFacts(
@@ -252,8 +258,15 @@ def _card(
         certificate=certificate,
         repo_id=repo_id,
         needs=code_requirements(folder),
+        config_changed=changed,
     )
-    return render_card(facts), None
+    return render_card(facts), note
+
+
+def _without_figures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record that tells what was done, and not what was measured of it."""
+    healing = [{**stage, "start": {}, "end": {}} for stage in record.get("healing") or []]
+    return {**record, "measured": None, "healing": healing}
 
 
 def _is_generated(card: Path) -> bool:
@@ -262,7 +275,7 @@ def _is_generated(card: Path) -> bool:
 
 def _check_record(folder: Path, record: Mapping[str, Any], verification: Mapping[str, Any] | None) -> None:
     """Checks that a card would say nothing of these weights that is known of others; ConversionError otherwise."""
-    # Not of config.json and code, whose owner may have changed what no number depends on: `verify` tells of them.
+    # Not of code, whose owner may have changed what no number depends on: `verify` tells of it, as of config.json.
     if changed := [name for name in changed_files(folder, record) if name.endswith(".safetensors")]:
         raise ConversionError(
             f"{folder / changed[0]}: not the weights that {RECORD} speaks of; remove {RECORD} if they were trained "

@@ -7,12 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.file_identity import file_sha256
+from conversion.checkpoint.file_identity import fields_sha256, file_sha256
 from conversion.checkpoint.json_files import read_json
-from conversion.checkpoint.writer import RECORD
+from conversion.checkpoint.writer import CONFIG, RECORD
 from conversion.errors import ConversionError, quote
 
 
+# Why what was computed is not compared with the source, in the words of `convert`, `verify` and certificates.
+ADAPTER_MERGED = "an adapter was merged first, and the source is without it"
 PROMISES = {
     "bit-exact": "the same logits to the last bit in float32 (both sdpa, or eager) as {source}, and the same tokens",
     "equal": "the same function as {source} up to rounding",
@@ -87,6 +89,7 @@ RECORD_FORM: Mapping[str, Any] = {
     ),
     "parameters": {"source": int, "output": int},
     "versions": Named(str),
+    "config_fields": Maybe(str),
     "sha256": Named(str),
 }
 REPORT_FORM: Mapping[str, Any] = {
@@ -100,7 +103,13 @@ SUITE = 1  # of a certificate: another number wherever prompts, scores or thresh
 CERTIFICATE_FORM: Mapping[str, Any] = {
     "passed": bool,
     "failed": [str],
-    "model": {"name": str, "variant": str, "promise": set(PROMISES), "weights": Named(str)},
+    "model": {
+        "name": str,
+        "variant": str,
+        "promise": set(PROMISES),
+        "weights": Named(str),
+        "config_fields": Maybe(str),
+    },
     "source": {"name": str, "hub_id": Maybe(str), "revision": Maybe(str), "weights": Named(str)},
     "measures": [
         {
@@ -244,9 +253,33 @@ class ConversionReport:
     num_bytes: int
 
 
+def adapter_merged(record: Mapping[str, Any]) -> bool:
+    """Returns whether an adapter was merged before the conversion, so that the source computes something else."""
+    return bool((record.get("adapter") or {}).get("merged"))
+
+
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Returns the names of files whose recorded SHA-256 is not theirs, sorted. Old records lack config and code."""
     return sorted(name for name, digest in record["sha256"].items() if recorded_sha256(folder / name) != digest)
+
+
+def config_fields(folder: Path) -> str:
+    """Returns the SHA-256 of the fields of a folder's config.json that numbers depend on.
+
+    Raises:
+        ConversionError: The file is missing, or not a JSON object.
+    """
+    return fields_sha256(read_json(folder / CONFIG, nonfinite=True))
+
+
+def config_changed(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Returns whether numbers may depend on what has changed in config.json since a record was written.
+
+    Older records have the SHA-256 of the file alone, by which any change may be one, and the oldest not even that.
+    """
+    if (recorded := record.get("config_fields")) is not None:
+        return config_fields(folder) != recorded
+    return record["sha256"].get(CONFIG) not in (None, recorded_sha256(folder / CONFIG))
 
 
 def recorded_sha256(path: Path) -> str:

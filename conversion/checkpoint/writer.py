@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from conversion.checkpoint.file_identity import file_sha256
+from conversion.checkpoint.file_identity import fields_sha256, file_sha256
 from conversion.checkpoint.kept_work import keep_note, partial_folder, state_to_go_on_from, write_state
 from conversion.checkpoint.output_folder import (
     check_space,
@@ -177,7 +177,7 @@ class CheckpointWriter:
             stream.write(data)
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes a record as JSON, with the SHA-256 of all that computes: weights, config.json and code.
+        """Writes a record as JSON, with the SHA-256 of all that computes: weights, config.json (and fields) and code.
 
         Args:
             name: Its file.
@@ -189,7 +189,8 @@ class CheckpointWriter:
         assert self._config is not None, "config.json comes before the record"
         config = hashlib.sha256(self._config.encode()).hexdigest()
         code = {path.name: file_sha256(path) for path in self._tree.glob("*.py")}
-        written = {**record, "sha256": {**self.checksums, CONFIG: config, **code}}
+        fields = fields_sha256(json.loads(self._config))
+        written = {**record, "config_fields": fields, "sha256": {**self.checksums, CONFIG: config, **code}}
         self.write_text(name, record_text(written))
         return written
 

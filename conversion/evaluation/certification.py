@@ -25,9 +25,12 @@ from conversion.evaluation.performance import Performance, perform, win_and_tie_
 from conversion.evaluation.suite import SEED, Suite, build_suite
 from conversion.evaluation.verification import Check
 from conversion.record import (
+    ADAPTER_MERGED,
     CERTIFICATE_FORMAT,
     SUITE,
+    adapter_merged,
     changed_files,
+    config_fields,
     read_certificate,
     read_record,
     recorded_sha256,
@@ -69,6 +72,7 @@ class Subject:
                 "variant": self.config.variant,
                 "promise": self.record["promise"]["kind"],
                 "weights": _weights(self.record),
+                "config_fields": config_fields(self.folder),
             },
             "source": {**origin, "weights": dict(self.record["source"]["sha256"])},
             "seed": SEED,
@@ -147,6 +151,12 @@ def check_certificate(
     for name, folder in (("model", subject.folder), ("source", subject.source.folder)):
         if file := _changed(filed[name]["weights"], stated[name]["weights"]):
             raise ConversionError(f"{folder / file}: not the weights that {path} certifies; certify again")
+    # Older certificates do not say of which config they are; then the numbers do.
+    if filed["model"].get("config_fields") not in (None, stated["model"]["config_fields"]):
+        raise ConversionError(
+            f"{subject.folder / 'config.json'}: not the config that {path} certifies, in fields that numbers depend "
+            "on; put it back as it was, or certify again"
+        )
     if text := _changed(filed["data"], stated["data"]):
         raise ConversionError(
             f"{path}: its {text} is not that of this diff-llama with the tokenizer of {subject.folder}; take the "
@@ -165,11 +175,8 @@ def _open_subject(folder: str | Path, against: str | Path | None) -> Subject:
     record = read_record(folder)
     if config.architectures == ["DiffLlamaModel"]:
         raise ConversionError(f"{folder}: a backbone without a language model head, of which no suite can be run")
-    if (record.get("adapter") or {}).get("merged"):
-        raise ConversionError(
-            f"{folder}: an adapter was merged first, and the source is without it; merge it into the source, convert "
-            "that and certify it"
-        )
+    if adapter_merged(record):
+        raise ConversionError(f"{folder}: {ADAPTER_MERGED}; merge it into the source, convert that and certify it")
     if changed := changed_files(folder, {"sha256": _weights(record)}):
         raise ConversionError(
             f"{folder / changed[0]}: not the weights that conversion.json speaks of; convert or heal again"

@@ -15,6 +15,7 @@ from conversion.errors import ConversionError
 from conversion.evaluation.metrics import text_metrics, window_logits
 from conversion.mapping.lambdas import differential_layers
 from conversion.mapping.stream import Plan, planned_config
+from conversion.record import ADAPTER_MERGED, adapter_merged
 from conversion.source import Source
 from conversion.source.model import load_converted, load_original
 from modeling_diff import DiffLlamaConfig
@@ -51,8 +52,8 @@ def plan_measurement(source: Source, plan: Plan, text: Path | None) -> Measureme
     parameters = record["parameters"]["output"]
     if config.architectures == ["DiffLlamaModel"]:
         return Measurement(None, reason="a backbone without a language model head")
-    if (record.get("adapter") or {}).get("merged"):
-        return Measurement(None, reason="an adapter was merged first, and the source is without it")
+    if adapter_merged(record):
+        return Measurement(None, reason=ADAPTER_MERGED)
     if source.model.kind == "unilm":
         return Measurement(None, reason="transformers has no model for the authors' own files")
     if not _fits(parameters, device):

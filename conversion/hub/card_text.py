@@ -12,6 +12,10 @@ STATUS = {
     "healed": "**Healed, and not equal to its source**: after the conversion it was trained on {tokens}. "
     "What that reached stands below; measure it on your own task before use.",
 }
+CONFIG_CHANGED = (
+    "**`config.json` was changed after the conversion**: what is promised of its function held before, and what was "
+    "measured then is left out."
+)
 # As in modeling_diff.diff_adapters, whose import brings torch and transformers: seconds that no help should wait for.
 NEW_MODULES = {"v1": '["diff_lambda", "sub_norm"]', "v2": '["lambda_proj"]'}
 LOAD = """\

@@ -1,4 +1,4 @@
-"""The certificate in a checkpoint's folder: whether it is of these weights, and what the model card shows of it."""
+"""The certificate in a checkpoint's folder: whether it is of this model, and what the model card shows of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,22 +7,38 @@ from typing import Any
 from conversion.checkpoint.file_identity import file_sha256
 from conversion.errors import ConversionError
 from conversion.hub.markdown import markdown
-from conversion.record import CERTIFICATE, literature_text, read_certificate, shown_number
+from conversion.record import (
+    CERTIFICATE,
+    RECORD,
+    config_changed,
+    config_fields,
+    literature_text,
+    read_certificate,
+    read_record,
+    shown_number,
+)
 
 
-def certificate_of(weights: Mapping[str, Path], path: Path) -> dict[str, Any]:
-    """Returns a certificate.
+def certificate_of(folder: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Returns the certificate of a checkpoint.
 
     Args:
-        weights: The weight files that it has to be of, by name.
-        path: The certificate.
+        folder: Folder of the checkpoint.
+        files: What it holds, by name; the certificate and all weights are among them.
 
     Raises:
-        ConversionError: It is no certificate, or of other weights.
+        ConversionError: It is no certificate, or of other weights or another config.
     """
-    found = read_certificate(path)
-    if found["model"]["weights"] != {name: file_sha256(file) for name, file in weights.items()}:
-        raise ConversionError(f"{path.name} is of other weights; certify these")
+    found = read_certificate(files[CERTIFICATE])
+    weights = {name: file_sha256(file) for name, file in files.items() if file.suffix == ".safetensors"}
+    if found["model"]["weights"] != weights:
+        raise ConversionError(f"{CERTIFICATE} is of other weights; certify these")
+    if certified := found["model"].get("config_fields"):
+        changed = certified != config_fields(folder)
+    else:  # an older one, of the config that the record is of
+        changed = RECORD in files and config_changed(folder, read_record(folder))
+    if changed:
+        raise ConversionError(f"{CERTIFICATE} is of another config.json; put that back as it was, or certify again")
     return found
 
 

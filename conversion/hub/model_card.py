@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from conversion.errors import escape
 from conversion.hub.bundle import code_requirements
 from conversion.hub.card_metadata import metadata_block, read_metadata
-from conversion.hub.card_text import CITATION, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
+from conversion.hub.card_text import CITATION, CONFIG_CHANGED, FINE_TUNE, LIMITS, LOAD, NEW_MODULES, STATUS
 from conversion.hub.certificate import certificate_section
 from conversion.hub.licenses import LlamaTerms, llama_terms
 from conversion.hub.markdown import code_span, markdown
@@ -47,6 +47,7 @@ class CardFacts:
         certificate: Of these weights, as `verify --certificate` wrote it.
         lambdas: By layer, without the layers that are LLaMA's own.
         needs: Sentence on the releases that the code next to the weights needs; the package's by default.
+        config_changed: Whether config.json may be another one than what is promised here is of.
     """
 
     metadata: Mapping[str, Any]
@@ -58,6 +59,7 @@ class CardFacts:
     certificate: Mapping[str, Any] | None = None
     repo_id: str | None = None
     needs: str = field(default_factory=code_requirements)
+    config_changed: bool = False
 
     @property
     def name(self) -> str:
@@ -104,6 +106,7 @@ def render_card(facts: CardFacts) -> str:
         f"A [Differential Transformer](https://arxiv.org/abs/2410.05258) ({config.variant.upper()}), converted from "
         f"{_origin(source)} by `diff-llama`.",
         status_text(record),
+        *([CONFIG_CHANGED] if facts.config_changed else []),
         *([f"**{warning}.**"] if (warning := not_differential(facts.lambdas)) else []),
         f"## How it was made\n\n{_story(record, config)}",
         *_measurements(facts),

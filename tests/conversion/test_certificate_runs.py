@@ -136,6 +136,27 @@ def test_changed_weights_and_texts_are_named(folders, tmp_path, short_suite, mon
     assert str(output) in refusal()
 
 
+def test_changed_config_is_named_and_older_certificates_do_not_say(folders, tmp_path, short_suite, monkeypatch):
+    """Before anything is run, unless no number depends on what has changed."""
+    output, path = tmp_path / "v1", tmp_path / "v1.json"
+    shutil.copytree(folders / "v1", output)
+    certify(output, LLAMA).write(path)
+    edited(output / "config.json", lambda config: config.update(use_cache=False, dtype="float32"))
+    assert verify(output, "--against", LLAMA, "--check", path).exit_code == 0
+    edited(output / "config.json", lambda config: config["lambda_init"].__setitem__(2, 0.4))
+    load = certification.load_in_float32
+    monkeypatch.setattr(certification, "load_in_float32", None)
+    result = verify(output, "--against", LLAMA, "--check", path)
+    assert result.exit_code == 1 and result.stderr == (
+        f"error: {output}/config.json: not the config that {path} certifies, in fields that numbers depend on; put it "
+        "back as it was, or certify again\n"
+    )
+    monkeypatch.setattr(certification, "load_in_float32", load)
+    edited(path, lambda filed: filed["model"].pop("config_fields"))
+    result = verify(output, "--against", LLAMA, "--check", path)
+    assert result.exit_code == 1 and "in the certificate, and" in result.stdout
+
+
 def test_judge_scores_each_answer_once_and_out_of_range_is_refused(folders, short_suite):
     asked = []
 
