@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from conversion.checkpoint import CheckpointReader
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.data.held_out import HeldOut, read_held_out
-from conversion.errors import ConversionError, typed
+from conversion.errors import ConversionError, quote, typed
 from conversion.evaluation.behavior import (
     Behavior,
     cache_difference,
@@ -31,10 +31,10 @@ from conversion.evaluation.metrics import text_metrics, window_logits
 from conversion.evaluation.verification import Check, VerificationReport
 from conversion.hub.bundle import missing_code, read_code
 from conversion.mapping.lambdas import not_differential, read_lambdas
-from conversion.record import changed_files, read_record, recorded_sha256
-from conversion.source.config import read_source_model
+from conversion.record import ADAPTER_MERGED, adapter_merged, changed_files, read_record, recorded_sha256
+from conversion.source.config import read_config, read_source_model
 from conversion.source.converted import read_our_config
-from conversion.source.location import locate_recorded
+from conversion.source.location import SourceFolder, locate_recorded
 from conversion.source.model import load_converted, load_original
 from modeling_diff import DiffLlamaConfig, DiffLlamaForCausalLM, DiffLlamaModel
 
@@ -172,6 +172,9 @@ def _behavior(
     texts: Sequence[str] | None,
     text: Path | None,
 ) -> Iterator[Check]:
+    source = None if against is None else _locate_against(against, record)
+    if source is not None:
+        yield _same_source(source.folder, record)
     if _model_class(config) is DiffLlamaModel:
         yield Check("function", "skipped", "a backbone without a language model head")
         return
@@ -180,12 +183,15 @@ def _behavior(
     parity = record["promise"]["kind"] == "parity"
     original = None
     source_logits = None
-    if against is not None:
-        source = locate_recorded(against, record)
-        yield _same_source(source.folder, record)
+    if source is not None:
         theirs = read_source_model(source.folder, record["options"]["source_layout"])
         if theirs.kind == "unilm":
             yield Check("function", "skipped", "transformers has no model for the authors' own files")
+        elif adapter_merged(record):
+            yield Check("function", "skipped", f"not compared: {ADAPTER_MERGED}")
+        elif theirs.config.vocab_size != config.vocab_size:
+            detail = f"not compared: {theirs.config.vocab_size} tokens in its vocabulary, and {config.vocab_size} here"
+            yield Check("function", "skipped", detail)
         else:
             rounded = record["options"]["dtype"] or "float32"
             llama = load_original(source.folder, theirs.config, dtype=rounded).float().eval()
@@ -207,6 +213,23 @@ def _behavior(
     dead = dead_parameters(model, inputs[0])
     detail = f"{dead[0]} has no gradient ({len(dead)} in all)" if dead else "every new tensor has a gradient"
     yield Check("liveness", _outcome(not dead), detail)
+
+
+def _locate_against(against: str | Path, record: Mapping[str, Any]) -> SourceFolder:
+    """Returns where the source is that a checkpoint is compared with.
+
+    Raises:
+        ConversionError: Nothing is there, or a model of another type than the one that was converted.
+    """
+    source = locate_recorded(against, record)
+    found = read_config(source.folder)["model_type"]
+    expected = record["source"].get("model_type", found)
+    if found != expected:
+        raise ConversionError(
+            f"{typed('against', against)}: model_type is {quote(found)} in its config.json, expected "
+            f"{quote(expected)} as of {record['source']['name']}, the source of this conversion; give that"
+        )
+    return source
 
 
 def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:

@@ -202,6 +202,21 @@ def test_tied_backbone_names_and_pickles_are_read(adapters, tmp_path):
     assert torch.equal(adapted_logits(tmp_path / "v2", tmp_path / "v2" / "adapter"), expected)
 
 
+def test_merged_adapter_is_not_measured_as_a_loss_of_the_conversion(llama, adapters, tmp_path):
+    """Nor against the source by `verify`: what is far from it is the fine-tuning."""
+    text = write_rows(tmp_path / "rows.jsonl", 8, 32)
+    convert_checkpoint(llama, tmp_path / "v1", "v1", calibration=text, adapter=adapters("DoRA"))
+    report = verify_checkpoint(tmp_path / "v1", against=llama)
+    found = {check.name: check for check in report.checks}
+    assert report.passed and found["source"].outcome == "passed"
+    assert (found["function"].outcome, found["function"].detail) == (
+        "skipped",
+        "not compared: an adapter was merged first, and the source is without it",
+    )
+    assert found["converted"].values.keys() == {"loss_nats"}
+    assert not [check.name for check in report.checks if "kl_nats" in check.values]
+
+
 CONFIG_REFUSALS = {
     "other method": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     "biases of the base": ({"bias": "lora_only"}, "bias is 'lora_only'"),

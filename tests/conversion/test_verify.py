@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from command_line import run
 from random_llamas import FLAVOURS, edit_json, random_diffllama, random_llama, saved
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
@@ -175,6 +176,38 @@ def test_another_source_is_found(tmp_path, llama):
     convert_checkpoint(llama, tmp_path / "v2", "v2")
     other = saved(random_llama(seed=5), tmp_path / "other")
     assert outcomes(verify_checkpoint(tmp_path / "v2", against=other))["source"] == "failed"
+
+
+def test_another_source_of_another_vocabulary_is_found(tmp_path, llama):
+    convert_checkpoint(llama, tmp_path / "v1", "v1", uncalibrated=True)
+    other = saved(random_llama(vocab_size=24), tmp_path / "other")
+    report = verify_checkpoint(tmp_path / "v1", against=other)
+    assert outcomes(report)["source"] == "failed"
+    check = next(check for check in report.checks if check.name == "function")
+    assert check.outcome == "skipped" and check.detail.startswith("not compared: 24 tokens in its vocabulary")
+
+
+@pytest.mark.parametrize("variant, options", [("v1", {"uncalibrated": True}), ("v2", {})])
+def test_source_of_a_backbone_is_looked_at(tmp_path, llama, variant, options):
+    output = tmp_path / "backbone"
+    convert_checkpoint(llama, output, variant, backbone_only=True, **options)
+    report = verify_checkpoint(output, against=llama)
+    assert report.passed and outcomes(report)["source"] == "passed" and outcomes(report)["function"] == "skipped"
+    other = saved(random_llama(seed=5), tmp_path / "other")
+    assert outcomes(verify_checkpoint(output, against=other))["source"] == "failed"
+    with pytest.raises(ConversionError, match=f"{tmp_path}/nowhere: does not exist, expected a checkpoint folder"):
+        verify_checkpoint(output, against=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("backbone", [False, True])
+def test_source_of_another_type_is_refused_in_one_line(tmp_path, llama, backbone):
+    for name in ("v2", "other"):
+        convert_checkpoint(llama, tmp_path / name, "v2", backbone_only=backbone)
+    result = run("verify", tmp_path / "v2", "--against", tmp_path / "other")
+    assert result.exit_code == 1 and result.stderr == (
+        f"error: --against {tmp_path}/other: model_type is 'diff_llama' in its config.json, expected 'llama' as of "
+        "llama, the source of this conversion; give that\n"
+    )
 
 
 def test_a_broken_cache_fails(tmp_path, llama, monkeypatch):
