@@ -19,7 +19,7 @@ from conversion.healing.options import HealingOptions, TrainerOptions
 from conversion.healing.streams import LayerStreams, decoder_layers
 from conversion.healing.work_folder import processes
 from conversion.options import torch_dtype
-from conversion.record import recorded_sha256
+from conversion.record import adapter_merged, recorded_sha256
 from conversion.source.config import SourceModel, read_config, read_source_model
 from conversion.source.location import SourceFolder, locate_source
 from conversion.source.model import load_original
@@ -138,7 +138,7 @@ def is_recorded_source(teacher: SourceFolder, folder: Path, record: Mapping[str,
     """
     recorded = record["source"]["sha256"]
     same = all(recorded_sha256(teacher.folder / name) == digest for name, digest in recorded.items())
-    merged = bool((record.get("adapter") or {}).get("merged"))
+    merged = adapter_merged(record)
     if same and merged:
         raise ConversionError(
             f"{folder}: an adapter was merged before the conversion, and {typed('teacher')} {teacher.name} is without "
