@@ -259,7 +259,12 @@ def adapter_merged(record: Mapping[str, Any]) -> bool:
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Returns the names of files whose recorded SHA-256 is not theirs, sorted. Old records lack config and code."""
+    """Returns the names of files whose recorded SHA-256 is not theirs, sorted. Old records lack config and code.
+
+    Args:
+        folder: A checkpoint, or the source of one.
+        record: Its conversion.json, or the entry `source` of that.
+    """
     return sorted(name for name, digest in record["sha256"].items() if recorded_sha256(folder / name) != digest)
 
 

@@ -31,7 +31,7 @@ from conversion.evaluation.metrics import text_metrics, window_logits
 from conversion.evaluation.verification import Check, VerificationReport
 from conversion.hub.bundle import missing_code, read_code
 from conversion.mapping.lambdas import not_differential, read_lambdas
-from conversion.record import ADAPTER_MERGED, adapter_merged, changed_files, read_record, recorded_sha256
+from conversion.record import ADAPTER_MERGED, adapter_merged, changed_files, read_record
 from conversion.source.config import read_config, read_source_model
 from conversion.source.converted import read_our_config
 from conversion.source.location import SourceFolder, locate_recorded
@@ -233,8 +233,7 @@ def _locate_against(against: str | Path, record: Mapping[str, Any]) -> SourceFol
 
 
 def _same_source(folder: Path, record: Mapping[str, Any]) -> Check:
-    found = {name: recorded_sha256(folder / name) for name in record["source"]["sha256"]}
-    same = found == record["source"]["sha256"]
+    same = not changed_files(folder, record["source"])
     return Check("source", _outcome(same), "as recorded" if same else "these are not the weights that were converted")
 
 

@@ -33,7 +33,6 @@ from conversion.record import (
     config_fields,
     read_certificate,
     read_record,
-    recorded_sha256,
     versions,
 )
 from conversion.source.config import SourceModel, read_source_model
@@ -187,11 +186,10 @@ def _open_subject(folder: str | Path, against: str | Path | None) -> Subject:
             f"{typed('against')}: not given; a certificate compares with the source, {record['source']['name']}"
         )
     source = locate_recorded(found, record)
-    for name, digest in record["source"]["sha256"].items():
-        if recorded_sha256(source.folder / name) != digest:
-            raise ConversionError(
-                f"{source.folder / name}: not the weights that {folder.name} was converted from; give its source"
-            )
+    if changed := changed_files(source.folder, record["source"]):
+        raise ConversionError(
+            f"{source.folder / changed[0]}: not the weights that {folder.name} was converted from; give its source"
+        )
     source_model = read_source_model(source.folder, record["options"]["source_layout"])
     if source_model.kind == "unilm":
         raise ConversionError(

@@ -19,7 +19,7 @@ from conversion.healing.options import HealingOptions, TrainerOptions
 from conversion.healing.streams import LayerStreams, decoder_layers
 from conversion.healing.work_folder import processes
 from conversion.options import torch_dtype
-from conversion.record import adapter_merged, recorded_sha256
+from conversion.record import adapter_merged, changed_files
 from conversion.source.config import SourceModel, read_config, read_source_model
 from conversion.source.location import SourceFolder, locate_source
 from conversion.source.model import load_original
@@ -136,8 +136,7 @@ def is_recorded_source(teacher: SourceFolder, folder: Path, record: Mapping[str,
     Raises:
         ConversionError: They are, and the checkpoint has an adapter that they are without.
     """
-    recorded = record["source"]["sha256"]
-    same = all(recorded_sha256(teacher.folder / name) == digest for name, digest in recorded.items())
+    same = not changed_files(teacher.folder, record["source"])
     merged = adapter_merged(record)
     if same and merged:
         raise ConversionError(
