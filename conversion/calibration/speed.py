@@ -49,5 +49,7 @@ def least_seconds(function: Callable[[], None], clock: Callable[[], float]) -> f
 
 
 def faster_in_bfloat16(device_type: str) -> bool:
-    """Returns whether bfloat16 products are faster by enough to pay for converting: AMX, AVX-512 BF16 and GPUs."""
+    """Returns whether bfloat16 products are faster by enough to pay for converting: AMX, AVX-512 BF16 and CUDA."""
+    if device_type not in ("cpu", "cuda"):
+        return False
     return product_rate(device_type, torch.bfloat16) > WORTH_IT * product_rate(device_type, torch.float32)

@@ -158,8 +158,7 @@ def precision(device: torch.device) -> AbstractContextManager:
 
 def fast_precision(device: torch.device) -> AbstractContextManager:
     """Returns a context of bfloat16 products where those are faster; gradients differ more between batches."""
-    narrow = device.type in ("cpu", "cuda") and faster_in_bfloat16(device.type)
-    return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if faster_in_bfloat16(device.type) else nullcontext()
 
 
 def diff_config(config: Any, weights: LayerWeights, num_layers: int) -> DiffLlamaConfig:

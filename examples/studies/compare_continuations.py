@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from transformers.utils import logging
 
 from conversion import convert_checkpoint
+from conversion.calibration.speed import faster_in_bfloat16
 from modeling_diff.experiments.command_line import one_line_errors, script_parser, typed_command
 from modeling_diff.experiments.environment import environment
 from modeling_diff.experiments.output_files import add_output, output_folder
@@ -52,11 +53,12 @@ class MixedRows(IterableDataset):
 
 
 def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
-    """The Trainer of this project as continue_pretraining.py sets it up, in bfloat16 arithmetic."""
+    """The Trainer of this project as continue_pretraining.py sets it up, in bfloat16 arithmetic where that is faster."""
     model.config.use_cache = False
     callbacks = [FiniteLossCallback()]
     if model.config.model_type == "diff_llama":
         callbacks.append(LambdaCallback())
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     settings = TrainingArguments(
         output_dir=str(arguments.output),
         max_steps=arguments.max_steps,
@@ -73,11 +75,11 @@ def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
         save_strategy="no",
         eval_strategy="steps",
         eval_steps=max(arguments.max_steps // 10, 1),
-        bf16=True,
+        bf16=faster_in_bfloat16(device_type),
         remove_unused_columns=False,
         report_to=[],
         seed=arguments.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device_type == "cpu",
     )
     return DiffTrainer(
         model=model,
