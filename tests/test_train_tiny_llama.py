@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.calibration.speed import faster_in_bfloat16
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "studies" / "train_tiny_llama.py"
@@ -22,6 +24,7 @@ RECORD_FIELDS = {
     "date",
     "versions",
     "hardware",
+    "products",
     "seed",
     "size",
     "parameters",
@@ -73,6 +76,7 @@ def test_smoke_output_loads_with_the_auto_classes(smoke):
 def test_smoke_record_is_complete_and_its_loss_falls(smoke):
     record = json.loads((smoke / "training_record.json").read_text())
     assert set(record) >= RECORD_FIELDS
+    assert record["products"] == ("bfloat16" if faster_in_bfloat16("cpu") else "float32")
     assert record["curve"][0]["step"] == 0 and record["curve"][-1]["step"] == record["steps"]
     # An untrained model is near ln(512) = 6.24 nats; the smoke run must have learnt the commonest tokens at least.
     assert abs(record["curve"][0]["heldout"] - 6.24) < 0.3

@@ -53,7 +53,7 @@ class MixedRows(IterableDataset):
 
 
 def build_trainer(model, rows, held_out, query_factor, arguments, batch_size):
-    """The Trainer of this project as continue_pretraining.py sets it up, in bfloat16 arithmetic where that is faster."""
+    """The Trainer of this project as continue_pretraining.py sets it up, in bfloat16 where that is faster."""
     model.config.use_cache = False
     callbacks = [FiniteLossCallback()]
     if model.config.model_type == "diff_llama":
