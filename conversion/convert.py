@@ -85,6 +85,7 @@ def convert_checkpoint(
         progress: Called with bytes written so far, and bytes in all.
         before_calibration: Called with what the calibration will take; may raise to stop it.
         calibration_progress: Called with layer, number of layers, stage, and how much of the stage is done (0 to 1).
+            While heads are chosen the stage is "choice", and one layer more is counted, in which KL is measured.
         options: Fields of `ConversionConfig`.
 
     Returns:

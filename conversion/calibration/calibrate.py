@@ -68,7 +68,7 @@ DEFAULT_STAGES = tuple(Stage)
 VALIDATION_SHARE = 16  # one sequence in so many is held back from the fit, and judges it
 
 # (layer, number of layers, stage, share of the stage done)
-Progress = Callable[[int, int, Stage, float], None]
+Progress = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ R sequences, T tokens per sequence, C hidden, V vocabulary.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from conversion.checkpoint.json_files import read_json
 from conversion.checkpoint.output_folder import replace_text
 from conversion.checkpoint.reader import CheckpointReader
 from conversion.mapping.heads import HeadPairing
+from conversion.options import CHOICE
 from conversion.source.architectures import plain_config
 from modeling_diff.diff_llama_fields import padded_counts
 
@@ -68,7 +70,8 @@ class HeadTrials:
         device: Where layers are computed.
         work_folder: Where what is done is kept for a run that continues this one.
         resume: As for `calibrate`.
-        progress: As for `calibrate`.
+        progress: As for `calibrate`. The stage is always "choice"; after the last layer one more is counted, in
+            which KL is measured.
 
     Attributes:
         units: The heads of a layer that are tried together.
@@ -199,7 +202,8 @@ class HeadTrials:
                 with torch.no_grad():
                     ends.append(llama.run(converted, before))
             original = problem.streams.after_layer[judged]
-        costs = iter(self._head.divergences(original, ends))
+        measured = partial(self._progress, len(self._lambdas), len(self._lambdas), CHOICE)
+        costs = iter(self._head.divergences(original, ends, measured))
         return [[next(costs) for _ in self.units] for _ in self._lambdas]
 
     def _fitted(self, problem: LayerProblem, heads: tuple[int, ...]) -> LayerWeights:
@@ -208,15 +212,14 @@ class HeadTrials:
             return kept
         name = self._stages[0]
         if self._store.load(problem.index, name, self._llama.device) is None:
-            self._progress(problem.index, len(self._lambdas), name, 0.0)
+            self._progress(problem.index, len(self._lambdas), CHOICE, 0.0)
             start = run_stage(problem, name, None, self._stages, self._local, lambda done: None)
             self._store.save(problem.index, problem.rounded(start, self._dtype), {}, name)
-            self._progress(problem.index, len(self._lambdas), name, 1.0)
         weights = refit_outputs(problem, self._base(problem.index).replaced({}, heads=heads))
         weights = problem.rounded(weights, self._dtype)
         output = {"o_proj.weight": weights.tensors["o_proj.weight"]}
         self._store.save(problem.index, replace(weights, tensors=output), {}, _name(heads))
-        self._progress(problem.index, len(self._lambdas), Stage.REFIT, 1.0)
+        self._progress(problem.index, len(self._lambdas), CHOICE, 1.0)
         return weights.as_float()
 
     def _base(self, index: int) -> LayerWeights:
@@ -279,7 +282,12 @@ class Head:
         self.norm.to(llama.device, torch.float32)
 
     @torch.no_grad()
-    def divergences(self, original: torch.Tensor, others: Sequence[torch.Tensor]) -> list[float]:
+    def divergences(
+        self,
+        original: torch.Tensor,
+        others: Sequence[torch.Tensor],
+        progress: Callable[[float], None] = lambda done: None,
+    ) -> list[float]:
         """Returns the KL in nats per token of each of `others` from `original`, states (R, T, C) of the last layer."""
         sums = [0.0] * len(others)
         parts = original.flatten(0, 1).split(LOGIT_TOKENS)
@@ -290,6 +298,7 @@ class Head:
                 found = self._log_probabilities(split[number])
                 terms = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
                 sums[model] += float(terms.sum(dtype=torch.float64))
+                progress((number * len(others) + model + 1) / (len(parts) * len(others)))
         # Of rounding alone a sum may come out below 0, which no divergence is.
         return [max(0.0, total) / original[..., 0].numel() for total in sums]
 

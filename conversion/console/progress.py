@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from conversion.console.terminal import err, say
-from conversion.options import STAGES
+from conversion.options import CHOICE, STAGES
 
 
 SECONDS_PER_LINE = 60.0
@@ -32,12 +32,16 @@ def byte_progress(what: str) -> Iterator[Any]:
 
 @contextmanager
 def layer_progress() -> Iterator[Any]:
-    """Yields a calibration's progress callback: layer, stage and time left."""
+    """Yields a calibration's progress callback: layer, stage and time left; the choice of heads is counted apart."""
     # A layer's last stage takes about half of its time.
     starts = {name: place / (2 * len(STAGES) - 2) for place, name in enumerate(STAGES)}
     with _progress() as show:
 
         def update(layer: int, num_layers: int, stage: str, done: float) -> None:
+            if stage == CHOICE:
+                what = f"layer {layer + 1} of {num_layers}" if layer < num_layers else "KL of each"
+                show(f"choosing heads, {what}", layer + done, num_layers + 1)
+                return
             width = 0.5 if stage == STAGES[-1] else 0.5 / (len(STAGES) - 1)
             what = f"calibrating layer {layer + 1} of {num_layers}, {stage}"
             show(what, layer + starts[stage] + width * done, num_layers)
@@ -86,13 +90,16 @@ class _Log:
     def __init__(self) -> None:
         self.first: tuple[float, float] | None = None  # time and share; a resumed run starts with some of it done
         self.last_line = 0.0
+        self.share = 0.0
 
     def add(self, what: str, share: float) -> None:
         """Writes a line if the last one is a minute old."""
         now = time.monotonic()
         if self.first is None:
-            self.first = (now, share)
             self.last_line = now
+        if self.first is None or share < self.share:  # something else has begun
+            self.first = (now, share)
+        self.share = share
         if now - self.last_line < SECONDS_PER_LINE:
             return
         self.last_line = now

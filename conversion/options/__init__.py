@@ -1,7 +1,7 @@
 """What a user can ask: one config per command, from which the command line is derived. Imports neither torch nor
 transformers."""
 
-from conversion.options.calibration import EFFORTS, LAMBDA_FLOOR, STAGES, CalibrationText, parse_stages
+from conversion.options.calibration import CHOICE, EFFORTS, LAMBDA_FLOOR, STAGES, CalibrationText, parse_stages
 from conversion.options.commands import (
     ExportConfig,
     HealFilesConfig,
@@ -27,6 +27,7 @@ from conversion.options.values import (
 
 
 __all__ = [
+    "CHOICE",
     "DTYPES",
     "EFFORTS",
     "LAMBDA_FLOOR",

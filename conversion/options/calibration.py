@@ -12,6 +12,7 @@ SELF = "self"  # as calibration text
 # Left alone lambda falls to 0 in most layers of a calibration, where the second map gets no gradient any more.
 LAMBDA_FLOOR = 0.02
 STAGES = ("copy", "pairing", "refit", "values", "local")  # of `calibrate.Stage`
+CHOICE = "choice"  # the stage that a progress callback is told of while heads are chosen
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,17 @@ def test_heads_of_several_layers_are_judged_together(llama, tmp_path):
 
 def test_units_of_other_sizes_have_costs_of_their_own_and_share_the_fits(llama, tmp_path):
     trials = trials_of(llama, tmp_path)
-    fits = []
-    layers = trials_of(
-        llama, tmp_path, units=[range(4)], resume=True, progress=lambda *at: fits.append(at[2]) if at[3] == 1 else None
-    )
+    seen = []
+    layers = trials_of(llama, tmp_path, units=[range(4)], resume=True, progress=lambda *at: seen.append(at))
     assert layers.cheapest_first[0] == (QUIET_LAYER, 0)
     assert [len(costs) for costs in layers.costs] == [1, 1, 1] != [len(costs) for costs in trials.costs]
     for layer in range(3):
         alone = [range(4) if index == layer else [] for index in range(3)]
         assert layers.costs[layer][0] == pytest.approx(trials.together(alone), rel=1e-5)  # the same weights
-    assert fits == ["refit"] * 3, "pairing and lambda are those of the first trials"
+    assert [at for at in seen if at[3] == 0] == [], "pairing and lambda are those of the first trials"
+    fits = [(layer, 3, "choice", 1.0) for layer in range(3)]
+    measured = [(3, 3, "choice", count / 3) for count in (1, 2, 3)]
+    assert seen == fits + measured
 
 
 @pytest.mark.parametrize(
@@ -204,21 +205,16 @@ def test_a_stopped_choice_is_continued(llama, text, tmp_path, stop_at):
     finished = []
 
     def interrupt(layer, num_layers, stage, done):
-        if stage == "refit" and done == 1:
+        if stage in ("choice", "refit") and done == 1 and layer < num_layers:
             finished.append(layer)
             if len(finished) == stop_at:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "half", text, share=0.5, calibration_progress=interrupt)
-    again = []
-    convert(
-        llama,
-        tmp_path / "half",
-        text,
-        share=0.5,
-        calibration_progress=lambda *at: again.append(at[0]) if at[2:] == ("refit", 1) else None,
-    )
+    seen = []
+    convert(llama, tmp_path / "half", text, share=0.5, calibration_progress=lambda *at: seen.append(at))
+    again = [layer for layer, _, stage, done in seen if stage in ("choice", "refit") and done == 1 and layer < 3]
     assert len(again) <= 9 - stop_at + 1, "what was fitted and saved is not fitted again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half", text.name]
     convert(llama, tmp_path / "whole", text, share=0.5)

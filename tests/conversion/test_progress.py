@@ -43,6 +43,29 @@ def test_log_names_layer_and_stage(clock, capsys):
     assert capsys.readouterr().err == "calibrating layer 3 of 4, copy: 50%, about 0:01:30 left\n"
 
 
+def test_log_of_a_choice_counts_its_layers_and_the_measurement_apart_from_the_calibration(clock, capsys):
+    """The choice takes 80 seconds per layer, and as long for the KL; then a layer takes 100."""
+    with progress.layer_progress() as update:
+        update(0, 3, "choice", 0.0)
+        for layer in range(3):
+            clock[0] += 80.0
+            update(layer, 3, "choice", 1.0)
+        clock[0] += 40.0
+        update(3, 3, "choice", 0.5)
+        clock[0] += 40.0
+        update(3, 3, "choice", 1.0)
+        update(0, 3, "copy", 0.0)
+        clock[0] += 100.0
+        update(1, 3, "copy", 0.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "choosing heads, layer 1 of 3: 25%, about 0:04:00 left",
+        "choosing heads, layer 2 of 3: 50%, about 0:02:40 left",
+        "choosing heads, layer 3 of 3: 75%, about 0:01:20 left",
+        "choosing heads, KL of each: 100%, about 0:00:00 left",
+        "calibrating layer 2 of 3, copy: 33%, about 0:03:20 left",
+    ]
+
+
 def test_short_runs_log_nothing(clock, capsys):
     with progress.byte_progress("converting") as update:
         update(0, 0)
