@@ -22,8 +22,10 @@ from conversion.calibration.step import (
     with_text,
 )
 from conversion.checkpoint import check_target
+from conversion.checkpoint.companions import read_tokenizer
 from conversion.checkpoint.output_folder import check_room, record_text, replace_text
 from conversion.checkpoint.writer import SMALL_FILES_BYTES
+from conversion.data.text import leaves_bos_out
 from conversion.errors import ConversionError
 from conversion.evaluation.measurement import Measurement, measure_output, plan_measurement
 from conversion.hub.bundle import code_files
@@ -218,7 +220,7 @@ def _calibrated(
 
 
 def _report(settled: Settled, output: Path, record: Mapping[str, Any], notes: list[str]) -> ConversionReport:
-    return ConversionReport(output, record, notes + _warnings(settled.source, settled.plan), settled.plan.num_bytes)
+    return ConversionReport(output, record, notes + _warnings(settled), settled.plan.num_bytes)
 
 
 def _dry_report(settled: Settled, output: Path) -> ConversionReport:
@@ -240,12 +242,19 @@ def _with_card_and_code(source: Source, plan: Plan) -> Plan:
     return replace(plan, texts={**plan.texts, "README.md": card}, files={**plan.files, **code_files()})
 
 
-def _warnings(source: Source, plan: Plan) -> list[str]:
-    """Returns what the user should know of the lambdas that are written."""
-    if source.model.kind != "llama":
+def _warnings(settled: Settled) -> list[str]:
+    """Returns what the user should know of the lambdas that are written, and of prompts without a bos."""
+    if settled.source.model.kind != "llama":
         return []
-    warning = not_differential(starting_lambdas(planned_config(plan), plan.record))
-    return [warning] if warning else []
+    warnings = []
+    if settled.calibration and leaves_bos_out(tokenizer := read_tokenizer(settled.source.folder)):
+        warnings.append(
+            f"the tokenizer puts no bos before a text, and v1 is calibrated after one: begin prompts with "
+            f"{tokenizer.bos_token}, or they are further from the source; verify measures both"
+        )
+    if warning := not_differential(starting_lambdas(planned_config(settled.plan), settled.plan.record)):
+        warnings.append(warning)
+    return warnings
 
 
 def _write_measured(

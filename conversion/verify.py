@@ -183,6 +183,7 @@ def _behavior(
     parity = record["promise"]["kind"] == "parity"
     original = None
     source_logits = None
+    source_logits_without_bos = None
     if source is not None:
         theirs = read_source_model(source.folder, record["options"]["source_layout"])
         if theirs.kind == "unilm":
@@ -196,13 +197,18 @@ def _behavior(
             rounded = record["options"]["dtype"] or "float32"
             llama = load_original(source.folder, theirs.config, dtype=rounded).float().eval()
             original = observe(llama, inputs)
-            source_logits = list(window_logits(llama, held_out.windows)) if parity else None
+            if parity:
+                source_logits = list(window_logits(llama, held_out.windows))
+                source_logits_without_bos = list(window_logits(llama, held_out.without_bos))
             del llama
             if not record.get("healing"):  # which chooses a dtype of its own
                 yield _default_load(folder, source.folder, theirs.config, record, inputs)
     model = _load(folder, record)
     if parity:
         yield _parity("converted", model, inputs, held_out, original, source_logits)
+        if held_out.without_bos:
+            bare = HeldOut(f"{held_out.name} without a bos", held_out.without_bos)
+            yield _parity("converted, without a bos", model, inputs, bare, None, source_logits_without_bos)
         with shuffled_pairs(model):
             yield _parity("pairs shuffled (wrong on purpose)", model, inputs, held_out, original, source_logits)
     elif original is not None:

@@ -1,12 +1,12 @@
 """The text on which a conversion is measured: a standard one, which comes with this package, or the user's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from conversion.data.text import token_ids, with_bos
+from conversion.data.text import leaves_bos_out, token_ids, with_bos
 from conversion.errors import ConversionError
 from modeling_diff.training.documents import Tokenizer
 
@@ -21,10 +21,17 @@ READ_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Token ids (1, T) of evenly spaced windows, each after a bos if there is one, and what text they are of."""
+    """Token ids (1, T) of evenly spaced windows of a text.
+
+    Attributes:
+        name: What text they are of.
+        windows: Each after a bos if there is one.
+        without_bos: The same without it, where the tokenizer puts none before a text; none otherwise.
+    """
 
     name: str
     windows: list[torch.Tensor]
+    without_bos: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -59,4 +66,5 @@ def read_held_out(
     count = max(1, min(WINDOWS, len(ids) // body))
     starts = [number * (len(ids) // count) for number in range(count)]
     windows = [with_bos(ids[start : start + body][None], bos) for start in starts]
-    return HeldOut(STANDARD_NAME if text is None else path.name, windows)
+    without_bos = [ids[:, 1:] for ids in windows] if leaves_bos_out(tokenizer) else []
+    return HeldOut(STANDARD_NAME if text is None else path.name, windows, without_bos)

@@ -72,6 +72,16 @@ def with_bos(rows: torch.Tensor, bos: int | None) -> torch.Tensor:
     return rows if bos is None else torch.cat((torch.full((len(rows), 1), bos), rows), dim=1)
 
 
+def leaves_bos_out(tokenizer: Tokenizer | None) -> bool:
+    """Returns whether a tokenizer has a bos, but puts none before a text: it leaves that to chat templates.
+
+    Many heads attend to the first token, so a V1 that was fitted after a bos is further from its LLaMA without one.
+    """
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return False
+    return tokenizer.encode("", add_special_tokens=True, verbose=False)[:1] != [tokenizer.bos_token_id]
+
+
 def pack_rows(
     paths: Sequence[Path],
     tokenizer: Tokenizer | None,

@@ -18,12 +18,12 @@ VOCABULARY = 300
 
 
 class Letters:
-    """A token for each character."""
+    """A token for each character, after a bos where special tokens are asked for."""
 
     bos_token_id = 299
 
     def encode(self, text, *, add_special_tokens, verbose):
-        return [ord(letter) % 256 for letter in text]
+        return [self.bos_token_id] * add_special_tokens + [ord(letter) % 256 for letter in text]
 
 
 def test_metrics_are_those_of_float64_over_all_positions():
@@ -59,6 +59,21 @@ def test_standard_text_travels_with_the_package_and_is_that_of_the_small_llama()
     assert re.search(r'^"conversion\.data" = .*"\*\.txt"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert STANDARD_TEXT.read_bytes() == (ROOT / "examples/assets/tiny-llama/heldout.txt").read_bytes()
     assert "PSF License" in (STANDARD_TEXT.parent / "README.md").read_text()
+
+
+class LettersAlone(Letters):
+    """It has a bos, and leaves it to chat templates."""
+
+    def encode(self, text, *, add_special_tokens, verbose):
+        return super().encode(text, add_special_tokens=False, verbose=verbose)
+
+
+def test_windows_come_without_a_bos_as_well_where_the_tokenizer_adds_none():
+    assert read_held_out(Letters(), VOCABULARY, 512).without_bos == []
+    found = read_held_out(LettersAlone(), VOCABULARY, 512)
+    assert all(ids[0, 0] == Letters.bos_token_id for ids in found.windows)
+    for window, ids in zip(found.without_bos, found.windows, strict=True):
+        assert torch.equal(window, ids[:, 1:])
 
 
 def test_windows_are_spread_over_the_text_behind_a_bos():
