@@ -22,10 +22,8 @@ from conversion.calibration.step import (
     with_text,
 )
 from conversion.checkpoint import check_target
-from conversion.checkpoint.companions import read_tokenizer
 from conversion.checkpoint.output_folder import check_room, record_text, replace_text
 from conversion.checkpoint.writer import SMALL_FILES_BYTES
-from conversion.data.text import leaves_bos_out
 from conversion.errors import ConversionError
 from conversion.evaluation.measurement import Measurement, measure_output, plan_measurement
 from conversion.hub.bundle import code_files
@@ -247,10 +245,10 @@ def _warnings(settled: Settled) -> list[str]:
     if settled.source.model.kind != "llama":
         return []
     warnings = []
-    if settled.calibration and leaves_bos_out(tokenizer := read_tokenizer(settled.source.folder)):
+    if settled.calibration and (bos := settled.calibration.omitted_bos):
         warnings.append(
-            f"the tokenizer puts no bos before a text, and v1 is calibrated after one: begin prompts with "
-            f"{tokenizer.bos_token}, or they are further from the source; verify measures both"
+            "the tokenizer puts no bos before a text, and v1 is calibrated after one: begin prompts with "
+            f"{bos}, or they are further from the source; verify measures both"
         )
     if warning := not_differential(starting_lambdas(planned_config(settled.plan), settled.plan.record)):
         warnings.append(warning)

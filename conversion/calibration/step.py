@@ -28,7 +28,7 @@ from conversion.calibration.store import has_results
 from conversion.checkpoint.companions import read_tokenizer
 from conversion.checkpoint.kept_work import calibration_folder, keep_note
 from conversion.checkpoint.output_folder import locked, parents_made
-from conversion.data.text import read_calibration
+from conversion.data.text import leaves_bos_out, read_calibration
 from conversion.errors import ConversionError, typed
 from conversion.mapping.stream import Plan, planned_config
 from conversion.options import CalibrationText, ConversionOptions
@@ -51,6 +51,7 @@ class Calibration:
         row_tokens: T, tokens per sequence.
         estimate: What the calibration takes.
         whole: Whether all of the text is read, as it is shorter than the effort asks for.
+        omitted_bos: The bos that the sequences begin with and the tokenizer does not put before a text, if so.
     """
 
     text: CalibrationText
@@ -58,6 +59,7 @@ class Calibration:
     row_tokens: int
     estimate: CalibrationEstimate
     whole: bool = False
+    omitted_bos: str | None = None
 
     @property
     def note(self) -> str:
@@ -112,12 +114,13 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
     row_tokens = min(config.max_position_embeddings, ROW_TOKENS)
     asked = text.recipe.tokens
     rows = None
+    tokenizer = read_tokenizer(source.folder)
     if text.path is None:
         check_self_text(source)
     else:
         rows = read_calibration(
             text.path,
-            read_tokenizer(source.folder),
+            tokenizer,
             asked,
             row_tokens,
             model.sizes.vocab_size,
@@ -141,7 +144,14 @@ def prepare_calibration(source: Source, options: ConversionOptions, text: Calibr
         chosen=chosen,
     )
     whole = num_tokens < asked // row_tokens * row_tokens
-    return Calibration(replace(text, tokens=num_tokens), rows, row_tokens, estimate, whole)
+    return Calibration(
+        replace(text, tokens=num_tokens),
+        rows,
+        row_tokens,
+        estimate,
+        whole=whole,
+        omitted_bos=tokenizer.bos_token if leaves_bos_out(tokenizer) else None,
+    )
 
 
 def log_estimate(calibration: Calibration) -> None:

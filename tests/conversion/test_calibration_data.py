@@ -16,7 +16,8 @@ class Letters:
     bos_token_id = 1
 
     def encode(self, text, *, add_special_tokens, verbose=False):
-        return [self.bos_token_id] * add_special_tokens + [ord(letter) % 96 for letter in text]
+        assert not add_special_tokens
+        return [ord(letter) % 96 for letter in text]
 
 
 def read(path, num_tokens=24, row_tokens=8, tokenizer=Letters()):  # noqa: B008 (stateless)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from planted_pairs import kl_nats
 from random_llamas import random_llama, saved, token_ids
 from safetensors import safe_open
-from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint
@@ -49,12 +49,6 @@ def convert(llama, output, text, **options):
         "stages": ("pairing", "refit"),
     } | options
     return convert_checkpoint(llama, output, "v1", **options)
-
-
-@torch.no_grad()
-def kl_nats(model, other, ids):
-    log_p, log_q = (m(ids).logits.double().log_softmax(-1).flatten(0, 1) for m in (model, other))
-    return kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
 def trials_of(llama, folder, **options):

@@ -44,7 +44,7 @@ def test_log_names_layer_and_stage(clock, capsys):
 
 
 def test_log_of_a_choice_counts_its_layers_and_the_measurement_apart_from_the_calibration(clock, capsys):
-    """The choice takes 80 seconds per layer, and as long for the KL; then a layer takes 100."""
+    """80 seconds per layer and 80 for KL while heads are chosen, then 100 seconds per calibrated layer."""
     with progress.layer_progress() as update:
         update(0, 3, "choice", 0.0)
         for layer in range(3):

@@ -3,23 +3,20 @@
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from command_line import run
+from planted_pairs import kl_nats
 from random_llamas import FLAVOURS, edit_json, random_diffllama, random_llama, saved
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import kl_div
+from tiny_tokenizers import TINY_LLAMA
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from conversion import ConversionError, convert_checkpoint, push_checkpoint, verify_checkpoint
 from conversion.data.held_out import read_held_out
 from conversion.record import read_record, read_report
 from modeling_diff import DiffLlamaForCausalLM
-
-
-SMALL_LLAMA = Path(__file__).parents[2] / "examples" / "assets" / "tiny-llama"
 
 
 def outcomes(report):
@@ -76,7 +73,7 @@ def test_parity_conversion_is_measured_beside_a_wrong_one(tmp_path, llama):
 
 def test_parity_is_measured_without_a_bos_too_where_the_tokenizer_adds_none(tmp_path):
     """Expected from another forward pass, in float64: both models on the windows without their first token."""
-    source = shutil.copytree(SMALL_LLAMA, tmp_path / "llama")
+    source = shutil.copytree(TINY_LLAMA, tmp_path / "llama")
     edit_json(source / "tokenizer.json", post_processor=None)
     options = {"effort": "quick", "calibration": source / "calibration.txt", "calibration_tokens": 2048}
     report = convert_checkpoint(source, tmp_path / "v1", "v1", measure=False, **options)
@@ -87,16 +84,14 @@ def test_parity_is_measured_without_a_bos_too_where_the_tokenizer_adds_none(tmp_
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = torch.cat(read_held_out(tokenizer, len(tokenizer), 512).windows)[:, 1:]
     models = [LlamaForCausalLM.from_pretrained(source), DiffLlamaForCausalLM.from_pretrained(tmp_path / "v1")]
-    with torch.no_grad():
-        log_p, log_q = (model.double()(windows).logits.log_softmax(-1).flatten(0, 1) for model in models)
-    expected = kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+    expected = kl_nats(*(model.double() for model in models), windows)
     assert found.values["kl_nats"] == pytest.approx(expected, abs=1e-5)  # float32: logits differ by 1e-5
     assert checks["converted"].values["kl_nats"] != pytest.approx(expected, abs=1e-4)
 
 
 def test_a_bos_that_the_tokenizer_adds_is_measured_alone(tmp_path):
-    options = {"effort": "quick", "calibration": SMALL_LLAMA / "calibration.txt", "calibration_tokens": 2048}
-    report = convert_checkpoint(SMALL_LLAMA, tmp_path / "v1", "v1", measure=False, **options)
+    options = {"effort": "quick", "calibration": TINY_LLAMA / "calibration.txt", "calibration_tokens": 2048}
+    report = convert_checkpoint(TINY_LLAMA, tmp_path / "v1", "v1", measure=False, **options)
     assert not [note for note in report.notes if "begin prompts" in note]
     assert "converted, without a bos" not in outcomes(verify_checkpoint(tmp_path / "v1"))
 
